@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Convert Hugging Face (or Meta) weights to a Megatron checkpoint.
+
+The weights come from a Hugging Face repository, which is downloaded to the hub's cache, from a local folder
+(--model-path), or, for llama and llama2, from the files that Meta distributes: then --cache-dir is the folder that
+holds consolidated.00.pth, or the folder above it (with 7B, 13B ... or llama-2-7b, llama-2-13b ... inside). With a
+--cache-dir that holds neither, it is the hub's cache. For gated repositories (Llama 2), log in first: `hf auth login`.
+
+The checkpoint is written to --out, ready for training with any tensor and pipeline parallel size; nothing that was
+downloaded is removed. No GPU, no Megatron and little memory are needed: weights stream from file to file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from weights_conversion import cli
+from weights_conversion.config import FAMILIES
+
+SIZES = {
+    "codellama": (7, 13, 34, 70),
+    "falcon": (7, 40, 180),
+    "llama": (7, 13, 30, 65),
+    "llama2": (7, 13, 70),
+    "mistral": (7,),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf_to_megatron.py", description=__doc__, formatter_class=cli.Formatter, allow_abbrev=False
+    )
+    parser.add_argument("model", choices=FAMILIES, metavar="MODEL", help=f"one of {', '.join(FAMILIES)}")
+    cli.option(
+        parser, "--size", type=int, choices=sorted({size for sizes in SIZES.values() for size in sizes}),
+        help="size in billions of parameters: picks the default repository (default: 7); when given, it is checked "
+        "against the model's own config",
+    )  # fmt: skip
+    cli.option(parser, "--out", type=Path, help="folder of the Megatron checkpoint (default: MODEL-SIZEb-megatron)")
+    cli.option(
+        parser, "--cache-dir", type=Path,
+        help="the hub's cache; or, for llama and llama2, the folder of Meta's weights or the one above it",
+    )  # fmt: skip
+    cli.option(
+        parser, "--model-path", metavar="PATH_OR_REPO",
+        help="a local folder, or another repository of the same architecture",
+    )  # fmt: skip
+    cli.option(parser, "--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
+    layout = parser.add_argument_group("layout of the checkpoint")
+    cli.option(
+        layout, "--tensor-model-parallel-size", type=cli.positive, default=1, metavar="N",
+        help="ranks to cut each layer into (default: 1)",
+    )  # fmt: skip
+    cli.option(
+        layout, "--pipeline-model-parallel-size", type=cli.positive, default=1, metavar="N",
+        help="pipeline stages (default: 1)",
+    )  # fmt: skip
+    cli.option(
+        layout, "--num-layers-per-virtual-pipeline-stage", type=cli.positive, metavar="N",
+        help="layers of each interleaved stage (default: stages are not interleaved)",
+    )  # fmt: skip
+    cli.option(
+        layout, "--make-vocab-size-divisible-by", type=cli.positive, metavar="N",
+        help="vocabulary rows become a multiple of N x TP (default: 128); without this, a TP size or --true-vocab-size "
+        "the table keeps its rows",
+    )  # fmt: skip
+    cli.option(
+        layout, "--true-vocab-size", type=cli.positive, metavar="N",
+        help="tokens that training will use, new ones included: rows are added up to it, then padded",
+    )  # fmt: skip
+    cli.option(
+        layout, "--new-rows", choices=("last", "mean"), default="last",
+        help="what added rows hold: a copy of the last row, or the mean row (default: last)",
+    )  # fmt: skip
+    cli.add_common(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.size is not None and args.size not in SIZES[args.model]:
+        parser.error(f"{args.model} comes in sizes {', '.join(map(str, SIZES[args.model]))}, not {args.size}")
+
+    def work() -> str:
+        from weights_conversion.config import Parallelism
+        from weights_conversion.to_megatron import ImportOptions, hf_to_megatron
+
+        options = ImportOptions(
+            dtype=args.dtype,
+            dry_run=args.dry_run,
+            overwrite=args.overwrite,
+            workers=args.workers,
+            allow_inconsistent=args.allow_inconsistent,
+            model=args.model,
+            size=args.size,
+            out=args.out,
+            cache_dir=args.cache_dir,
+            model_path=args.model_path,
+            revision=args.revision,
+            parallel=Parallelism(args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
+            layers_per_virtual_stage=args.num_layers_per_virtual_pipeline_stage,
+            divisible_by=args.make_vocab_size_divisible_by,
+            true_vocab_size=args.true_vocab_size,
+            new_rows=args.new_rows,
+        )
+        return hf_to_megatron(options).text()
+
+    return cli.run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""Convert a Megatron checkpoint to a Hugging Face model, with its tokenizer.
+
+Set --input_dir to the root of the checkpoint (the folder that holds latest_checkpointed_iteration.txt) and --output_dir
+to the folder for the Hugging Face model. Every tensor, pipeline and virtual pipeline parallel size is read, with or
+without a distributed optimizer; optimizer state is not touched. No GPU, no Megatron and little memory are needed.
+
+The tokenizer is rebuilt with the ids that training used: from --vocab_file, the files that the import left in the
+checkpoint, or the hub, in this order. --no_tokenizer leaves it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from weights_conversion import cli
+from weights_conversion.config import FAMILIES
+
+# Flags that state a value which the checkpoint lost, by ModelConfig field.
+FIELDS = {
+    "rope_theta": float,
+    "rope_scaling_factor": float,
+    "layernorm_epsilon": float,
+    "max_position_embeddings": cli.positive,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron_to_hf.py", description=__doc__, formatter_class=cli.Formatter, allow_abbrev=False
+    )
+    cli.option(parser, "--input_dir", type=Path, required=True, metavar="DIR", help="root of the Megatron checkpoint")
+    cli.option(parser, "--output_dir", type=Path, required=True, metavar="DIR", help="folder for the Hugging Face model")
+    cli.option(
+        parser, "--model", choices=FAMILIES, default="llama2",
+        help="what the checkpoint holds (default: llama2); a checkpoint that says otherwise is an error",
+    )  # fmt: skip
+    cli.option(
+        parser, "--num_output_shards", type=cli.positive, default=1, metavar="N",
+        help="how many safetensors files to write (default: 1)",
+    )  # fmt: skip
+    cli.option(parser, "--cache_dir", type=Path, metavar="DIR", help="the hub's cache, should a tokenizer be fetched")
+    cli.option(
+        parser, "--vocab_file", type=Path, metavar="FILE",
+        help="tokenizer.model, or a folder that holds tokenizer files (default: the checkpoint's own)",
+    )  # fmt: skip
+    cli.option(
+        parser, "--vocab_extra_ids_list", metavar="A,B",
+        help="special tokens that training added, separated by commas (default: from the checkpoint's args)",
+    )  # fmt: skip
+    cli.option(
+        parser, "--override_special_tokens", nargs="*", default=[], metavar="KEY=TOKEN",
+        help="make TOKEN the bos, cls, eos, mask, pad, sep or unk token; set in the configs too",
+    )  # fmt: skip
+    new_tokens = parser.add_mutually_exclusive_group()
+    for name, value, text in (
+        ("--new_tokens", True, "CLS, SEP, EOD, MASK and PAD were added in training (default: as the args say; else no)"),
+        ("--no_new_tokens", False, "they were not added"),
+    ):
+        cli.option(new_tokens, name, action="store_const", const=value, dest="new_tokens", help=text)
+    cli.option(parser, "--no_tokenizer", action="store_true", help="export the weights and configs alone")
+    cli.option(
+        parser, "--true_vocab_size", type=cli.positive, metavar="N",
+        help="vocabulary rows to keep (default: as recorded at import; all, where nothing is recorded)",
+    )  # fmt: skip
+    cli.option(
+        parser, "--load_iters", type=cli.positive, metavar="N", help="another iteration than the tracker's"
+    )  # fmt: skip
+    values = parser.add_argument_group("values that a checkpoint may have lost", "they outrank manifest and args")
+    for name, kind in FIELDS.items():
+        cli.option(values, f"--{name}", type=kind, metavar="X", help=f"{name} of the exported config")
+    cli.option(
+        values, "--sliding_window_size", type=int, metavar="N", help="window of mistral's attention; 0: no window"
+    )  # fmt: skip
+    cli.add_common(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    fields: dict[str, Any] = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    if args.sliding_window_size is not None:
+        fields["sliding_window"] = args.sliding_window_size or None
+
+    def work() -> str:
+        from weights_conversion.to_hf import ExportOptions, megatron_to_hf
+        from weights_conversion.tokenizer import TokenizerOptions
+
+        options = ExportOptions(
+            dtype=args.dtype,
+            dry_run=args.dry_run,
+            overwrite=args.overwrite,
+            workers=args.workers,
+            allow_inconsistent=args.allow_inconsistent,
+            input_dir=args.input_dir,
+            output_dir=args.output_dir,
+            model=args.model,
+            num_output_shards=args.num_output_shards,
+            tokenizer=TokenizerOptions(
+                vocab_file=args.vocab_file,
+                vocab_extra_ids_list=args.vocab_extra_ids_list,
+                override_special_tokens=tuple(args.override_special_tokens),
+                new_tokens=args.new_tokens,
+                cache_dir=args.cache_dir,
+            ),
+            no_tokenizer=args.no_tokenizer,
+            true_vocab_size=args.true_vocab_size,
+            load_iters=args.load_iters,
+            fields=fields,
+        )
+        return megatron_to_hf(options).text()
+
+    return cli.run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,788 @@
+"""Megatron-Core checkpoints: the real megatron-core loads what we write, and we export what it writes, bit for bit.
+
+The tests that need megatron-core run it in processes of its own (`megatron_core.py`). Install it next to the tests with
+`pip install --no-deps megatron-core==0.16.1` and `pip install packaging numpy einops psutil`, or name an interpreter that has
+it in MEGATRON_CORE_PYTHON; without it they are skipped. The others need nothing but the converter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tm
+import torch
+from conftest import REPOSITORY, Result, Script
+from megatron_files import assert_same_ranks, assert_same_tensors, read_checkpoint
+from safetensors.torch import load_file
+
+HARNESS = Path(__file__).with_name("megatron_core.py")
+GOLDEN = REPOSITORY.parent / "shared" / "golden"
+PYTHON = os.environ.get("MEGATRON_CORE_PYTHON", sys.executable)
+TOLERANCE = 1e-5
+NO_EXTRA_STATE = "_extra_state"
+
+
+# --- running megatron-core -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def without_megatron_core() -> str:
+    """Why megatron-core cannot run, or nothing."""
+    probe = subprocess.run(
+        [PYTHON, "-c", "import megatron.core, psutil, einops"], check=False, capture_output=True, text=True
+    )
+    return "" if probe.returncode == 0 else f"{PYTHON}: {probe.stderr.strip().splitlines()[-1]}"
+
+
+@pytest.fixture(scope="session")
+def megatron_core() -> Callable[..., None]:
+    """Runs one action of the harness."""
+    if reason := without_megatron_core():
+        pytest.skip(f"megatron-core cannot be imported ({reason})")
+
+    def run(*arguments: Any) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(
+            [PYTHON, HARNESS, *map(str, arguments)],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=400,
+        )
+        assert done.returncode == 0, f"megatron-core failed\n{done.stderr[-4000:]}"
+
+    return run
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Llama(tm.Tiny):
+    """A llama whose head may be the embedding."""
+
+    tied_head: bool = False
+
+    @property
+    def tied(self) -> bool:
+        return self.tied_head
+
+
+F32 = torch.float32
+MODELS: dict[str, tm.Tiny] = tm.MODELS | {
+    model.name: model
+    for model in (
+        Llama("mha", "llama2", layers=2, heads=4, groups=4, dtype=F32),
+        Llama("gqa", "llama2", layers=4, heads=8, groups=2, head_dim=8, vocab=250),
+        Llama("mqa", "llama2", layers=2, heads=4, groups=1, vocab=331, dtype=F32),
+        Llama("tied", "llama2", layers=4, heads=8, groups=4, head_dim=8, vocab=250, dtype=F32, tied_head=True),
+        Llama("tied-bf16", "llama2", layers=2, heads=4, groups=2, tied_head=True),
+    )
+}
+
+
+@pytest.fixture(scope="session")
+def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A model's Hugging Face folder without a tokenizer, written once."""
+    root = tmp_path_factory.mktemp("huggingface")
+
+    def folder(name: str) -> Path:
+        path = root / name
+        return path if path.exists() else tm.write_huggingface(path, MODELS[name], tokenizer=False, spelling=4)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def core(tmp_path_factory, to_megatron: Script, huggingface) -> Callable[..., Path]:
+    """Our Megatron-Core checkpoints, converted once for each set of options. Not to be changed by a test."""
+    root = tmp_path_factory.mktemp("core")
+    done: dict[tuple[str, ...], Path] = {}
+
+    def convert(name: str, *options: Any) -> Path:
+        key = (name, *map(str, options))
+        if key not in done:
+            out = root / f"{name}-{len(done)}"
+            to_core(to_megatron, MODELS[name].family, huggingface(name), out, *options).succeeded()
+            done[key] = out
+        return done[key]
+
+    return convert
+
+
+def to_core(to_megatron: Script, family: str, source: Path, out: Path, *options: Any) -> Result:
+    return to_megatron(family, "--model-path", source, "--out", out, "--target", "megatron-core", *options)
+
+
+def cut(tp: int = 1, pp: int = 1, per_virtual: int | None = None) -> list[Any]:
+    """Options of a legacy checkpoint whose table is padded as the run pads it."""
+    options = ["--ckpt-format", "torch", "--make-vocab-size-divisible-by", 128]
+    options += ["--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
+    return options + (["--num-layers-per-virtual-pipeline-stage", per_virtual] if per_virtual else [])
+
+
+def export(to_hf: Script, checkpoint: Path, out: Path, *options: Any, model: str = "llama2") -> Path:
+    arguments = ["--input_dir", checkpoint, "--output_dir", out, "--model", model, "--no_tokenizer", *options]
+    to_hf(*arguments).succeeded()
+    return out
+
+
+def iteration_folder(root: Path) -> Path:
+    """The folder that the tracker names."""
+    name = (root / "latest_checkpointed_iteration.txt").read_text().strip()
+    return root / (name if name == "release" else f"iter_{int(name):07d}")
+
+
+@functools.cache
+def reference_logits(folder: Path, tokens: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Transformers' logits [batch, sequence, V] in float32."""
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        return network(torch.tensor(tokens)).logits
+
+
+def assert_same_model(result_file: Path, huggingface: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """No parameter kept its NaN, all have the source's dtype, and the logits are transformers'."""
+    result = torch.load(result_file, weights_only=True)
+    assert result["nan"] == [], "these parameters were not filled"
+    assert result["dtypes"] == [str(dtype)]
+    assert result["checkpoint_version"] == 3.0
+    expected = reference_logits(huggingface, tuple(map(tuple, result["tokens"].tolist())))
+    assert result["logits"].shape == expected.shape
+    assert (result["logits"] - expected).abs().max().item() < TOLERANCE
+    return result
+
+
+# --- what we write, loaded by megatron-core --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"),
+    [
+        ("mha", 1, 1),
+        ("mha", 2, 1),
+        ("gqa", 1, 1),
+        ("gqa", 2, 2),
+        ("mqa", 1, 1),
+        ("mqa", 2, 1),  # fewer groups than ranks
+        ("tied", 1, 1),
+        ("tied", 2, 2),
+        ("tied-bf16", 2, 1),
+        ("llama2-wide-heads", 2, 1),
+        ("llama2-linear", 1, 1),
+        ("codellama", 1, 1),
+        ("mistral-v0.3", 2, 1),
+    ],
+)
+def test_torch_dist_loads(name, tp, pp, core, huggingface, megatron_core, tmp_path: Path) -> None:
+    """The same files for every layout, under megatron-core's default strictness."""
+    config = huggingface(name) / "config.json"
+    result = tmp_path / "result.pt"
+    megatron_core("load", "--hf-config", config, "--checkpoint", core(name), "--tp", tp, "--pp", pp, "--out", result)
+    found = assert_same_model(result, huggingface(name), MODELS[name].dtype)
+    assert_training_args(found["args"], MODELS[name])
+
+
+def test_torch_dist_loads_in_virtual_stages(core, huggingface, megatron_core, tmp_path: Path) -> None:
+    config = huggingface("gqa") / "config.json"
+    layout = ["--tp", 1, "--pp", 2, "--vpp", 2]
+    megatron_core("load", "--hf-config", config, "--checkpoint", core("gqa"), *layout, "--out", tmp_path / "result.pt")
+    assert_same_model(tmp_path / "result.pt", huggingface("gqa"), MODELS["gqa"].dtype)
+
+
+@pytest.mark.parametrize(("name", "tp", "pp"), [("gqa", 2, 2), ("mha", 1, 1), ("tied", 2, 2), ("mqa", 2, 1)])
+@pytest.mark.parametrize("norms", ["local", "te"])
+def test_torch_loads_strictly(name, tp, pp, norms, core, huggingface, megatron_core, tmp_path: Path) -> None:
+    """Rank files, one norm spelling chosen, strict=True."""
+    layout = ["--format", "torch", "--norms", norms, "--tp", tp, "--pp", pp]
+    config = huggingface(name) / "config.json"
+    checkpoint = core(name, *cut(tp, pp))
+    megatron_core("load", "--hf-config", config, "--checkpoint", checkpoint, *layout, "--out", tmp_path / "result.pt")
+    found = assert_same_model(tmp_path / "result.pt", huggingface(name), MODELS[name].dtype)
+    assert_training_args(found["args"], MODELS[name])
+
+
+@pytest.mark.parametrize(("tp", "pp", "vpp"), [(1, 1, 1), (2, 2, 1), (1, 2, 2)])
+def test_torch_loads_with_both_spellings(tp, pp, vpp, core, huggingface, megatron_core, tmp_path: Path) -> None:
+    """As Megatron-LM retries a failed strict load: nothing may stay unfilled, and only the other spelling is left over."""
+    checkpoint = core("gqa", *cut(tp, pp, MODELS["gqa"].layers // (pp * vpp) if vpp > 1 else None))
+    layout = ["--format", "torch", "--norms", "both", "--tp", tp, "--pp", pp, "--vpp", vpp]
+    config = huggingface("gqa") / "config.json"
+    megatron_core("load", "--hf-config", config, "--checkpoint", checkpoint, *layout, "--out", tmp_path / "result.pt")
+    found = assert_same_model(tmp_path / "result.pt", huggingface("gqa"), MODELS["gqa"].dtype)
+    assert found["missing"] == []
+    assert found["unexpected"]
+    for name in found["unexpected"]:
+        assert name.endswith(("linear_qkv.layer_norm_weight", "linear_fc1.layer_norm_weight", NO_EXTRA_STATE)), name
+
+
+def assert_training_args(args: dict[str, Any], model: tm.Tiny) -> None:
+    """What --use-checkpoint-args takes from the file."""
+    expected = {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "ffn_hidden_size": model.ffn,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.groups,
+        "kv_channels": model.head_dim,
+        "max_position_embeddings": model.max_positions,
+        "rotary_base": model.theta,
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": not model.tied,
+        "group_query_attention": model.groups != model.heads,
+    }
+    assert {key: args.get(key) for key in expected} == expected
+
+
+# --- what we write, looked at without megatron-core ------------------------------------------------------------------
+
+
+def read_metadata(root: Path) -> Any:
+    with open(iteration_folder(root) / ".metadata", "rb") as file:
+        return pickle.load(file)
+
+
+def expected_shapes(model: tm.Tiny) -> dict[str, tuple[int, ...]]:
+    layers, hidden, qkv = model.layers, model.hidden, (model.heads + 2 * model.groups) * model.head_dim
+    shapes = {
+        "embedding.word_embeddings.weight": (model.vocab, hidden),
+        "output_layer.weight": (model.vocab, hidden),
+        "decoder.final_layernorm.weight": (hidden,),
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (layers, hidden),
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight": (layers, hidden),
+        "decoder.layers.self_attention.linear_qkv.weight": (layers, qkv, hidden),
+        "decoder.layers.self_attention.linear_proj.weight": (layers, hidden, model.heads * model.head_dim),
+        "decoder.layers.mlp.linear_fc1.weight": (layers, 2 * model.ffn, hidden),
+        "decoder.layers.mlp.linear_fc2.weight": (layers, hidden, model.ffn),
+    }
+    if model.tied:
+        del shapes["output_layer.weight"]
+    return shapes
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied", "mqa"])
+def test_torch_dist_files(name: str, core) -> None:
+    root, model = core(name), MODELS[name]
+    folder = iteration_folder(root)
+    assert json.loads((folder / "metadata.json").read_text()) == {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    metadata = read_metadata(root)
+    tensors = {k: tuple(v.size) for k, v in metadata.state_dict_metadata.items() if hasattr(v, "size")}
+    assert tensors == expected_shapes(model)
+    modules = "self_attention.linear_qkv self_attention.linear_proj self_attention.core_attention mlp.linear_fc1 mlp.linear_fc2"
+    extra = {
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{model.layers}"
+        for module in modules.split()
+        for layer in range(model.layers)
+    }
+    objects = {k for k, v in metadata.state_dict_metadata.items() if not hasattr(v, "size")}
+    assert objects >= extra | {"decoder.final_layernorm._extra_state/shard_0_1"}
+    for key, value in metadata.state_dict_metadata.items():
+        if hasattr(value, "size"):
+            assert value.properties.dtype == model.dtype, key
+    used = {info.relative_path for info in metadata.storage_data.values()}
+    assert used == {path.name for path in folder.glob("*.distcp")}
+    for index, info in metadata.storage_data.items():
+        assert info.offset + info.length <= (folder / info.relative_path).stat().st_size, index
+
+
+@pytest.mark.parametrize("options", [[], cut(2, 2)], ids=["torch_dist", "torch"])
+def test_no_path_is_kept(options: list[Any], core, huggingface) -> None:
+    root = core("gqa", *options)
+    for path in root.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            for place in (root, huggingface("gqa")):
+                assert str(place).encode() not in content, path
+
+
+def test_common_is_plain(core) -> None:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        common = torch.load(iteration_folder(core("gqa")) / "common.pt", weights_only=True)
+    assert common["checkpoint_version"] == 3.0
+    assert common["content_metadata"]["singleton_local_shards"] is False
+    assert "padded_vocab_size" not in vars(common["args"])
+
+
+def test_torch_files_hold_both_spellings(core) -> None:
+    """Stage 1 of 2: layer numbers start again, each norm is there under both names, no embedding."""
+    path = iteration_folder(core("gqa", *cut(2, 2))) / "mp_rank_01_001" / "model_optim_rng.pt"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        model = torch.load(path, weights_only=True)["model"]
+    expected = MODELS["gqa"].tensors()
+    for local, layer in ((0, 2), (1, 3)):
+        names = {
+            "input_layernorm": ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+            "post_attention_layernorm": ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+        }
+        for source, targets in names.items():
+            for target in targets:
+                wanted = expected[f"model.layers.{layer}.{source}.weight"]
+                assert torch.equal(model[f"decoder.layers.{local}.{target}"], wanted), target
+        gate, up = (expected[f"model.layers.{layer}.mlp.{half}_proj.weight"].chunk(2)[1] for half in ("gate", "up"))
+        assert torch.equal(model[f"decoder.layers.{local}.mlp.linear_fc1.weight"], torch.cat([gate, up]))
+    assert "embedding.word_embeddings.weight" not in model
+    assert model["output_layer.weight"].shape == (128, MODELS["gqa"].hidden)  # 250 rows become 256
+
+
+def test_report_names_the_training_flags(to_megatron, huggingface, tmp_path: Path) -> None:
+    """What --use-checkpoint-args does not restore, and a line to load with."""
+    result = to_core(to_megatron, "llama2", huggingface("llama2-linear"), tmp_path / "out").succeeded()
+    for flag in ("--use-checkpoint-args", "--norm-epsilon", "--rotary-seq-len-interpolation-factor", "--bf16"):
+        assert flag in result.text, flag
+    assert f"--load {tmp_path / 'out'}" in result.text
+    result = to_core(to_megatron, "mistral", huggingface("mistral-v0.1"), tmp_path / "window").succeeded()
+    assert "--window-size" in result.text
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mha", []),
+        ("gqa", []),
+        ("mqa", []),
+        ("tied", []),
+        ("llama2-wide-heads", []),
+        ("gqa", cut(2, 2)),
+        ("gqa", cut(1, 2, 1)),
+        ("tied", cut(2, 2)),
+        ("mqa", cut(2)),
+    ],
+)
+def test_back_is_bit_equal(name: str, options: list[Any], core, huggingface, to_hf, tmp_path: Path) -> None:
+    out = export(to_hf, core(name, *options), tmp_path / "back")
+    assert_same_tensors(tm.read_huggingface(out), MODELS[name].tensors())
+    assert_same_config(out, huggingface(name))
+
+
+def assert_same_config(found: Path, expected: Path) -> None:
+    """config.json means the same to transformers."""
+    import transformers
+
+    one, two = (transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in (found, expected))
+    keys = """model_type num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size
+        max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings hidden_act""".split()
+    assert {key: one.get(key) for key in keys} == {key: two.get(key) for key in keys}
+
+
+def megatron_to_megatron(source: Path, out: Path, tp: int = 1, pp: int = 1, **options: Any) -> None:
+    """The package's layout-to-layout function, which also moves between Megatron-LLM and Megatron-Core."""
+    convert = pytest.importorskip("weights_conversion.convert")
+    from weights_conversion.config import Parallelism
+
+    if not hasattr(convert, "megatron_to_megatron"):
+        pytest.skip("megatron_to_megatron is not there yet")
+    convert.megatron_to_megatron(source, out, parallel=Parallelism(tp, pp), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"ckpt_format": "torch", "tp": 2}], ids=["torch_dist", "torch"])
+def test_through_megatron_llm(options: dict[str, Any], to_megatron, to_hf, huggingface, tmp_path: Path) -> None:
+    """HF -> Megatron-LLM (TP2 x PP2) -> Megatron-Core -> HF."""
+    layout = ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2]
+    to_megatron("llama2", "--model-path", huggingface("gqa"), "--out", tmp_path / "llm", *layout).succeeded()
+    megatron_to_megatron(tmp_path / "llm", tmp_path / "core", target="megatron-core", **options)
+    out = export(to_hf, tmp_path / "core", tmp_path / "back")
+    assert_same_tensors(tm.read_huggingface(out), MODELS["gqa"].tensors())
+
+
+@pytest.mark.parametrize(
+    ("case", "tp", "pp"), [("llama2-gqa", 2, 1), ("llama2-gqa", 1, 3), ("codellama-gqa", 2, 2), ("llama2-gqa", 1, 1)]
+)
+def test_core_to_megatron_llm_is_golden(case: str, tp: int, pp: int, to_megatron, tmp_path: Path) -> None:
+    """HF -> Megatron-Core -> Megatron-LLM gives what the original's own code wrote."""
+    golden = GOLDEN / case / f"megatron-tp{tp}pp{pp}"
+    if not golden.exists():
+        pytest.skip(f"{golden} is absent")
+    family = tm.read_json(GOLDEN / case / "case.json")["family"]
+    to_core(to_megatron, family, GOLDEN / case / "hf", tmp_path / "core").succeeded()
+    megatron_to_megatron(tmp_path / "core", tmp_path / "llm", tp, pp, target="megatron-llm")
+    assert_same_ranks(read_checkpoint(tmp_path / "llm").tensors, read_checkpoint(golden).tensors)
+
+
+# --- what megatron-core writes, exported by us -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, megatron_core, huggingface) -> Callable[..., Path]:
+    """Checkpoints that megatron-core wrote, once for each set of options. Not to be changed by a test."""
+    root = tmp_path_factory.mktemp("saved")
+    done: dict[tuple[str, ...], Path] = {}
+
+    def save(name: str, *options: Any) -> Path:
+        key = (name, *map(str, options))
+        if key not in done:
+            out = root / f"{name}-{len(done)}"
+            megatron_core("save", "--hf-config", huggingface(name) / "config.json", "--out", out, *options)
+            done[key] = out
+        return done[key]
+
+    return save
+
+
+def assert_exports(root: Path, name: str, huggingface: Path, to_hf: Script, out: Path, *options: Any) -> None:
+    """Bit for bit with the true rows, and with all rows where no one says how many are true."""
+    expected = load_file(root / "expected.safetensors")
+    rows = ["--true_vocab_size", MODELS[name].vocab]
+    trimmed = export(to_hf, root, out / "trimmed", *rows, *options)
+    assert_same_tensors(tm.read_huggingface(trimmed), expected)
+    assert_same_config(trimmed, huggingface)
+    whole = export(to_hf, root, out / "whole", *options)
+    assert_same_tensors(tm.read_huggingface(whole), expected | load_file(root / "padded.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mha", []),
+        ("gqa", ["--tp", 2, "--training-state"]),
+        ("mqa", ["--tp", 2]),
+        ("tied", ["--tp", 2, "--pp", 2]),
+        ("gqa", ["--pp", 2, "--vpp", 2]),
+        ("gqa", ["--tp", 2, "--layers", "apart"]),
+        ("gqa", ["--tp", 2, "--layers", "singleton"]),
+        ("gqa", ["--common", "inside"]),
+        ("gqa", ["--format", "torch", "--tp", 2, "--pp", 2, "--training-state"]),
+        ("tied", ["--format", "torch", "--tp", 2, "--pp", 2]),
+        ("gqa", ["--format", "torch", "--pp", 2, "--vpp", 2]),
+        ("mqa", ["--format", "torch", "--tp", 2]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)) or "plain",
+)
+def test_export_of_megatron_core(name, options, saved, huggingface, to_hf, tmp_path: Path) -> None:
+    assert_exports(saved(name, *options), name, huggingface(name), to_hf, tmp_path)
+
+
+def test_secrets_stay_behind(saved, to_hf, tmp_path: Path) -> None:
+    out = export(to_hf, saved("gqa", "--tp", 2, "--training-state"), tmp_path / "out")
+    for path in out.rglob("*"):
+        assert not path.is_file() or b"do-not-copy-me" not in path.read_bytes(), path
+
+
+def test_optimizer_is_not_read(saved, huggingface, to_hf, tmp_path: Path) -> None:
+    """The bytes of optimizer and random state are destroyed: nobody may notice."""
+    shutil.copytree(saved("gqa", "--tp", 2, "--training-state"), tmp_path / "in")
+    folder = iteration_folder(tmp_path / "in")
+    destroyed = 0
+    for index, info in read_metadata(tmp_path / "in").storage_data.items():
+        if index.fqn.startswith(("optimizer.", "rng_state")):
+            with open(folder / info.relative_path, "r+b") as file:
+                file.seek(info.offset)
+                file.write(b"\xff" * info.length)
+            destroyed += 1
+    assert destroyed > 50
+    assert_exports(tmp_path / "in", "gqa", huggingface("gqa"), to_hf, tmp_path)
+
+
+RUN_CONFIG = """\
+model:
+  _target_: megatron.bridge.models.llama.llama_provider.Llama2ModelProvider7B
+  activation_func:
+    _call_: false
+    _target_: torch.nn.functional.silu
+  add_bias_linear: false
+  add_qkv_bias: false
+  ffn_hidden_size: {ffn}
+  gated_linear_unit: true
+  hidden_size: {hidden}
+  kv_channels: {head_dim}
+  layernorm_epsilon: 1.0e-05
+  make_vocab_size_divisible_by: 128
+  multi_latent_attention: false
+  normalization: RMSNorm
+  num_attention_heads: {heads}
+  num_layers: {layers}
+  num_moe_experts: null
+  num_query_groups: {groups}
+  params_dtype:
+    _call_: false
+    _target_: torch.bfloat16
+  pipeline_model_parallel_size: 1
+  position_embedding_type: rope
+  qk_layernorm: false
+  rotary_base: 10000
+  rotary_interleaved: false
+  rotary_percent: 1.0
+  seq_len_interpolation_factor: null
+  seq_length: {max_positions}
+  share_embeddings_and_output_weights: false
+  tensor_model_parallel_size: 2
+  vocab_size: null
+  window_size: null
+train:
+  _target_: megatron.bridge.training.config.TrainingConfig
+  exit_signal:
+    _args_:
+    - 15
+    _call_: true
+    _target_: signal.Signals
+"""
+
+
+def edit_common(root: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Changes common.pt of a checkpoint whose args are plain."""
+    path = iteration_folder(root) / "common.pt"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        common = torch.load(path, weights_only=True)
+    edit(common)
+    torch.save(common, path)
+
+
+def as_bridge(root: Path) -> None:
+    """Takes the args out, as Megatron-Bridge has none."""
+    torch.save(
+        {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {"singleton_local_shards": False}},
+        iteration_folder(root) / "common.pt",
+    )
+
+
+def test_export_of_megatron_bridge(saved, huggingface, to_hf, tmp_path: Path) -> None:
+    """No args: the config is in run_config.yaml, whose targets are names and never called."""
+    shutil.copytree(saved("gqa", "--tp", 2, "--training-state"), tmp_path / "in")
+    as_bridge(tmp_path / "in")
+    model = MODELS["gqa"]
+    text = RUN_CONFIG.format_map({key: getattr(model, key) for key in model.__dataclass_fields__})
+    (iteration_folder(tmp_path / "in") / "run_config.yaml").write_text(text)
+    assert_exports(tmp_path / "in", "gqa", huggingface("gqa"), to_hf, tmp_path)
+
+
+def test_no_config_anywhere(saved, to_hf, tmp_path: Path) -> None:
+    shutil.copytree(saved("gqa", "--tp", 2, "--training-state"), tmp_path / "in")
+    as_bridge(tmp_path / "in")
+    refuse(to_hf, tmp_path / "in", "run_config.yaml")
+
+
+def test_missing_common(saved, to_hf, tmp_path: Path) -> None:
+    shutil.copytree(saved("gqa", "--tp", 2, "--training-state"), tmp_path / "in")
+    (iteration_folder(tmp_path / "in") / "common.pt").unlink()
+    refuse(to_hf, tmp_path / "in", "common.pt")
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def refuse(to_hf: Script, root: Path, *words: str) -> None:
+    """Exit 1, the words on stderr, nothing left behind."""
+    out = root.parent / "refused"
+    to_hf("--input_dir", root, "--output_dir", out, "--model", "llama2", "--no_tokenizer").refused(*words)
+    assert not (out / "config.json").exists()
+
+
+@pytest.fixture
+def copied(core, tmp_path: Path) -> Path:
+    """A torch_dist checkpoint of ours, to be damaged."""
+    return Path(shutil.copytree(core("gqa"), tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, -1])
+def test_truncated_distcp(keep: float, copied: Path, to_hf) -> None:
+    path = max(iteration_folder(copied).glob("*.distcp"), key=lambda file: file.stat().st_size)
+    size = path.stat().st_size
+    os.truncate(path, size - 1 if keep < 0 else int(size * keep))
+    refuse(to_hf, copied, path.name)
+
+
+def test_missing_distcp(copied: Path, to_hf) -> None:
+    path = next(iteration_folder(copied).glob("*.distcp"))
+    path.unlink()
+    refuse(to_hf, copied, path.name)
+
+
+def test_missing_metadata(copied: Path, to_hf) -> None:
+    (iteration_folder(copied) / ".metadata").unlink()
+    refuse(to_hf, copied, ".metadata")
+
+
+@pytest.mark.parametrize("keep", [0, 100])
+def test_truncated_metadata(keep: int, copied: Path, to_hf) -> None:
+    os.truncate(iteration_folder(copied) / ".metadata", keep)
+    refuse(to_hf, copied, ".metadata")
+
+
+class Hostile:
+    """Unpickled by an unrestricted loader, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("place", [".metadata", "common.pt"])
+def test_foreign_global(place: str, copied: Path, to_hf, tmp_path: Path) -> None:
+    """Named, never executed."""
+    trap = tmp_path / "executed"
+    if place == ".metadata":
+        metadata = read_metadata(copied)
+        metadata.planner_data = Hostile(trap)
+        (iteration_folder(copied) / place).write_bytes(pickle.dumps(metadata))
+    else:
+        edit_common(copied, lambda common: common.update(extra=Hostile(trap)))
+    refuse(to_hf, copied, "mkdir", place)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"), [({"num_experts": 8}, "expert"), ({"multi_latent_attention": True}, "latent")]
+)
+def test_architectures_that_are_refused(changes: dict[str, Any], word: str, copied: Path, to_hf) -> None:
+    edit_common(copied, lambda common: vars(common["args"]).update(changes))
+    refuse(to_hf, copied, word)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"),
+    [
+        ("mlp.linear_fc1.weight", "mlp.experts.experts.linear_fc1.weight", "expert"),
+        ("self_attention.linear_qkv.weight", "self_attention.linear_kv_down_proj.weight", "latent"),
+    ],
+)
+def test_tensors_of_refused_architectures(old: str, new: str, word: str, copied: Path, to_hf) -> None:
+    """The args say nothing, the tensors' names do."""
+    metadata = read_metadata(copied)
+    old, new = f"decoder.layers.{old}", f"decoder.layers.{new}"
+    metadata.state_dict_metadata[new] = metadata.state_dict_metadata.pop(old)
+    metadata.storage_data = {
+        (replace(index, fqn=new) if index.fqn == old else index): info for index, info in metadata.storage_data.items()
+    }
+    (iteration_folder(copied) / ".metadata").write_bytes(pickle.dumps(metadata))
+    refuse(to_hf, copied, word)
+
+
+@pytest.mark.parametrize("change", ["gone", "rows"])
+def test_tensors_that_do_not_fit(change: str, copied: Path, to_hf) -> None:
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    metadata = read_metadata(copied)
+    if change == "gone":
+        del metadata.state_dict_metadata[name]
+        metadata.storage_data = {k: v for k, v in metadata.storage_data.items() if k.fqn != name}
+    else:
+        item = metadata.state_dict_metadata[name]
+        item.size = torch.Size((item.size[0], item.size[1] + 8, item.size[2]))
+    (iteration_folder(copied) / ".metadata").write_bytes(pickle.dumps(metadata))
+    refuse(to_hf, copied, name)
+
+
+def test_chunks_with_a_hole(copied: Path, to_hf) -> None:
+    """One chunk's place is not in storage_data: nothing may be filled with what happens to lie in memory."""
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    metadata = read_metadata(copied)
+    item = metadata.state_dict_metadata[name]
+    lost = item.chunks.pop()
+    metadata.storage_data = {
+        k: v for k, v in metadata.storage_data.items() if k.fqn != name or tuple(k.offset) != tuple(lost.offsets)
+    }
+    (iteration_folder(copied) / ".metadata").write_bytes(pickle.dumps(metadata))
+    refuse(to_hf, copied, name)
+
+
+def test_falcon_is_refused(to_megatron, tmp_path: Path) -> None:
+    source = tm.write_huggingface(tmp_path / "hf", tm.MODELS["falcon-7b"], tokenizer=False)
+    to_core(to_megatron, "falcon", source, tmp_path / "out").refused("falcon", "parallel attention")
+    assert not (tmp_path / "out").exists()
+
+
+def test_torch_dist_is_not_for_megatron_llm(to_megatron, huggingface, tmp_path: Path) -> None:
+    result = to_megatron(
+        "llama2", "--model-path", huggingface("gqa"), "--out", tmp_path / "out", "--ckpt-format", "torch_dist"
+    )
+    assert result.code in (1, 2)
+    assert "torch_dist" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("heads", "groups", "tp"), [(8, 2, 3), (6, 3, 2)])
+def test_groups_that_megatron_core_cannot_cut(heads, groups, tp, to_megatron, tmp_path: Path) -> None:
+    """k % TP or TP % k must be 0."""
+    model = Llama(f"odd-{tp}", "llama2", hidden=96, ffn=96, heads=heads, groups=groups, head_dim=96 // heads)
+    source = tm.write_huggingface(tmp_path / "hf", model, tokenizer=False)
+    to_core(to_megatron, "llama2", source, tmp_path / "out", *cut(tp)).refused(str(groups), str(tp))
+    assert not (tmp_path / "out").exists()
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def sparse_7b(folder: Path, layers: int) -> None:
+    """Llama-2-7B with fewer layers: right shapes, and data that are holes in the file."""
+    hidden, ffn, vocab = 4096, 11008, 32000
+    model = Llama("7b", "llama2", layers, hidden, ffn, heads=32, groups=32, head_dim=128, vocab=vocab)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(model.config(4)))
+    shapes: dict[str, list[int]] = {"model.embed_tokens.weight": [vocab, hidden], "lm_head.weight": [vocab, hidden]}
+    shapes["model.norm.weight"] = [hidden]
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}self_attn.{name}_proj.weight": [hidden, hidden] for name in "qkvo"}
+        shapes |= {f"{prefix}mlp.{name}_proj.weight": [ffn, hidden] for name in ("gate", "up")}
+        shapes[f"{prefix}mlp.down_proj.weight"] = [hidden, ffn]
+        shapes |= {f"{prefix}{name}_layernorm.weight": [hidden] for name in ("input", "post_attention")}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_peak_memory(direction: str, tmp_path: Path) -> None:
+    """A 7B's layers; the number of layers is no part of the peak (MEGATRON_CORE_LAYERS=32 for all of it)."""
+    layers = int(os.environ.get("MEGATRON_CORE_LAYERS", "6"))
+    needed = 2 * (2 * 32000 * 4096 + layers * (4 * 4096**2 + 3 * 4096 * 11008)) * (1 if direction == "import" else 2)
+    if shutil.disk_usage(tmp_path).free < 1.5 * needed:
+        pytest.skip(f"needs {1.5 * needed / 1e9:.0f} GB of disk")
+    sparse_7b(tmp_path / "hf", layers)
+    command = ["hf_to_megatron.py", "llama2", "--model-path", tmp_path / "hf", "--out", tmp_path / "core"]
+    peak = peak_bytes(*command, "--target", "megatron-core")
+    if direction == "export":
+        back = ["--input_dir", tmp_path / "core", "--output_dir", tmp_path / "back", "--no_tokenizer"]
+        peak = peak_bytes("megatron_to_hf.py", *back)
+    for folder in ("core", "back"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    assert peak <= 1.5e9, f"{peak / 1e9:.2f} GB resident"
+
+
+def peak_bytes(script: str, *arguments: Any) -> int:
+    """Largest resident memory of one run."""
+    process = subprocess.Popen(
+        [sys.executable, REPOSITORY / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    output = process.stdout.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stdout.close()
+    assert process.returncode == 0, output
+    return usage.ru_maxrss * 1024

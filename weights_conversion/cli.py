@@ -1,0 +1,123 @@
+"""What both command lines share: option spellings, common options, logging, exit codes. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from weights_conversion.config import ConversionError
+
+
+def option(parser: Any, *names: str, **settings: Any) -> None:
+    """Adds an option under its documented spelling, and silently under the other of dashes and underscores."""
+    extra = []
+    for name in names:
+        body = name[2:]
+        for other in ("--" + body.replace("-", "_"), "--" + body.replace("_", "-")):
+            if other not in names and other not in extra:
+                extra.append(other)
+    action = parser.add_argument(*names, *extra, **settings)
+    action.option_strings_shown = list(names)
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows each option in its documented spelling only."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = getattr(action, "option_strings_shown", None)
+        if shown is None:
+            return super()._format_action_invocation(action)
+        if action.nargs == 0:
+            return ", ".join(shown)
+        default = action.dest.upper()
+        return f"{', '.join(shown)} {self._format_args(action, default)}"
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+        shown = []
+        for action in actions:
+            if hasattr(action, "option_strings_shown"):
+                kept, action.option_strings = action.option_strings, action.option_strings_shown
+                shown.append((action, kept))
+        try:
+            return super()._format_usage(usage, actions, groups, prefix)
+        finally:
+            for action, kept in shown:
+                action.option_strings = kept
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def cores() -> int:
+    """Cores that this process may use (a batch job's share, not the machine's), at most 4."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(available, 4))
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    option(
+        parser, "--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep",
+        help="type of the written weights (default: as they are)",
+    )  # fmt: skip
+    option(parser, "--dry-run", action="store_true", help="print the plan (files, bytes, memory, disk) and stop")
+    option(parser, "--overwrite", action="store_true", help="replace an existing output")
+    option(parser, "--workers", type=positive, default=cores(), help="threads (default: cores, at most 4)")
+    option(
+        parser, "--allow-inconsistent", action="store_true",
+        help="where ranks hold different values of one parameter, take rank 0's instead of refusing",
+    )  # fmt: skip
+
+
+class Terminated(BaseException):
+    """SIGTERM, as a scheduler sends it before it kills."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def run(work: Callable[[], str]) -> int:
+    """Runs `work`, prints the report that it returns, and turns what can go wrong into sentences and an exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    for name in ("httpx", "huggingface_hub", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    handler = signal.signal(signal.SIGTERM, _terminate) if _main_thread() else None
+    try:
+        print(work())
+        return 0
+    except ConversionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
+        return 130
+    except Terminated:
+        print("terminated: the same command continues where this one stopped", file=sys.stderr)
+        return 143
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: {error.strerror or error}{place}; nothing that was there is changed, and the same command continues "
+            "where this one stopped once the cause is mended",
+            file=sys.stderr,
+        )
+        return 1
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()

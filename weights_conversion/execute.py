@@ -1,0 +1,353 @@
+"""Executes a plan: positioned reads into reused buffers, one strided copy at most, positioned writes.
+
+Reads, copies, checksums and writes all release the GIL, so a few threads keep the filesystem busy. Memory is the
+threads' buffers, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weights_conversion.config import ConversionError
+from weights_conversion.dialects import HF
+from weights_conversion.ops import Context, Op, Range, to_hf, to_megatron
+from weights_conversion.placement import Placed, TensorRef
+from weights_conversion.plan import CHUNK_BYTES, PAGE, Chunk, Plan, Step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Bytes start..start+length of a target tensor have been written, and have this CRC-32 (0 where none is kept)."""
+
+    ref: TensorRef
+    start: int
+    length: int
+    crc: int
+
+
+class Scratch:
+    """Page-aligned memory of one worker, handed out piece by piece and reused for every chunk."""
+
+    def __init__(self) -> None:
+        self._regions: list[tuple[mmap.mmap, Tensor]] = []
+        self._used = 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor that starts on a page; valid until `reset`."""
+        size = prod(shape) * dtype.itemsize
+        pages = -(-max(size, 1) // PAGE) * PAGE
+        if not self._regions or self._used + pages > len(self._regions[-1][0]):
+            self._add(max(pages, CHUNK_BYTES))
+        _, tensor = self._regions[-1]
+        piece = tensor[self._used : self._used + size].view(dtype).view(tuple(shape))
+        self._used += pages
+        return piece
+
+    def reset(self) -> None:
+        if len(self._regions) > 1:  # one region next time, so that the pieces of a chunk follow each other
+            total = sum(len(region) for region, _ in self._regions)
+            self._regions = []
+            self._add(total)
+        self._used = 0
+
+    def _add(self, size: int) -> None:
+        region = mmap.mmap(-1, size)
+        self._regions.append((region, torch.frombuffer(region, dtype=torch.uint8)))
+        self._used = 0
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, which must outlive the view."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+
+
+class Source:
+    """Positioned reads from any number of files, by path; descriptors stay open until `close`."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._root = root
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, ref: TensorRef, start: int, into: Tensor) -> None:
+        """Fill the contiguous tensor `into` from byte `start` of `ref` on."""
+        descriptor = self._open(ref.file)
+        left, position = bytes_of(into), ref.offset + start
+        while left:
+            count = os.preadv(descriptor, [left], position)
+            if count == 0:
+                raise ConversionError(f"{ref.file} ends in the middle of {ref.name}; it was cut off while it was read")
+            left, position = left[count:], position + count
+
+    def _open(self, file: str) -> int:
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = os.open(self._root / file if self._root else file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._files[file]
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+
+class Target:
+    """Positioned writes into files that exist with their final size.
+
+    Whole pages bypass the page cache (O_DIRECT), which on a local disk doubles the speed of a conversion; what does
+    not fill a page, and filesystems that refuse O_DIRECT, go through the page cache.
+    """
+
+    def __init__(self, root: Path, offsets: Mapping[TensorRef, int], direct: bool = True) -> None:
+        self._root, self._offsets, self._direct = root, offsets, direct
+        self._files: dict[str, tuple[int, int | None]] = {}
+        self._lock = threading.Lock()
+
+    def write(self, ref: TensorRef, start: int, data: Tensor) -> None:
+        """Write the contiguous tensor `data` at byte `start` of `ref`."""
+        cached, direct = self._open(ref.file)
+        view, position = bytes_of(data), self._offsets[ref] + start
+        if direct is not None and position % PAGE == 0 and data.data_ptr() % PAGE == 0:
+            pages = len(view) // PAGE * PAGE
+            try:
+                _write_all(direct, view[:pages], position)
+                view, position = view[pages:], position + pages
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._files[ref.file] = (cached, None)
+        _write_all(cached, view, position)
+
+    def _open(self, file: str) -> tuple[int, int | None]:
+        with self._lock:
+            if file not in self._files:
+                path = self._root / file
+                cached = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                direct = None
+                if self._direct and hasattr(os, "O_DIRECT"):
+                    try:
+                        direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+                    except OSError:
+                        logger.debug("%s: no direct writes here", path)
+                self._files[file] = (cached, direct)
+            return self._files[file]
+
+    def sync(self) -> None:
+        """Make everything that was written survive a power cut."""
+        with self._lock:
+            descriptors = [cached for cached, _ in self._files.values()]
+        for descriptor in descriptors:
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        for cached, direct in self._files.values():
+            os.close(cached)
+            if direct is not None:
+                os.close(direct)
+        self._files.clear()
+
+
+def _write_all(descriptor: int, view: memoryview, position: int) -> None:
+    while view:
+        count = os.pwrite(descriptor, view, position)
+        view, position = view[count:], position + count
+
+
+def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, copy: int = 0) -> Tensor:
+    """Rows of a placed tensor, (rows, columns), gathered from its blocks."""
+    first, last = rows
+    full = scratch.take((last - first, placed.columns), placed.dtype)
+    for block in placed.copies[copy]:
+        start, stop = max(first, block.rows[0]), min(last, block.rows[1])
+        if start >= stop:
+            continue
+        part = full[start - first : stop - first, block.columns[0] : block.columns[1]]
+        if part.is_contiguous() and block.ref.dtype == placed.dtype:
+            source.read(block.ref, block.byte(start), part)
+        else:
+            stored = scratch.take(part.shape, block.ref.dtype)
+            source.read(block.ref, block.byte(start), stored)
+            part.copy_(stored)
+    return full
+
+
+def read_source(plan: Plan, step: Step, start: int, stop: int, source: Source, scratch: Scratch) -> list[Tensor]:
+    """The source tensors of units start..stop: one per HF tensor, or one per row range of the Megatron tensor."""
+    ranges = plan.rows(plan.source, step, start, stop)
+    placed = step.source * len(ranges) if plan.source.megatron else step.source
+    return [read_rows(tensor, rows, source, scratch) for tensor, rows in zip(placed, ranges, strict=True)]
+
+
+def as_hf(op: Op, units: int, tensors: list[Tensor], ctx: Context, scratch: Scratch) -> list[Tensor]:
+    """Megatron's tensors of `units` units as HF's, in the same dtype."""
+    if op.moves_rows_only(ctx):
+        return tensors
+    ranges = op.hf_rows(0, units, ctx.config)
+    result = [scratch.take((stop - start, tensors[0].shape[1]), tensors[0].dtype) for start, stop in ranges]
+    to_hf(op, tensors, result, ctx)
+    return result
+
+
+def as_megatron(op: Op, tensors: list[Tensor], ctx: Context, scratch: Scratch) -> list[Tensor]:
+    """HF's tensors of some units as Megatron's, in the same dtype."""
+    if op.moves_rows_only(ctx):
+        return tensors
+    fused = scratch.take((sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]), tensors[0].dtype)
+    to_megatron(op, [fused], tensors, ctx)
+    return [fused]
+
+
+def transform(plan: Plan, op: Op, units: int, tensors: list[Tensor], scratch: Scratch) -> list[Tensor]:
+    """Source tensors of `units` units, as the target wants them (its dtype is applied when they are written)."""
+    hf = HF if plan.source.megatron else plan.source.dialect
+    source, target = plan.source.context(plan.config, hf), plan.target.context(plan.config, hf)
+    if plan.source.megatron and plan.target.megatron:
+        if plan.source.dialect.interleaved == plan.target.dialect.interleaved:
+            return tensors
+        return as_megatron(op, as_hf(op, units, tensors, source, scratch), target, scratch)
+    if plan.target.megatron:
+        return as_megatron(op, tensors, target, scratch)
+    if plan.source.megatron:
+        return as_hf(op, units, tensors, source, scratch)
+    return tensors
+
+
+def write_rows(placed: Placed, rows: Range, tensor: Tensor, target: Target, scratch: Scratch) -> Iterable[Written]:
+    """Writes rows (rows, columns) to every block of every copy that holds some of them."""
+    first, last = rows
+    if tensor.dtype != placed.dtype:
+        cast = scratch.take(tensor.shape, placed.dtype)
+        tensor = cast.copy_(tensor)
+    for copy in placed.copies:
+        for block in copy:
+            start, stop = max(first, block.rows[0]), min(last, block.rows[1])
+            if start >= stop:
+                continue
+            part = tensor[start - first : stop - first, block.columns[0] : block.columns[1]]
+            if not part.is_contiguous():
+                part = scratch.take(part.shape, part.dtype).copy_(part)
+            target.write(block.ref, block.byte(start), part)
+            yield Written(block.ref, block.byte(start), part.numel() * part.element_size(), zlib.crc32(bytes_of(part)))
+
+
+def added_rows(plan: Plan, step: Step, count: int, source: Source, scratch: Scratch) -> Tensor:
+    """`count` new vocabulary rows: copies of the last row, or the mean row."""
+    (placed,) = step.source
+    if plan.new_rows == "mean":
+        total = torch.zeros(placed.columns, dtype=torch.float64)
+        for start in range(0, step.units, 1024):
+            block = read_rows(placed, (start, min(start + 1024, step.units)), source, scratch)
+            total += block.to(torch.float64).sum(0)
+            scratch.reset()
+        row = (total / step.units).to(placed.dtype).unsqueeze(0)
+    else:
+        row = read_rows(placed, (step.units - 1, step.units), source, scratch)
+    return scratch.take((count, placed.columns), placed.dtype).copy_(row)
+
+
+def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Target, scratch: Scratch) -> list[Written]:
+    """Reads, converts and writes one chunk."""
+    scratch.reset()
+    step = plan.steps[chunk.step]
+    written: list[Written] = []
+    if chunk.adds:
+        rows = added_rows(plan, step, chunk.stop - chunk.start, source, scratch)
+        written += write_rows(step.target[0], (chunk.start, chunk.stop), rows, target, scratch)
+        return written
+    tensors = read_source(plan, step, chunk.start, chunk.stop, source, scratch)
+    tensors = transform(plan, step.mapping.op, chunk.stop - chunk.start, tensors, scratch)
+    ranges = plan.rows(plan.target, step, chunk.start, chunk.stop)
+    placed = step.target * len(ranges) if plan.target.megatron else step.target
+    for tensor, place, rows in zip(tensors, placed, ranges, strict=True):
+        written += write_rows(place, rows, tensor, target, scratch)
+    return written
+
+
+@dataclass
+class Stop:
+    """Set by a signal handler or a failing worker: no further chunk is begun."""
+
+    event: threading.Event = field(default_factory=threading.Event)
+
+
+def execute(
+    plan: Plan,
+    chunks: Sequence[tuple[int, Chunk]],
+    source: Source,
+    target: Target,
+    workers: int,
+    done: Callable[[int, Chunk, list[Written]], None],
+    stop: Stop | None = None,
+) -> None:
+    """Converts `chunks` (number, chunk) on `workers` threads. `done` is called as each is finished, from its thread."""
+    stop = stop or Stop()
+    pending = iter(chunks)
+    lock = threading.Lock()
+
+    def work() -> None:
+        scratch = Scratch()
+        while not stop.event.is_set():
+            with lock:
+                item = next(pending, None)
+            if item is None:
+                return
+            try:
+                done(*item, convert_chunk(plan, item[1], source, target, scratch))
+            except BaseException:
+                stop.event.set()
+                raise
+
+    torch.set_num_threads(1)  # the workers are the parallelism; torch's own threads would fight them
+    with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
+        futures = [pool.submit(work) for _ in range(workers)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
+            stop.event.set()
+            raise
+    for future in futures:
+        future.result()
+
+
+def inconsistencies(plan: Plan, source: Source) -> list[str]:
+    """Compares the copies of every source tensor that has several (norms on tensor ranks, tied heads), bit by bit."""
+    problems, scratch = [], Scratch()
+    for step in plan.steps:
+        for placed in step.source:
+            for number in range(1, len(placed.copies)):
+                problems += _difference(placed, number, source, scratch)
+    return problems
+
+
+def _difference(placed: Placed, number: int, source: Source, scratch: Scratch) -> list[str]:
+    rows = max(CHUNK_BYTES // placed.row_bytes, 1)
+    for start in range(0, placed.rows, rows):
+        scratch.reset()
+        span = (start, min(start + rows, placed.rows))
+        first = read_rows(placed, span, source, scratch)
+        other = read_rows(placed, span, source, scratch, copy=number)
+        if not torch.equal(first.view(torch.uint8), other.view(torch.uint8)):
+            one, two = placed.copies[0][0], placed.copies[number][0]
+            return [
+                f"{placed.name} differs between {one.ref.file} ({one.ref.name}) and {two.ref.file} ({two.ref.name}), "
+                "which must hold the same values; --allow-inconsistent takes the first"
+            ]
+    return []
+

@@ -1,0 +1,207 @@
+"""Hugging Face folders: safetensors and .bin weights with or without an index, and safetensors output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weights_conversion.config import ConversionError
+from weights_conversion.formats import torch_files
+from weights_conversion.placement import Placed, TensorRef, whole
+from weights_conversion.plan import PAGE
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+# The order in which transformers looks for weights.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or an error that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConversionError(f"{path} does not exist") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConversionError(f"{path} is not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__}, where a JSON object was expected")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, TensorRef]:
+    """The tensors of a safetensors file, from its header alone. A header that lies is refused."""
+
+    def damaged(why: str) -> ConversionError:
+        return ConversionError(f"{path} is not a complete safetensors file: {why}; download or copy it again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise damaged(f"its header claims {length} bytes, the file has {size}")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise damaged("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    refs, end = [], 8 + length
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, stop) = DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+                raise ValueError(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(f"its entry for {name!r} is malformed") from error
+        if dtype is None:
+            raise ConversionError(
+                f"{name} in {path} is stored as {entry['dtype']}, which is a quantised or unknown type; "
+                "convert the unquantised checkpoint"
+            )
+        if prod(shape) * dtype.itemsize != stop - start:
+            raise damaged(f"{name!r} of shape {list(shape)} and type {entry['dtype']} has {stop - start} bytes")
+        refs.append(TensorRef(str(path), name, dtype, shape, 8 + length + start))
+    for ref in sorted(refs, key=lambda ref: (ref.offset, ref.nbytes)):
+        if ref.offset != end:
+            raise damaged(f"{ref.name!r} begins at byte {ref.offset}, where byte {end} was due (a gap or an overlap)")
+        end += ref.nbytes
+    if end != size:
+        raise damaged(f"its tensors end at byte {end}, the file has {size}")
+    return {ref.name: ref for ref in refs}
+
+
+def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The index (if any) and the weight files of an HF folder."""
+    present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not present:
+        raise ConversionError(
+            f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)}; "
+            "--model-path names the folder (or repository) that does"
+        )
+    if present[0].suffix != ".json":
+        return None, [present[0]]
+    index = read_json(present[0])
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ConversionError(f"{present[0]} has no weight_map from tensor names to file names")
+    files = sorted(set(names.values()))
+    strays = [name for name in files if Path(name).name != name or name in ("", ".", "..") or "\\" in name]
+    if strays:
+        raise ConversionError(f"{present[0]} names {strays[0]!r}, which is not a file of its own folder")
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise ConversionError(
+            f"{folder} lacks {', '.join(missing)}, which {present[0].name} names; download the missing files"
+        )
+    return present[0], [folder / name for name in files]
+
+
+def read_hf(folder: Path) -> dict[str, Placed]:
+    """All tensors of an HF folder by name, checked against its index in both directions."""
+    index, files = weight_files(folder)
+    placed: dict[str, Placed] = {}
+    problems = []
+    for file in files:
+        if file.suffix == ".safetensors":
+            refs = read_safetensors(file)
+        else:
+            opened = torch_files.read_torch_file(file)
+            refs = torch_files.tensors(opened, opened.content)
+        for name, ref in refs.items():
+            if name in placed:
+                problems.append(f"{name} stands in two files, {placed[name].copies[0][0].ref.file} and {file}")
+            if len(ref.shape) in (1, 2):
+                placed[name] = whole(ref)
+            else:
+                problems.append(f"{name} in {file} has shape {list(ref.shape)}; weights have one or two dimensions")
+    if index is not None:
+        names = read_json(index)["weight_map"]
+        problems += [
+            f"{name} should be in {names[name]}, as {index.name} says, but "
+            + (f"is in {Path(placed[name].copies[0][0].ref.file).name}" if name in placed else "is not there")
+            for name in sorted(names)
+            if name not in placed or Path(placed[name].copies[0][0].ref.file).name != names[name]
+        ]
+    if problems:
+        raise ConversionError(*problems)
+    return placed
+
+
+@dataclass(frozen=True)
+class SafetensorsTarget:
+    """A safetensors file to be written, its tensors in the order of `refs`."""
+
+    file: str
+    refs: tuple[TensorRef, ...]
+
+    def header(self) -> bytes:
+        """Length and JSON, padded with spaces so that the data begin on a page."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for ref in self.refs:
+            entries[ref.name] = {
+                "dtype": _NAMES[ref.dtype],
+                "shape": list(ref.shape),
+                "data_offsets": [position, position + ref.nbytes],
+            }
+            position += ref.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % PAGE)
+        return len(text).to_bytes(8, "little") + text
+
+    def create(self, root: Path, resume: bool = False) -> dict[TensorRef, int]:
+        """Writes the header and gives the file its size; returns the first byte of each tensor's data."""
+        header = self.header()
+        if not resume:
+            with (root / self.file).open("wb") as file:
+                file.write(header)
+                file.truncate(len(header) + sum(ref.nbytes for ref in self.refs))
+        offsets, position = {}, len(header)
+        for ref in self.refs:
+            offsets[ref] = position
+            position += ref.nbytes
+        return offsets
+
+    def finish(self, root: Path, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
+        """Nothing is left to do: the header was complete from the start."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """model.safetensors.index.json: which file holds which tensor."""
+
+    targets: Sequence[SafetensorsTarget] = field(hash=False)
+
+    def text(self) -> str:
+        where = {ref.name: target.file for target in self.targets for ref in target.refs}
+        total = sum(ref.nbytes for target in self.targets for ref in target.refs)
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        return json.dumps(content, indent=2) + "\n"

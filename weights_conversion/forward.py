@@ -1,0 +1,329 @@
+"""A float32 forward pass straight from stored weights, in the conventions of the side that stored them.
+
+It proves a conversion, so it shares no code with one: only `ModelConfig` and torch. Each side's names, rotary order,
+gate/up order and QKV grouping are written down here a second time, and two sides hold the same model when their traces
+agree. Weights are asked for one block of rows at a time; only the prompts' hidden states stay in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weights_conversion.config import ConversionError, ModelConfig
+
+Weights = Callable[[str, slice | None], Tensor]
+"""(full stored name, rows) -> those rows of the full, unsharded tensor in its stored dtype; None asks for all rows.
+
+Matrices are asked for in ascending, consecutive row ranges with both ends given; norms are asked for whole.
+"""
+
+Stage = tuple[str, int | None, Tensor]
+"""(sub-module, layer or None, output). The sub-modules are `embedding`, then per layer `attention_norm`, `attention`
+(behind the output projection), `mlp_norm` (absent where falcon shares one norm), `mlp` and `layer` (with the residual),
+then `final_norm` and `logits`. Outputs are float32 (prompts, length, hidden), logits (prompts, length, vocab)."""
+
+BLOCK_ELEMENTS = 1 << 22
+"""Weights that are held in float32 at one time: 16 MiB, small enough that malloc reuses the pages."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Stored names. Those of a layer stand behind `layer`; `{}` is the global layer number."""
+
+    embedding: str
+    layer: str
+    attention_norm: str
+    qkv: tuple[str, ...]  # q, k and v; or one fused matrix
+    dense: str
+    mlp_norm: str
+    mlp_in: tuple[str, ...]  # two halves of a GLU, or one matrix: both halves fused, or all there is without a GLU
+    mlp_out: str
+    final_norm: str
+    head: str
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How one side stores a model. `dataclasses.replace` makes a hypothesis about what a writer did wrong."""
+
+    title: str
+    names: Names
+    interleaved_rotary: bool  # rotate rows (2i, 2i+1) of a head; otherwise rows (i, i + head_dim/2)
+    gate_first: bool  # of the two halves of a GLU, by rows or in the order of `Names.mlp_in`
+    falcon: tuple[Names, ...] = ()  # with one norm in front of the parallel branches, and with two; empty: no falcon
+    grouped_qkv: bool = True  # fused QKV is [q .. q, k, v] per group; otherwise all q, all k, all v
+
+    def names_for(self, config: ModelConfig) -> Names:
+        """Raises ConversionError for a family that this side cannot store."""
+        if config.family != "falcon":
+            return self.names
+        if not self.falcon:
+            raise ConversionError(
+                f"{self.title} checkpoints cannot hold a falcon model, whose attention and MLP are parallel; "
+                "compare a Hugging Face or Megatron-LLM checkpoint."
+            )
+        return self.falcon[config.num_layernorms - 1]
+
+
+_HF_FALCON = Names(
+    embedding="transformer.word_embeddings.weight",
+    layer="transformer.h.{}.",
+    attention_norm="input_layernorm.weight",
+    qkv=("self_attention.query_key_value.weight",),
+    dense="self_attention.dense.weight",
+    mlp_norm="input_layernorm.weight",
+    mlp_in=("mlp.dense_h_to_4h.weight",),
+    mlp_out="mlp.dense_4h_to_h.weight",
+    final_norm="transformer.ln_f.weight",
+    head="lm_head.weight",
+)
+HF = Convention(
+    "Hugging Face",
+    Names(
+        embedding="model.embed_tokens.weight",
+        layer="model.layers.{}.",
+        attention_norm="input_layernorm.weight",
+        qkv=("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        dense="self_attn.o_proj.weight",
+        mlp_norm="post_attention_layernorm.weight",
+        mlp_in=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        mlp_out="mlp.down_proj.weight",
+        final_norm="model.norm.weight",
+        head="lm_head.weight",
+    ),
+    interleaved_rotary=False,
+    gate_first=True,
+    falcon=(_HF_FALCON, replace(_HF_FALCON, attention_norm="ln_attn.weight", mlp_norm="ln_mlp.weight")),
+)
+META = Convention(
+    "Meta",
+    Names(
+        embedding="tok_embeddings.weight",
+        layer="layers.{}.",
+        attention_norm="attention_norm.weight",
+        qkv=("attention.wq.weight", "attention.wk.weight", "attention.wv.weight"),
+        dense="attention.wo.weight",
+        mlp_norm="ffn_norm.weight",
+        mlp_in=("feed_forward.w1.weight", "feed_forward.w3.weight"),
+        mlp_out="feed_forward.w2.weight",
+        final_norm="norm.weight",
+        head="output.weight",
+    ),
+    interleaved_rotary=True,
+    gate_first=True,
+)
+_MEGATRON_LLM = Names(
+    embedding="language_model.embedding.word_embeddings.weight",
+    layer="language_model.encoder.layers.{}.",
+    attention_norm="input_layernorm.weight",
+    qkv=("self_attention.query_key_value.weight",),
+    dense="self_attention.dense.weight",
+    mlp_norm="post_attention_layernorm.weight",
+    mlp_in=("mlp.dense_h_to_4h.weight",),
+    mlp_out="mlp.dense_4h_to_h.weight",
+    final_norm="language_model.encoder.final_layernorm.weight",
+    head="language_model.lm_head",
+)
+MEGATRON_LLM = Convention(
+    "Megatron-LLM",
+    _MEGATRON_LLM,
+    interleaved_rotary=True,
+    gate_first=False,
+    falcon=(
+        replace(_MEGATRON_LLM, mlp_norm="input_layernorm.weight"),
+        replace(_MEGATRON_LLM, mlp_norm="mlp_layernorm.weight"),
+    ),
+)
+MEGATRON_CORE = Convention(
+    "Megatron-Core",
+    Names(
+        embedding="embedding.word_embeddings.weight",
+        layer="decoder.layers.{}.",
+        attention_norm="self_attention.linear_qkv.layer_norm_weight",
+        qkv=("self_attention.linear_qkv.weight",),
+        dense="self_attention.linear_proj.weight",
+        mlp_norm="mlp.linear_fc1.layer_norm_weight",
+        mlp_in=("mlp.linear_fc1.weight",),
+        mlp_out="mlp.linear_fc2.weight",
+        final_norm="decoder.final_layernorm.weight",
+        head="output_layer.weight",
+    ),
+    interleaved_rotary=False,
+    gate_first=True,
+)
+
+
+def default_prompts(config: ModelConfig, count: int = 3, length: int = 24) -> Tensor:
+    """Token ids (count, length), the same on every machine, spread evenly over the vocabulary and thus over its shards.
+
+    A window below 64 lengthens the prompts beyond it. A longer window is out of reach of a cheap prompt: it has to be
+    compared in the configs.
+    """
+    if config.sliding_window is not None and config.sliding_window < 64:
+        length = max(length, config.sliding_window + 8)
+    # Multiples of the golden ratio leave no large gap in [0, 1). It is a fraction of integers here, to be exact.
+    steps = torch.arange(1, count * length + 1, dtype=torch.int64) * 2654435769 % 2**32
+    return (steps * config.vocab_size // 2**32).view(count, length)
+
+
+def whole_tensors(read: Callable[[str], Tensor]) -> Weights:
+    """`Weights` over a reader that knows no row ranges: keeps the last tensor, and only that one, in memory."""
+    last: tuple[str, Tensor] | None = None
+
+    def weights(name: str, rows: slice | None) -> Tensor:
+        nonlocal last
+        if last is None or last[0] != name:
+            last = None  # let go of one tensor before the next is read
+            last = (name, read(name))
+        return last[1] if rows is None else last[1][rows]
+
+    return weights
+
+
+def trace(
+    config: ModelConfig, convention: Convention, weights: Weights, tokens: Tensor, *, head: str | None = None
+) -> Iterator[Stage]:
+    """Yields each sub-module's output for `tokens` (prompts, length), as soon as it is computed.
+
+    The logits come from `head` where a name is given (pipeline ranks hold a tied table twice), else from the embedding
+    if `tie_word_embeddings`, else from the side's own head. Raises ConversionError for a tensor of another shape than
+    `config` asks for.
+    """
+    names = convention.names_for(config)
+    hidden = embed(config, convention, weights, tokens)
+    yield "embedding", None, hidden
+    for index in range(config.num_layers):
+        for stage in layer(config, convention, weights, index, hidden):
+            yield stage
+            hidden = stage[2]
+    hidden = _norm(config, weights, names.final_norm, hidden)
+    yield "final_norm", None, hidden
+    head = head or (names.embedding if config.tie_word_embeddings else names.head)
+    # Rows from vocab_size on are a layout's padding.
+    yield "logits", None, _linear(weights, head, hidden, 0, config.vocab_size)
+
+
+def embed(config: ModelConfig, convention: Convention, weights: Weights, tokens: Tensor) -> Tensor:
+    """Rows of the embedding for `tokens`; no other row is asked for."""
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise ValueError(f"token ids must be in [0, {config.vocab_size}), got {tokens.min()} to {tokens.max()}")
+    name = convention.names_for(config).embedding
+    ids, positions = torch.unique(tokens, return_inverse=True)
+    rows = [_rows(weights, name, i, i + 1, config.hidden_size) for i in ids.tolist()]
+    return torch.cat(rows)[positions]
+
+
+def layer(
+    config: ModelConfig, convention: Convention, weights: Weights, index: int, hidden: Tensor
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Stages of one layer for its input `hidden`; the last one, `layer`, is the input of the next."""
+    names = convention.names_for(config)
+    prefix = names.layer.format(index)
+
+    normed = _norm(config, weights, prefix + names.attention_norm, hidden)
+    yield "attention_norm", index, normed
+    attended = _attention(config, convention, weights, prefix, normed)
+    yield "attention", index, attended
+
+    residual = hidden + attended
+    mlp_input = hidden if config.family == "falcon" else residual  # falcon's two branches are parallel
+    if names.mlp_norm != names.attention_norm:
+        normed = _norm(config, weights, prefix + names.mlp_norm, mlp_input)
+        yield "mlp_norm", index, normed
+    mlp = _mlp(config, convention, weights, prefix, normed)
+    yield "mlp", index, mlp
+    yield "layer", index, residual + mlp
+
+
+def _attention(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Tensor:
+    names = convention.names_for(config)
+    heads, groups, dim = config.num_attention_heads, config.num_query_groups, config.head_dim
+    sizes = [heads * dim, groups * dim, groups * dim]
+    if len(names.qkv) == 3:
+        q, k, v = (_linear(weights, prefix + name, x, 0, size) for name, size in zip(names.qkv, sizes, strict=True))
+    else:
+        fused = _linear(weights, prefix + names.qkv[0], x, 0, sum(sizes))
+        if convention.grouped_qkv:
+            # (prompts, length, groups, heads of a group + 2, dim)
+            q, k, v = fused.unflatten(-1, (groups, -1, dim)).split([heads // groups, 1, 1], dim=-2)
+        else:
+            q, k, v = fused.split(sizes, dim=-1)
+    shape = (*x.shape[:2], groups, -1, dim)  # k and v: one head of a group
+    q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+    q, k = _rotate(config, convention, q), _rotate(config, convention, k)
+
+    scores = torch.einsum("bigrd,bjgsd->bgrij", q, k) / dim**0.5
+    position = torch.arange(x.shape[1])
+    distance = position[:, None] - position[None, :]
+    masked = distance < 0
+    if config.sliding_window is not None:
+        masked |= distance >= config.sliding_window  # a token sees `sliding_window` tokens, itself included
+    scores = scores.masked_fill(masked, float("-inf")).softmax(dim=-1)
+    out = torch.einsum("bgrij,bjgsd->bigrd", scores, v).flatten(2)
+    return _linear(weights, prefix + names.dense, out, 0, config.hidden_size)
+
+
+def _rotate(config: ModelConfig, convention: Convention, x: Tensor) -> Tensor:
+    """Rotary embedding of x (prompts, length, groups, heads, head_dim)."""
+    dim = config.head_dim
+    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * (frequencies / config.rope_scaling_factor)
+    cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
+    axis = -1 if convention.interleaved_rotary else -2
+    a, b = x.unflatten(-1, (-1, 2) if convention.interleaved_rotary else (2, -1)).unbind(axis)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=axis).flatten(-2)
+
+
+def _mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Tensor:
+    names, ffn = convention.names_for(config), config.ffn_hidden_size
+    if config.family == "falcon":
+        inner = F.gelu(_linear(weights, prefix + names.mlp_in[0], x, 0, ffn))
+    else:
+        # Fused: the second half begins at row ffn of the same matrix.
+        start = ffn if len(names.mlp_in) == 1 else 0
+        halves = (
+            _linear(weights, prefix + names.mlp_in[0], x, 0, ffn),
+            _linear(weights, prefix + names.mlp_in[-1], x, start, start + ffn),
+        )
+        gate, up = halves if convention.gate_first else halves[::-1]
+        inner = F.silu(gate) * up
+    return _linear(weights, prefix + names.mlp_out, inner, 0, config.hidden_size)
+
+
+def _norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
+    """LayerNorm with bias for falcon, RMSNorm for the others."""
+    weight = _checked(weights(name, None), name, (config.hidden_size,))
+    if config.family == "falcon":
+        name = name.removesuffix("weight") + "bias"
+        bias = _checked(weights(name, None), name, (config.hidden_size,))
+        return F.layer_norm(x, (config.hidden_size,), weight, bias, config.layernorm_epsilon)
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.layernorm_epsilon))
+
+
+def _linear(weights: Weights, name: str, x: Tensor, start: int, stop: int) -> Tensor:
+    """x (.., columns) times rows [start, stop) of a matrix, in blocks: a large matrix is never whole in float32."""
+    columns = x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], stop - start)
+    step = max(1, BLOCK_ELEMENTS // columns)
+    for begin in range(start, stop, step):
+        end = min(begin + step, stop)
+        out[..., begin - start : end - start] = F.linear(x, _rows(weights, name, begin, end, columns))
+    return out
+
+
+def _rows(weights: Weights, name: str, start: int, stop: int, columns: int) -> Tensor:
+    return _checked(weights(name, slice(start, stop)), f"{name}, rows {start} to {stop},", (stop - start, columns))
+
+
+def _checked(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise ConversionError(
+            f"{name} has shape {tuple(tensor.shape)} where the model's config asks for {shape}; "
+            "the config and the weights are of two models."
+        )
+    return tensor.detach().float()

@@ -1,0 +1,264 @@
+"""config.json <-> ModelConfig, by table, in the spelling of transformers 4 and 5; Meta's params.json -> ModelConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weights_conversion.config import ConversionError, ModelConfig
+from weights_conversion.dialects import MEGATRON_CORE, Dialect
+from weights_conversion.placement import Placed
+
+MODEL_TYPES = {
+    "codellama": ("llama",),
+    "falcon": ("falcon", "RefinedWeb", "RefinedWebModel"),
+    "llama": ("llama",),
+    "llama2": ("llama",),
+    "mistral": ("mistral",),
+}
+ARCHITECTURE_CLASSES = {
+    "codellama": "LlamaForCausalLM",
+    "falcon": "FalconForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "llama2": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+# ModelConfig field -> config.json key (and the spellings of older releases).
+LLAMA_KEYS: dict[str, tuple[str, ...]] = {
+    "num_layers": ("num_hidden_layers",),
+    "hidden_size": ("hidden_size",),
+    "ffn_hidden_size": ("intermediate_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("max_position_embeddings",),
+    "layernorm_epsilon": ("rms_norm_eps",),
+}
+FALCON_KEYS: dict[str, tuple[str, ...]] = {
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "hidden_size": ("hidden_size",),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "vocab_size": ("vocab_size",),
+    "layernorm_epsilon": ("layer_norm_epsilon",),
+}
+# What Meta's params.json does not say.
+META_CONTEXT = {"llama": 2048, "llama2": 4096, "codellama": 16384}
+
+
+def keys_of(family: str) -> dict[str, tuple[str, ...]]:
+    return FALCON_KEYS if family == "falcon" else LLAMA_KEYS
+
+
+def read_config(family: str, raw: Mapping[str, Any], target: Dialect) -> ModelConfig:
+    """The ModelConfig of a config.json. Everything that `target` cannot express is refused by name."""
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES[family]:
+        raise ConversionError(
+            f"its config.json says model_type {model_type!r}, but {family} is {' or '.join(MODEL_TYPES[family])}; "
+            "give the MODEL that the checkpoint is"
+        )
+    problems = unsupported(family, raw, target)
+    values: dict[str, Any] = {}
+    for name, keys in keys_of(family).items():
+        value = next((raw[key] for key in keys if raw.get(key) is not None), None)
+        wanted = float if name == "layernorm_epsilon" else int
+        if name == "layernorm_epsilon" and value is None:
+            value = 1e-5 if family == "falcon" else 1e-6  # transformers' defaults
+        if not isinstance(value, (int, wanted)) or isinstance(value, bool) or value <= 0:
+            problems.append(f"its config.json has {keys[0]} {value!r}, where a positive {wanted.__name__} was expected")
+        else:
+            values[name] = value
+    if problems:
+        raise ConversionError(*problems)
+    theta, factor = read_rope(raw)
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    if family == "falcon":
+        values |= _falcon(raw, heads, hidden)
+    else:
+        values["num_query_groups"] = raw.get("num_key_value_heads") or heads
+        values["head_dim"] = raw.get("head_dim") or hidden // heads
+        values["sliding_window"] = raw.get("sliding_window") if family == "mistral" else None
+        values["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
+    config = ModelConfig(family=family, rope_theta=theta, rope_scaling_factor=factor, **values)
+    _check_heads(config, "head_dim" in raw and raw["head_dim"] is not None and family != "falcon")
+    return config
+
+
+def _falcon(raw: Mapping[str, Any], heads: int, hidden: int) -> dict[str, Any]:
+    grouped = bool(raw.get("new_decoder_architecture", False))
+    kv = raw.get("num_kv_heads") or raw.get("n_head_kv") or heads
+    norms = raw.get("num_ln_in_parallel_attn")
+    return {
+        "ffn_hidden_size": raw.get("ffn_hidden_size") or 4 * hidden,
+        "num_query_groups": kv if grouped else 1 if raw.get("multi_query", True) else heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": raw.get("max_position_embeddings") or 2048,
+        "num_layernorms": norms if norms in (1, 2) else 2 if grouped else 1,
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", True)),
+    }
+
+
+def _check_heads(config: ModelConfig, own_head_dim: bool) -> None:
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    problems = []
+    for name in ("num_query_groups", "head_dim", "max_position_embeddings", "ffn_hidden_size"):
+        if not isinstance(getattr(config, name), int) or getattr(config, name) <= 0:
+            problems.append(f"its config has {name} {getattr(config, name)!r}, where a positive number was expected")
+    if not problems and heads % groups:
+        problems.append(f"{heads} attention heads cannot be divided among {groups} key/value heads")
+    if not own_head_dim and config.hidden_size % heads:
+        problems.append(f"hidden size {config.hidden_size} cannot be divided among {heads} attention heads")
+    if not problems and config.head_dim % 2:
+        problems.append(f"heads of {config.head_dim} rows have no rotary pairs; an even number was expected")
+    if problems:
+        raise ConversionError(*problems)
+
+
+def unsupported(family: str, raw: Mapping[str, Any], target: Dialect) -> list[str]:
+    """Features of a config.json that the target cannot express, as sentences."""
+    found = []
+    if raw.get("quantization_config"):
+        found.append("quantized weights (quantization_config)")
+    if family == "falcon":
+        if target is MEGATRON_CORE:
+            found.append("falcon's attention in parallel with the MLP (parallel_attn)")
+        if raw.get("alibi"):
+            found.append("alibi position embeddings (alibi)")
+        if not (raw.get("parallel_attn", True) or raw.get("new_decoder_architecture", False)):
+            found.append("attention before the MLP instead of beside it (parallel_attn false)")
+        if raw.get("bias"):
+            found.append("linear layers with bias (bias)")
+        if raw.get("activation", "gelu") != "gelu":
+            found.append(f"activation {raw['activation']!r}")
+    else:
+        for key in ("attention_bias", "mlp_bias"):
+            if raw.get(key):
+                found.append(f"{key} (linear layers with bias)")
+        if raw.get("hidden_act", "silu") != "silu":
+            found.append(f"hidden_act {raw['hidden_act']!r}")
+        if raw.get("tie_word_embeddings") and target is not MEGATRON_CORE:
+            found.append("a head tied to the embedding (tie_word_embeddings)")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        return [*(_cannot(target, what) for what in found), f"its config.json has rope parameters {rope!r}, not an object"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", None):
+        found.append(f"rope scaling of type {kind!r} (only linear)")
+    if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        found.append("rotary embedding on a part of each head (partial_rotary_factor)")
+    return [_cannot(target, what) for what in found]
+
+
+def _cannot(target: Dialect, what: str) -> str:
+    return f"its config.json asks for {what}, which {target.name} cannot express"
+
+
+def read_rope(raw: Mapping[str, Any]) -> tuple[float, float]:
+    """(theta, linear scaling factor) in either spelling; two spellings that disagree are an error."""
+    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    thetas = {float(value) for value in (new.get("rope_theta"), raw.get("rope_theta")) if value is not None}
+    factors = {
+        float(rope.get("factor", 1.0)) if rope.get("rope_type", rope.get("type")) == "linear" else 1.0
+        for rope, present in ((new, "rope_parameters" in raw), (old, raw.get("rope_scaling") is not None))
+        if present
+    }
+    for name, values in (("rope_theta", thetas), ("rope scaling factor", factors)):
+        if len(values) > 1:
+            raise ConversionError(f"its config.json has two values of {name}, {sorted(values)}; remove the wrong one")
+    theta, factor = (thetas or {10000.0}).pop(), (factors or {1.0}).pop()
+    if not (theta > 0 and factor > 0):
+        raise ConversionError(f"its config.json has rope_theta {theta} and factor {factor}; both must be positive")
+    return theta, factor
+
+
+def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Placed]) -> ModelConfig:
+    """The ModelConfig of Meta's params.json; what it leaves out comes from the tensors' own shapes."""
+    embedding, first = tensors.get("tok_embeddings.weight"), tensors.get("layers.0.feed_forward.w1.weight")
+    if embedding is None or first is None:
+        raise ConversionError("the consolidated files hold no tok_embeddings.weight and layers.0.feed_forward.w1.weight")
+    try:
+        hidden, heads = int(raw["dim"]), int(raw["n_heads"])
+        config = ModelConfig(
+            family=family,
+            num_layers=int(raw["n_layers"]),
+            hidden_size=hidden,
+            ffn_hidden_size=first.rows,
+            num_attention_heads=heads,
+            num_query_groups=int(raw.get("n_kv_heads") or heads),
+            head_dim=hidden // heads,
+            vocab_size=embedding.rows,
+            max_position_embeddings=META_CONTEXT[family],
+            layernorm_epsilon=float(raw["norm_eps"]),
+            rope_theta=float(raw.get("rope_theta") or 10000.0),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConversionError(f"its params.json lacks or garbles a field ({type(error).__name__}: {error})") from error
+    _check_heads(config, own_head_dim=False)
+    return config
+
+
+def parameter_count(config: ModelConfig) -> int:
+    from weights_conversion.architectures import ARCHITECTURES
+    from weights_conversion.plan import instances
+
+    total = 0
+    for row, _ in instances(ARCHITECTURES[config.family].parameters(config), config.num_layers):
+        count = 1
+        for size in row.megatron_shape(config):
+            count *= size
+        total += count
+    return total
+
+
+def check_size(config: ModelConfig, size: int) -> None:
+    """A size in billions is a round name: it may be off by a tenth (Llama "30B" has 32.5 billion parameters)."""
+    billions = parameter_count(config) / 1e9
+    if abs(billions - size) > size / 10:
+        raise ConversionError(
+            f"--size {size} was given, but this checkpoint's config makes a model of {billions:.3g} billion parameters "
+            f"({config.num_layers} layers of hidden size {config.hidden_size}); leave --size out or correct it"
+        )
+
+
+def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json with `config`'s values on top of `base` (the source's own, or {}), readable by transformers 4 and 5.
+
+    `dtype` is the name of the written weights' type ("bfloat16"). Rope theta and scaling are written in both
+    spellings, since each release ignores the other's.
+    """
+    result = dict(base)
+    result.setdefault("architectures", [ARCHITECTURE_CLASSES[config.family]])
+    result.setdefault("model_type", MODEL_TYPES[config.family][0])
+    for name, keys in keys_of(config.family).items():
+        result[next((key for key in keys if key in result), keys[0])] = getattr(config, name)
+    if config.family == "falcon":
+        _write_falcon(config, result)
+    else:
+        result.setdefault("hidden_act", "silu")
+        result["num_key_value_heads"] = config.num_query_groups
+        if "head_dim" in result or config.head_dim * config.num_attention_heads != config.hidden_size:
+            result["head_dim"] = config.head_dim
+        result["tie_word_embeddings"] = config.tie_word_embeddings
+        if config.family == "mistral":
+            result["sliding_window"] = config.sliding_window
+    linear = config.rope_scaling_factor != 1.0
+    kind = {"rope_type": "linear", "factor": config.rope_scaling_factor} if linear else {"rope_type": "default"}
+    result["rope_theta"] = config.rope_theta
+    result["rope_scaling"] = {"type": "linear", **kind} if linear else None
+    result["rope_parameters"] = {"rope_theta": config.rope_theta, **kind}
+    result["torch_dtype"] = result["dtype"] = dtype
+    return result
+
+
+def _write_falcon(config: ModelConfig, result: dict[str, Any]) -> None:
+    base = dict(result)
+    grouped = base.get("new_decoder_architecture", config.num_query_groups > 1)
+    result["new_decoder_architecture"] = grouped
+    result["ffn_hidden_size"] = config.ffn_hidden_size
+    result["max_position_embeddings"] = config.max_position_embeddings
+    result["num_ln_in_parallel_attn"] = config.num_layernorms if grouped else base.get("num_ln_in_parallel_attn")
+    if "num_kv_heads" not in base and "n_head_kv" not in base:
+        result["num_kv_heads"] = config.num_query_groups if grouped else config.num_attention_heads
+    result.setdefault("multi_query", config.num_query_groups == 1 or grouped)
+    for key, value in (("parallel_attn", True), ("alibi", False), ("bias", False)):
+        result.setdefault(key, value)
+    result["tie_word_embeddings"] = config.tie_word_embeddings

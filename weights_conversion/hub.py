@@ -1,0 +1,429 @@
+"""Which repository, which of its files, and what to tell the user when the hub says no.
+
+Everything goes through huggingface_hub's own client and cache, so its settings (HF_TOKEN, HF_ENDPOINT, HF_HOME,
+HF_HUB_CACHE, HF_HUB_OFFLINE, ...) hold here as everywhere. Nothing in the cache is ever deleted, and no code of a
+repository is ever fetched.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weights_conversion.config import ConversionError
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_REPOSITORIES: dict[str, dict[int, str]] = {
+    "codellama": {size: f"codellama/CodeLlama-{size}b-hf" for size in (7, 13, 34, 70)},
+    "falcon": {7: "tiiuae/falcon-7b", 40: "tiiuae/falcon-40b", 180: "tiiuae/falcon-180B"},
+    "llama": {size: f"huggyllama/llama-{size}b" for size in (7, 13, 30, 65)},
+    "llama2": {size: f"meta-llama/Llama-2-{size}b-hf" for size in (7, 13, 70)},
+    "mistral": {7: "mistralai/Mistral-7B-v0.1"},
+}
+
+# In the order in which they are fetched: where the vocabulary is complete, so is everything before it.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer.model",
+)
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+
+MAX_SMALL_BYTES = (
+    64 << 20
+)  # of a config, a tokenizer file or an index; those of the default repositories are below 5 MB
+FORMATS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # transformers' stems, the preferred one first
+ATTEMPTS = 5  # per file, at a connection that breaks in mid-file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+REFUSALS = {
+    401: ("does not accept the token sent for", "{login}"),
+    403: ("forbids", "change the permissions of your token, or request access at {page}"),
+    429: ("takes no more requests for", "wait some minutes and run the same command again, or {login}"),
+}
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REVISION = re.compile(r"(?!.*\.\.)[^\s/\\:~^?*\[\x00-\x1f-][^\s\\:~^?*\[\x00-\x1f]*(?<!/)")  # git's own rules for names
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A folder of the hub cache that holds every file asked for.
+
+    `revision` is the commit hash. `files` are the names that belong to this snapshot: other programs may have left
+    further files in the same folder.
+    """
+
+    folder: Path
+    repository: str
+    revision: str
+    files: tuple[str, ...] = ()
+
+
+def default_repository(model: str, size: int) -> str:
+    """The repository that MODEL and --size stand for; ConversionError with the sizes there are, if there is none."""
+    repositories = DEFAULT_REPOSITORIES.get(model)
+    if repositories is None:
+        raise ConversionError(f"There is no model '{model}': choose one of {', '.join(DEFAULT_REPOSITORIES)}.")
+    if size not in repositories:
+        sizes = ", ".join(map(str, repositories))
+        raise ConversionError(
+            f"There is no {model} of size {size}: give --size one of {sizes}, or name a repository with --model-path."
+        )
+    return repositories[size]
+
+
+def snapshot(
+    repository: str, *, revision: str | None = None, cache_dir: Path | None = None, weights: bool = True
+) -> Snapshot:
+    """Bring the files that a conversion needs into the hub cache, or find them there.
+
+    With `weights`, one format of weights (safetensors before .bin), the configs and the tokenizer; without, the configs
+    and the tokenizer alone. `revision` is a branch, a tag or a commit; None is main. Where the hub cannot be reached or
+    refuses, a cache that holds everything serves instead, with a warning unless HF_HUB_OFFLINE asked for it.
+    Raises ConversionError, one sentence that names the repository and what mends it.
+    """
+    from huggingface_hub import constants
+
+    revision = "main" if revision is None else revision
+    _check_names(repository, revision)
+    cache = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser().absolute()
+    try:
+        return _from_hub(repository, revision, cache, weights)
+    except ConversionError:
+        raise
+    except Exception as error:  # the client's errors share no base: its HTTP library's, hf_xet's, its own, OSError
+        failure = _explain(error, repository, revision, cache)
+        cached = "" if failure.kind == "final" else _from_cache(repository, revision, cache, weights)
+        if isinstance(cached, Snapshot):
+            if failure.kind != "offline":
+                logger.warning("%s; using the complete copy in the cache, %s.", failure.found, cached.folder)
+            return cached
+        beside = f", and the cache {cache} holds {cached}" if failure.kind in ("offline", "unreachable") else ""
+        raise ConversionError(f"{failure.found}{beside}: {failure.remedy}.") from error
+
+
+def _check_names(repository: str, revision: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        raise ConversionError(
+            f"{repository!r} is neither a folder that exists nor a repository name of the hub (such as "
+            "'tiiuae/falcon-7b'): check --model-path."
+        ) from None
+    if not REVISION.fullmatch(revision):
+        raise ConversionError(
+            f"{revision!r} cannot be a revision of {repository}: give --revision a branch, a tag or a commit hash."
+        )
+
+
+# Fetching
+
+
+def _from_hub(repository: str, revision: str, cache: Path, weights: bool) -> Snapshot:
+    info, first = _resolve(repository, revision, cache, weights)
+    commit = str(info.sha)
+    sizes = _sizes(info)
+    names = [name for name in SMALL_FILES if name in sizes]
+    for name in names:
+        _download(repository, name, commit, cache)
+    if not any(name in sizes for name in VOCABULARIES):
+        _remember_absence(repository, commit, cache)
+
+    if weights:
+        files = _choices(sizes)[0]
+        if files[0].endswith(".json"):
+            _download(repository, files[0], commit, cache)
+        files = _with_shards(files, first.parent, repository)
+        if lacking := [name for name in files if name not in sizes]:
+            raise ConversionError(
+                f"Repository {repository} is incomplete at revision {revision}, without {_few(lacking)}: give another "
+                "--revision, or another repository with --model-path."
+            )
+        _check_space(info, files, first.parent, repository)
+        for name in files:
+            _download(repository, name, commit, cache)
+        names += files
+
+    for name in names:
+        path, expected = first.parent / name, sizes[name]
+        if expected is not None and path.stat().st_size != expected:
+            raise ConversionError(
+                f"The cached {path} has {path.stat().st_size} bytes, but {expected} in the repository: fetch it anew "
+                f"with 'hf download {repository} {name} --revision {commit} --force-download'."
+            )
+    return Snapshot(first.parent, repository, commit, tuple(names))
+
+
+def _resolve(repository: str, revision: str, cache: Path, weights: bool) -> tuple[ModelInfo, Path]:
+    """The listing of one commit, and the path of its first small file in the cache.
+
+    That file is asked for by `revision`, not by commit, because then the client notes in its cache which commit the
+    revision was, which is what finds the snapshot again offline.
+    """
+    from huggingface_hub import constants, model_info
+
+    for _ in range(3):  # a branch may move between the two requests
+        info = model_info(repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        if not COMMIT.fullmatch(str(info.sha)):
+            raise ValueError(f"the answer for {repository} has no commit hash")
+        _check_listing(_sizes(info), repository, revision, weights)
+        first = next(name for name in SMALL_FILES if name in _sizes(info))
+        path = _download(repository, first, revision, cache)
+        if path.parent.name == info.sha:
+            return info, path
+    raise ConversionError(
+        f"Revision {revision} of repository {repository} moved while it was being read: run the same command again, or "
+        "give --revision a commit hash."
+    )
+
+
+def _sizes(info: ModelInfo) -> dict[str, int | None]:
+    return {file.rfilename: file.size for file in info.siblings or ()}
+
+
+def _check_listing(sizes: dict[str, int | None], repository: str, revision: str, weights: bool) -> None:
+    """Refuse, before anything is fetched, a repository that cannot be used."""
+    at = f"Repository {repository} has, at revision {revision},"
+    if weights and not _choices(sizes):
+        others = sorted({Path(name).suffix for name in sizes} & {".gguf", ".pth", ".h5", ".msgpack", ".onnx", ".pt"})
+        others += [name for name in sorted(sizes) if re.fullmatch(r"(consolidated|adapter_model).*\.safetensors", name)]
+        raise ConversionError(
+            f"{at} no weight file that can be read (model*.safetensors or pytorch_model*.bin)"
+            f"{f', only {_few(others)}' if others else ''}: name another repository with --model-path."
+        )
+    if weights and "config.json" not in sizes:
+        raise ConversionError(f"{at} no config.json, which its weights need: name another with --model-path.")
+    if not any(name in sizes for name in SMALL_FILES):
+        raise ConversionError(f"{at} neither tokenizer files nor a config.json: name another with --model-path.")
+    for name, size in sizes.items():
+        if (name in SMALL_FILES or name.endswith(".index.json")) and (size or 0) > MAX_SMALL_BYTES:
+            raise ConversionError(
+                f"{at} a {name} of {size} bytes, which it cannot need: name another with --model-path."
+            )
+
+
+def _download(repository: str, name: str, revision: str, cache: Path) -> Path:
+    """One file, one at a time: an interrupt then ends the client at once, and hf_xet splits big files by itself."""
+    from huggingface_hub import hf_hub_download
+
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision, cache_dir=cache))
+        except Exception as error:
+            if not _broke_in_mid_file(error):
+                raise
+            logger.warning("The connection broke while fetching %s of %s: trying again.", name, repository)
+            time.sleep(1)
+    return Path(hf_hub_download(repository, name, revision=revision, cache_dir=cache))
+
+
+def _broke_in_mid_file(error: Exception) -> bool:
+    """The breaks after which some versions of the client do not go on by themselves, in requests' and httpx' names."""
+    names = ("ChunkedEncodingError", "ReadError", "RemoteProtocolError")
+    return type(error).__name__ in names or "Consistency check failed" in str(error)
+
+
+def _remember_absence(repository: str, commit: str, cache: Path) -> None:
+    """Ask for the vocabularies that a repository lacks: the client then notes that they are not merely uncached."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in VOCABULARIES:
+        try:
+            _download(repository, name, commit, cache)
+        except EntryNotFoundError:
+            pass
+
+
+def _check_space(info: ModelInfo, files: list[str], folder: Path, repository: str) -> None:
+    """Refuse before the first byte what will not fit, counting only what is not in the cache yet."""
+    blobs = folder.parents[1] / "blobs"
+    needed = 0
+    for file in info.siblings or ():
+        if file.rfilename in files and not (folder / file.rfilename).is_file():
+            blob = file.lfs.sha256 if file.lfs else file.blob_id
+            if blob and (blobs / blob).is_file():
+                continue
+            partial = blobs / f"{blob}.incomplete"
+            needed += max((file.size or 0) - (partial.stat().st_size if partial.is_file() else 0), 0)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConversionError(
+            f"Repository {repository} needs {needed / 1e9:.2f} GB more in the cache {folder.parents[2]}, which has "
+            f"{free / 1e9:.2f} GB free: free some, or name another place with --cache-dir or HF_HOME."
+        )
+    if needed:
+        logger.info("Fetching %.2f GB of %s at %s", needed / 1e9, repository, info.sha)
+
+
+# Choosing
+
+
+def _choices(names: Collection[str]) -> list[list[str]]:
+    """The sets of weight files that `names` offers, the best first; a lone index stands for its set.
+
+    As in transformers, a whole file goes before an index. A set without an index is all that its files' own names
+    count, in `names` or not.
+    """
+    choices = []
+    for stem, suffix in FORMATS:
+        whole, index = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
+        shard = re.compile(rf"{stem}-\d{{5}}-of-(\d{{5}}){re.escape(suffix)}")
+        counts = {match[1] for name in names if (match := shard.fullmatch(name))}
+        if whole in names:
+            choices.append([whole])
+        if index in names:
+            choices.append([index])
+        elif len(counts) == 1:
+            choices += ([f"{stem}-{i:05}-of-{count}{suffix}" for i in range(1, int(count) + 1)] for count in counts)
+    return choices
+
+
+def _with_shards(files: list[str], folder: Path, repository: str) -> list[str]:
+    """A choice with the shards that its index, if it is one, names: plain file names of the same format."""
+    index = folder / files[0]
+    if index.suffix != ".json":
+        return files
+    try:
+        if index.stat().st_size > MAX_SMALL_BYTES:
+            raise ValueError(f"{index.stat().st_size} bytes")
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if not shards or not all(isinstance(name, str) for name in shards):
+            raise ValueError("no file names")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConversionError(
+            f"{index.name} of repository {repository} is not an index of weight files: choose another --revision or "
+            "--model-path."
+        ) from error
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    if hostile := [name for name in shards if not re.fullmatch(rf"\w[\w.+-]*{re.escape(suffix)}", name, re.ASCII)]:
+        raise ConversionError(
+            f"{index.name} of repository {repository} names {_few([repr(name) for name in hostile])}, which is no "
+            f"{suffix} file beside it: do not use this repository, name another with --model-path."
+        )
+    return [*files, *shards]
+
+
+# Without a network
+
+
+def _from_cache(repository: str, revision: str, cache: Path, weights: bool) -> Snapshot | str:
+    """A snapshot in the cache that holds everything, or what it lacks, in words that follow "the cache holds"."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = {name: try_to_load_from_cache(repository, name, cache, revision) for name in SMALL_FILES}
+    paths = {name: Path(path) for name, path in found.items() if isinstance(path, str)}
+    if not paths:
+        return f"no copy of {repository} at revision {revision}"
+    folder = next(iter(paths.values())).parent
+    at = f"only a part of {repository} at revision {revision}, without"
+    if weights and "config.json" not in paths:
+        return f"{at} config.json"
+    # Not None where the client has noted that the repository has no such file.
+    if all(found[name] is None for name in VOCABULARIES):
+        return f"{at} {' or '.join(VOCABULARIES)}"
+    files = []
+    if weights:
+        present = {path.name for path in folder.iterdir() if path.is_file()}
+        sets = [_with_shards(choice, folder, repository) for choice in _choices(present)]
+        files = next((files for files in sets if present.issuperset(files)), None)
+        if files is None:
+            return f"{at} {_few([name for name in sets[0] if name not in present]) if sets else 'its weight files'}"
+    return Snapshot(folder, repository, folder.name, (*(name for name in SMALL_FILES if name in paths), *files))
+
+
+# Explaining
+
+
+@dataclass(frozen=True)
+class Failure:
+    """`kind` is "final", or else the cache may serve: "offline" (as was asked for), "unreachable", "refused"."""
+
+    kind: str
+    found: str
+    remedy: str
+
+
+def _explain(error: Exception, repository: str, revision: str, cache: Path) -> Failure:
+    from huggingface_hub import constants, errors, get_token
+
+    hub, page, name = constants.ENDPOINT, f"{constants.ENDPOINT}/{repository}", f"repository {repository}"
+    login = "run 'hf auth login' or set HF_TOKEN" + (f" with a token from {hub}/settings/tokens" if get_token() else "")
+    elsewhere = "name another place with --cache-dir or HF_HOME"
+    causes = _causes(error)
+    for cause in causes:
+        number = getattr(cause, "errno", None)
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            download = f"run 'hf download {repository} --revision {revision}' where there is a network"
+            return Failure("offline", f"HF_HUB_OFFLINE is set for {name}", f"unset it, or {download}")
+        if number in FULL or "No space left" in str(cause):  # hf_xet gives no number
+            found = f"The disk of the cache {cache} is full, so {name} could not be fetched"
+            return Failure("final", found, f"free some space, or {elsewhere}, and run the same command again")
+        if number in UNWRITABLE and getattr(cause, "filename", None):
+            found = f"The cache {cache} cannot be written for {name} ({_one_line(cause)})"
+            return Failure("refused", found, f"mend that, or {elsewhere}")
+        if isinstance(cause, errors.GatedRepoError):
+            account = "your token's account has no access to it" if get_token() else "no token was sent"
+            remedy = f"request access at {page}, {login}, and run the same command again once access is granted"
+            return Failure("refused", f"The {name} is gated and {account}", remedy)
+        if isinstance(cause, errors.RepositoryNotFoundError):
+            found = f"The hub {hub} has no {name} that you may read"
+            return Failure("refused", found, f"check --model-path, or {login} if it is private")
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return Failure(
+                "final", f"The {name} has no revision '{revision}'", f"choose one at {page}/tree/main with --revision"
+            )
+        if isinstance(cause, errors.HfHubHTTPError) and getattr(cause, "response", None) is not None:
+            status = cause.response.status_code
+            said = _one_line(cause.server_message or cause.response.headers.get("X-Error-Message") or "no reason given")
+            verb, remedy = REFUSALS.get(status, ("fails to serve", "run the same command again later"))
+            found = f"The hub {hub} {verb} {name} (status {status}, {said})"
+            return Failure("refused", found, remedy.format(login=login, page=page))
+    last = causes[-1] if isinstance(error, errors.LocalEntryNotFoundError) else error
+    reason = _one_line(f"{type(last).__name__}: {last}")
+    # What the client's HTTP library, which is another one since 1.0, derives all its errors from.
+    http = tuple(base for base in errors.HfHubHTTPError.__mro__ if base.__module__.startswith(("requests", "httpx")))
+    lost = _broke_in_mid_file(error) or any(
+        isinstance(cause, (*http, ConnectionError, TimeoutError)) for cause in causes
+    )
+    if lost and not isinstance(last, ValueError):
+        found = f"The connection to {hub} failed or was too slow for {name} ({reason})"
+        return Failure("unreachable", found, "run the same command again, it continues with what is in the cache")
+    found = f"The {name} could not be fetched from {hub} ({reason})"
+    return Failure("unreachable", found, "check HF_ENDPOINT and the network, and run the same command again")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    return chain
+
+
+def _one_line(text: object, limit: int = 200) -> str:
+    printable = "".join(character if character.isprintable() else " " for character in str(text))
+    line = " ".join(printable.split()).rstrip(".")
+    return line if len(line) <= limit else f"{line[:limit]}..."
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,95 @@
+"""What a user sees of a run: a bar in bytes, or a line now and then in a job log, and the closing report."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 30.0
+
+
+@contextmanager
+def bar(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yields a function that counts written bytes: a tqdm bar on a terminal, else a log line every LOG_SECONDS."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="converting") as shown:
+            yield shown.update
+        return
+    lock, state = threading.Lock(), {"bytes": done, "said": time.monotonic()}
+    started = time.monotonic()
+
+    def advance(count: int) -> None:
+        with lock:
+            state["bytes"] += count
+            now = time.monotonic()
+            if now - state["said"] < LOG_SECONDS:
+                return
+            state["said"] = now
+            rate = max(state["bytes"] - done, 1) / (now - started)
+            left = (total - state["bytes"]) / rate
+            logger.info(
+                "%.1f of %.1f GB, %.2f GB/s, %.0f s left", state["bytes"] / 1e9, total / 1e9, rate / 1e9, left
+            )
+
+    yield advance
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had resident, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass
+class Report:
+    """What was done, for people: collected on the way and printed at the end."""
+
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    training_flags: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    _plan: list[str] = field(default_factory=list)
+    _done: list[str] = field(default_factory=list)
+
+    def planned(self, out: Path, nbytes: int, files: list[str], memory: int) -> None:
+        """What a dry run shows; `memory` is the estimated peak in bytes."""
+        folder = out.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        shown = files if len(files) <= 8 else [*files[:4], f"... {len(files) - 5} more ...", files[-1]]
+        self._plan = [
+            f"output      {out}: {nbytes / 1e9:.3f} GB in {len(files)} file{'s' * (len(files) > 1)}",
+            *(f"            {name}" for name in shown),
+            f"disk        {nbytes / 1e9:.3f} GB needed, {free / 1e9:.3f} GB free",
+            f"memory      about {memory / 1e9:.1f} GB at the peak",
+        ]
+
+    def finished(self, nbytes: int, seconds: float) -> None:
+        rate = nbytes / max(seconds, 1e-9) / 1e9
+        self._done = [
+            f"done        {nbytes / 1e9:.3f} GB in {seconds:.1f} s, {rate:.2f} GB/s, "
+            f"peak memory {peak_memory() / 1e9:.2f} GB"
+        ]
+
+    def text(self) -> str:
+        lines = [*self._plan]
+        if self.ignored:
+            lines.append(f"ignored     {', '.join(self.ignored)}")
+        lines += [f"note        {note}" for note in self.notes]
+        lines += [f"warning     {warning}" for warning in self.warnings]
+        if self.training_flags:
+            lines.append(f"train with  --use_checkpoint_args {' '.join(self.training_flags)}")
+        return "\n".join([*lines, *self._done])

@@ -1,0 +1,170 @@
+"""Which id Megatron-LLM gives to every token: its rule, stated once, from the vocabulary file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weights_conversion.config import ConversionError
+
+KEYS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+CONFIG_KEYS = ("bos", "eos", "pad")  # those that config.json and generation_config.json hold the id of
+OTHER_TYPES = ("BertWordPieceCase", "BertWordPieceLowerCase", "FalconTokenizer", "GPT2BPETokenizer")
+NEW_TOKENS = {"cls": "<CLS>", "sep": "<SEP>", "eod": "<EOD>", "mask": "<MASK>"}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a vocabulary file in id order, and the names of its special ones (None: it has none)."""
+
+    pieces: tuple[str, ...]
+    bos: str | None = None
+    eos: str | None = None
+    pad: str | None = None
+    unk: str | None = None
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What training added to the vocabulary file, as Megatron-LLM's arguments of the same names say it."""
+
+    new_tokens: bool = False
+    vocab_extra_ids: int = 0
+    vocab_extra_ids_list: str | None = None
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The extra tokens in the order in which they get their ids; they are not stripped, as in training."""
+        numbered = [f"<extra_id_{i}>" for i in range(self.vocab_extra_ids)]
+        listed = self.vocab_extra_ids_list.split(",") if self.vocab_extra_ids_list else []
+        if "" in listed:
+            raise ConversionError(
+                f"vocab_extra_ids_list {self.vocab_extra_ids_list!r} holds an empty token; "
+                "give --vocab_extra_ids_list tokens separated by single commas, without one at the end."
+            )
+        return tuple(dict.fromkeys([*numbered, *listed]))
+
+
+def read_sentencepiece(model_file: Path) -> Vocabulary:
+    """The pieces of a tokenizer.model. Raises ConversionError where sentencepiece cannot read it."""
+    import sentencepiece
+
+    if model_file.stat().st_size < 1024 and model_file.read_bytes().startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{model_file} is a Git LFS pointer, not the file itself; run `git lfs pull` there.")
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    except (OSError, RuntimeError) as error:
+        raise ConversionError(
+            f"{model_file} is not a sentencepiece model ({error}); give the tokenizer.model of training with --vocab_file."
+        ) from error
+
+    def piece(index: int) -> str | None:
+        return model.id_to_piece(index) if index >= 0 else None
+
+    pieces = tuple(model.id_to_piece(i) for i in range(len(model)))
+    return Vocabulary(
+        pieces, piece(model.bos_id()), piece(model.eos_id()), piece(model.pad_id()), piece(model.unk_id())
+    )
+
+
+def added_tokens(vocabulary: Vocabulary, extension: Extension) -> tuple[str, ...]:
+    """Megatron-LLM's special tokens in the order in which its SentencePieceTokenizer registers them.
+
+    Some are pieces already (bos, eos, often pad) and keep their ids. Extra tokens are registered with and without
+    `new_tokens`; without them there is no pad token either, and training pads with eos.
+    """
+    tokens: list[str] = []
+    if extension.new_tokens:
+        tokens += [
+            *NEW_TOKENS.values(),
+            vocabulary.pad or "<PAD>",
+            vocabulary.bos or "<BOS>",
+            vocabulary.eos or "<EOS>",
+        ]
+    else:
+        tokens += [token for token in (vocabulary.bos, vocabulary.eos) if token is not None]
+    return tuple(dict.fromkeys([*tokens, *extension.extras]))
+
+
+def token_ids(vocabulary: Vocabulary, extension: Extension) -> dict[str, int]:
+    """Every token and its id: the pieces, then each added token that is not a piece at the next free id."""
+    ids = {piece: i for i, piece in enumerate(vocabulary.pieces)}
+    for token in added_tokens(vocabulary, extension):
+        ids.setdefault(token, len(ids))
+    return ids
+
+
+def megatron_token_ids(
+    model_file: Path, new_tokens: bool = True, vocab_extra_ids: int = 0, vocab_extra_ids_list: str | None = None
+) -> dict[str, int]:
+    """Ids of Megatron-LLM's SentencePieceTokenizer for a tokenizer.model, from sentencepiece alone."""
+    return token_ids(read_sentencepiece(model_file), Extension(new_tokens, vocab_extra_ids, vocab_extra_ids_list))
+
+
+def falcon_token_ids(base: Mapping[str, int], extension: Extension) -> dict[str, int]:
+    """Ids of Megatron-LLM's FalconTokenizer: the listed extras behind the base, and only with `new_tokens`."""
+    ids = dict(base)
+    for token in Extension(vocab_extra_ids_list=extension.vocab_extra_ids_list).extras if extension.new_tokens else ():
+        ids.setdefault(token, len(ids))
+    return ids
+
+
+def trusted_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checkpoint's arguments really say of its tokenizer: nothing, where the resharding tool has reset them.
+
+    Raises ConversionError for a tokenizer type whose ids cannot be reproduced, or that is another family's.
+    """
+    from weights_conversion.megatron_args import was_reset
+
+    kind = args.get("tokenizer_type")
+    wrong = kind == "SentencePieceTokenizer" if family == "falcon" else kind in OTHER_TYPES
+    if wrong:
+        raise ConversionError(
+            f"the checkpoint's args name tokenizer_type {kind}, which is not {family}'s; give the right --model, or export "
+            "the weights alone with --no_tokenizer."
+        )
+    names = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list", "vocab_file")
+    return {} if was_reset(args) else {name: args[name] for name in names if args.get(name) is not None}
+
+
+def resolve_extension(family: str, args: Mapping[str, Any], new_tokens: bool | None, listed: str | None) -> Extension:
+    """The flags where they are given, else the (trusted) arguments of training; no new tokens where both are silent."""
+    extension = Extension(
+        bool(args.get("new_tokens")) if new_tokens is None else new_tokens,
+        int(args.get("vocab_extra_ids") or 0),
+        listed if listed is not None else args.get("vocab_extra_ids_list") or None,
+    )
+    if family == "falcon" and listed and not extension.new_tokens:
+        raise ConversionError(
+            f"--vocab_extra_ids_list {listed} names extra tokens, but falcon's tokenizer has them only where training "
+            "ran with new tokens, and neither the checkpoint nor a flag says so; add --new_tokens, or drop the list."
+        )
+    return extension
+
+
+def parse_overrides(overrides: Iterable[str], ids: Mapping[str, int], special: Iterable[str]) -> dict[str, str]:
+    """`KEY=TOKEN` pairs as {key: token}; only the first "=" separates. Raises one ConversionError with all problems."""
+    special = list(dict.fromkeys(special))
+    shown = ", ".join(special[:40]) + (f" and {len(special) - 40} more" if len(special) > 40 else "")
+    parsed: dict[str, str] = {}
+    problems = []
+    for override in overrides:
+        key, separator, token = override.partition("=")
+        if not separator or not token:
+            problems.append(f"--override_special_tokens {override!r} is not of the form KEY=TOKEN, as in eos=</s>.")
+        elif key not in KEYS:
+            problems.append(f"--override_special_tokens {override!r}: {key!r} is none of the keys {', '.join(KEYS)}.")
+        elif token not in ids:
+            problems.append(
+                f"--override_special_tokens {override!r}: the tokenizer has no token {token!r}; it has the special "
+                f"tokens {shown}, and its {len(ids)} ordinary and special tokens are all allowed."
+            )
+        elif parsed.get(key, token) != token:
+            problems.append(f"--override_special_tokens gives {key} twice: {parsed[key]!r} and {token!r}; keep one.")
+        else:
+            parsed[key] = token
+    if problems:
+        raise ConversionError(*problems)
+    return parsed

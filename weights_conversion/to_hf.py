@@ -1,0 +1,205 @@
+"""Megatron -> Hugging Face."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weights_conversion import assembly, hf_config, hub, manifest, megatron_args
+from weights_conversion.architectures import ARCHITECTURES
+from weights_conversion.config import FAMILIES, ConversionError, ModelConfig
+from weights_conversion.convert import DTYPES, Job, RunOptions, main_dtype, run
+from weights_conversion.dialects import HF
+from weights_conversion.formats import huggingface, megatron
+from weights_conversion.plan import Side, plan_to_hf
+from weights_conversion.progress import Report
+from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Tokenizer args that the original's resharding tool re-creates from defaults.
+_RESET_TOKENIZER_ARGS = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list")
+
+
+@dataclass(frozen=True)
+class ExportOptions(RunOptions):
+    """megatron_to_hf.py's arguments. `fields` are ModelConfig fields that the user states (--rope_theta ...)."""
+
+    input_dir: Path = Path()
+    output_dir: Path = Path()
+    model: str = "llama2"
+    num_output_shards: int = 1
+    tokenizer: TokenizerOptions = TokenizerOptions()
+    no_tokenizer: bool = False
+    true_vocab_size: int | None = None
+    load_iters: int | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A Megatron checkpoint with the model that it holds: headers and args read, no data."""
+
+    files: megatron.RankFiles
+    config: ModelConfig
+    manifest: Mapping[str, Any] | None
+    origins: Mapping[str, str]
+    true_rows_known: bool
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def open_checkpoint(
+    root: Path, model: str, *, load_iters: int | None = None, true_vocab_size: int | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> OpenedCheckpoint:  # fmt: skip
+    """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep."""
+    folder, iteration = megatron.find_iteration(root, load_iters)
+    files = megatron.open_rank_files(folder, iteration)
+    found = manifest.find([root, *_trained_from(files.args)])
+    said = found[1] if found else None
+    _check_family(model, files.args, said, root)
+    notes, warnings = [], []
+    if found:
+        notes.append(f"config     from {found[0]}")
+    rows, known = _rows(files.vocabulary, true_vocab_size, said, notes)
+    fields = manifest.model_fields(said) if said else None
+    args = dict(files.args)
+    if model == "falcon":  # the original's release files leave it out
+        args["tie_embed_logits"] = not files.has_head()
+    elif not files.has_head():
+        raise ConversionError(f"{folder} has no output layer (lm_head) on its last stage, which {model} needs")
+    resolved = megatron_args.resolve(model, args, fields, flags or {}, rows)
+    warnings += resolved.warnings
+    padded = files.args.get("padded_vocab_size")
+    if padded is not None and padded != files.vocabulary:
+        warnings.append(f"args say padded_vocab_size {padded}, the embedding has {files.vocabulary} rows, which are used")
+    return OpenedCheckpoint(files, resolved.config, said, resolved.origins, known, tuple(notes), tuple(warnings))
+
+
+def _trained_from(args: Mapping[str, Any]) -> list[Path]:
+    """Folders that training named, where the import that it started from may have left its manifest."""
+    load, vocab = args.get("load"), args.get("vocab_file")
+    named = [Path(load)] if isinstance(load, str) and load else []
+    return [*named, *([Path(vocab).parent] if isinstance(vocab, str) and vocab else [])]
+
+
+def _check_family(model: str, args: Mapping[str, Any], said: Mapping[str, Any] | None, root: Path) -> None:
+    claims = {"args (model_name)": args.get("model_name"), "manifest": (said or {}).get("family")}
+    if args.get("tokenizer_type") == "FalconTokenizer" or args.get("parallel_attn"):
+        claims["args (parallel_attn)"] = "falcon"
+    elif args.get("use_rms_norm") and model == "falcon":
+        claims["args (use_rms_norm)"] = "llama2"
+    for origin, family in claims.items():
+        if family is not None and family != model and (family in FAMILIES or origin != "args (model_name)"):
+            raise ConversionError(f"--model {model} was given, but {root} holds a {family} model, say its {origin}")
+
+
+def _rows(stored: int, flag: int | None, said: Mapping[str, Any] | None, notes: list[str]) -> tuple[int, bool]:
+    """(vocabulary rows to keep, whether that is known to be the true number)."""
+    recorded = (said or {}).get("true_vocab_size")
+    rows = flag if flag is not None else recorded
+    if rows is None:
+        notes.append(f"vocabulary {stored} rows, all kept: nothing records the true number (--true_vocab_size gives it)")
+        return stored, False
+    origin = "--true_vocab_size" if flag is not None else "the manifest"
+    if not isinstance(rows, int) or not 0 < rows <= stored:
+        raise ConversionError(f"{origin} says {rows} vocabulary rows, but the embedding has {stored}")
+    cut = f", {stored - rows} padding rows left out" if rows < stored else ""
+    notes.append(f"vocabulary {rows} rows by {origin}{cut}")
+    return rows, True
+
+
+def megatron_to_hf(options: ExportOptions) -> Report:
+    """Writes a Hugging Face folder. Raises ConversionError, before a byte is written, for everything that is wrong."""
+    out = options.output_dir
+    assembly.check_absent(out, options.overwrite)
+    opened = open_checkpoint(
+        options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
+        flags=options.fields,
+    )  # fmt: skip
+    config, architecture = opened.config, ARCHITECTURES[options.model]
+    sources = opened.files.sources(architecture, config)
+    dtype = DTYPES.get(options.dtype)
+    plan = plan_to_hf(
+        architecture, config, sources, Side(opened.files.dialect, megatron=True), Side(HF, megatron=False),
+        options.num_output_shards, dtype,
+    )  # fmt: skip
+    targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
+    report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
+    files: dict[str, bytes | Path] = {}
+    if len(targets) > 1:
+        files["model.safetensors.index.json"] = huggingface.Index(targets).text().encode()
+
+    written_dtype = dtype or main_dtype([placed for group in sources.values() for placed in group])
+    base = (opened.manifest or {}).get("config") or {}
+    exported = hf_config.write_config(config, base, str(written_dtype).removeprefix("torch."))
+    generation = dict((opened.manifest or {}).get("generation_config") or {})
+    if options.no_tokenizer:
+        report.notes.append("tokenizer  left out (--no_tokenizer)")
+    else:
+        planned = _tokenizer(options, opened, generation)
+        report.notes += planned.report
+        _set_token_ids(exported, generation, planned, has_base=bool(base))
+        files |= planned.copied
+        files |= {name: _json(content) for name, content in planned.written.items()}
+    files["config.json"] = _json(exported)
+    if generation or not base:
+        files["generation_config.json"] = _json(generation or _default_generation(exported))
+    report.notes += _differences(base, exported)
+    report.notes.append("values     " + ", ".join(f"{name} {origin}" for name, origin in sorted(opened.origins.items())))
+    return run(Job(plan, report, targets, out, {}, files), options)
+
+
+def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Mapping[str, Any]) -> TokenizerPlan:
+    args = dict(opened.files.args)
+    if megatron_args.was_reset(args):
+        args = {name: value for name, value in args.items() if name not in _RESET_TOKENIZER_ARGS}
+
+    def fetch(repository: str, cache: Path | None) -> Path:
+        return hub.snapshot(repository, cache_dir=cache, weights=False).folder
+
+    return plan_tokenizer(
+        options.model, options.input_dir, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
+        search=_trained_from(args), fetch=fetch, generation=generation,
+    )  # fmt: skip
+
+
+def _set_token_ids(config: dict, generation: dict, planned: TokenizerPlan, has_base: bool) -> None:
+    """Overrides reach config.json and generation_config.json; a config made from nothing gets bos and eos too."""
+    if not has_base:
+        for key in ("bos", "eos"):
+            if key in planned.token_ids:
+                config.setdefault(f"{key}_token_id", planned.token_ids[key][1])
+                generation.setdefault(f"{key}_token_id", planned.token_ids[key][1])
+    for key, value in planned.config_overrides.items():
+        config[key] = value
+        generation[key] = value
+
+
+def _default_generation(config: Mapping[str, Any]) -> dict[str, Any]:
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+    return {"_from_model_config": True, **ids}
+
+
+def _differences(source: Mapping[str, Any], exported: Mapping[str, Any]) -> list[str]:
+    """Fields whose meaning differs from the source's config.json (keys written for other readers do not count)."""
+    return [
+        f"config     {key}: {source[key]!r} in the source, {exported[key]!r} here"
+        for key in sorted(source)
+        if key not in ("torch_dtype", "dtype", "rope_scaling", "rope_parameters") and source[key] != exported.get(key)
+    ]
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def with_fields(options: ExportOptions, **fields: Any) -> ExportOptions:
+    """The options with further ModelConfig fields stated by the user."""
+    return dataclasses.replace(options, fields={**options.fields, **fields})

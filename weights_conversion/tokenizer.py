@@ -1,0 +1,241 @@
+"""The tokenizer of an exported model: every token at the id that training gave it, checked before a byte is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weights_conversion import special_tokens, tokenizer_checks, tokenizer_config, tokenizer_json
+from weights_conversion.config import ConversionError
+from weights_conversion.special_tokens import CONFIG_KEYS, NEW_TOKENS, Extension, Vocabulary, megatron_token_ids
+from weights_conversion.tokenizer_files import (
+    ADDED,
+    CHAT_TEMPLATE,
+    CONFIG,
+    JSON,
+    MODEL,
+    SPECIAL_MAP,
+    Fetch,
+    Source,
+    locate,
+    source_tokenizer_files,
+)
+
+__all__ = ["TokenizerOptions", "TokenizerPlan", "megatron_token_ids", "plan_tokenizer", "source_tokenizer_files"]
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """The tokenizer's command-line flags, by their names; None: not given."""
+
+    vocab_file: Path | None = None
+    vocab_extra_ids_list: str | None = None
+    override_special_tokens: tuple[str, ...] = ()
+    new_tokens: bool | None = None
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerPlan:
+    """A tokenizer that has passed every check and is ready to be written.
+
+    `ids` is the number of ids (largest id + 1), `vocabulary` every token's id, `token_ids` the special tokens as
+    {"bos": (token, id)}, `config_overrides` the id fields that --override_special_tokens sets in config.json and
+    generation_config.json, `report` what was used and where it came from.
+    """
+
+    ids: int
+    token_ids: dict[str, tuple[str, int]]
+    config_overrides: dict[str, int]
+    report: list[str]
+    vocabulary: dict[str, int]
+    copied: Mapping[str, Path] = field(default_factory=dict)
+    written: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes the files into an existing folder; tokenizer.model and whatever did not change byte for byte."""
+        for name, path in self.copied.items():
+            shutil.copyfile(path, folder / name)
+        for name, content in self.written.items():
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def plan_tokenizer(
+    family: str,
+    checkpoint: Path,
+    args: Mapping[str, Any],
+    options: TokenizerOptions,
+    *,
+    embedding_rows: int,
+    search: Sequence[Path] = (),
+    fetch: Fetch | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> TokenizerPlan:
+    """Finds the tokenizer, extends it as training did, checks every id, and writes nothing yet.
+
+    `checkpoint` is the Megatron checkpoint's root; `args` its arguments, which count for nothing here where the original's
+    resharding tool has reset them; `embedding_rows` the rows of the exported embedding; `search` further folders;
+    `fetch(repository, cache_dir)` downloads tokenizer files and returns their folder; `generation` the
+    generation_config.json to be exported. Raises ConversionError.
+    """
+    trained = special_tokens.trusted_args(family, args)
+    extension = special_tokens.resolve_extension(family, trained, options.new_tokens, options.vocab_extra_ids_list)
+    source = locate(family, checkpoint, trained.get("vocab_file"), options.vocab_file, search, fetch, options.cache_dir)
+    original = source.json(JSON)
+    vocabulary = _vocabulary(family, source, original, extension)
+    base = len(vocabulary.pieces)
+    if family == "falcon":
+        ids = special_tokens.falcon_token_ids({token: i for i, token in enumerate(vocabulary.pieces)}, extension)
+        cut = tuple(token for token in extension.extras if token in ids)
+    else:
+        ids = special_tokens.token_ids(vocabulary, extension)
+        cut = special_tokens.added_tokens(vocabulary, extension)
+
+    config = tokenizer_config.starting_config(family, source, vocabulary)
+    fill = tokenizer_config.fill_token(family, config)
+    data, built_from = _starting_json(source, original, config)
+    if fill is not None and len(ids) > base:
+        config = tokenizer_config.without_fill(config, fill)
+        data = {**data, "added_tokens": [entry for entry in data["added_tokens"] if entry["content"] != fill]}
+    every = tokenizer_checks.checked_ids(source, data, ids)
+    with_rows = {token: index for token, index in every.items() if token != fill or index < base}
+    if problems := tokenizer_checks.row_problems(with_rows, embedding_rows, base, extension.extras):
+        raise ConversionError(*problems)
+
+    extras = [token for token in extension.extras if token in ids]
+    named = tokenizer_config.named_tokens(config)
+    if extension.new_tokens and family != "falcon":
+        named |= {key: token for key, token in NEW_TOKENS.items() if key != "eod"}
+        named["pad"] = vocabulary.pad or "<PAD>"
+    allowed = [*cut, *named.values(), *tokenizer_config.extra_tokens(config)]
+    overrides = special_tokens.parse_overrides(options.override_special_tokens, with_rows, allowed)
+    around = {
+        named[key]: (overrides[key], every[overrides[key]])
+        for key in ("bos", "eos")
+        if key in named and key in overrides
+    }
+    data = tokenizer_json.with_replaced_special(data, around)
+    named |= overrides
+    tokenizer_checks.check_known(source, named, tokenizer_config.extra_tokens(config), every)
+
+    special = dict.fromkeys([*cut, *named.values()])
+    data = tokenizer_json.with_special(data, [(token, every[token]) for token in special])
+    config = tokenizer_config.with_tokens(config, named, extras, data, set(special), data != original)
+    tokenizer_checks.check_loaded(data, every, built_from)
+    copied, written = _files(source, data, config, {token: i for token, i in with_rows.items() if i >= base})
+    doubted = options.new_tokens is None and args.get("new_tokens") is not None and not trained
+    overridden = {f"{key}_token_id": every[token] for key, token in overrides.items() if key in CONFIG_KEYS}
+    return TokenizerPlan(
+        ids=max(with_rows.values()) + 1,
+        token_ids={key: (token, every[token]) for key, token in named.items()},
+        config_overrides=overridden,
+        report=_report(source, extension, config, with_rows, base, overrides, cut, generation or {}, doubted),
+        vocabulary=with_rows,
+        copied=copied,
+        written=written,
+    )
+
+
+def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension: Extension) -> Vocabulary:
+    """What training had before it added tokens: tokenizer.model, or for falcon all of tokenizer.json."""
+    if MODEL in source.files and family != "falcon":
+        vocabulary = special_tokens.read_sentencepiece(source.files[MODEL])
+        if not extension.new_tokens and None in (vocabulary.bos, vocabulary.eos):
+            raise ConversionError(
+                f"{source.files[MODEL]} lacks a begin or an end token; without new tokens, versions of Megatron-LLM disagree "
+                "on whether they were added. Give the tokenizer.model of training with --vocab_file, or say --new_tokens."
+            )
+        return vocabulary
+    if extension.new_tokens and family != "falcon":
+        raise ConversionError(
+            f"{source.origin} has no {MODEL}, on whose pad token the ids of the new tokens depend; name the {MODEL} of "
+            "training with --vocab_file, or say --no_new_tokens."
+        )
+    ids = tokenizer_json.model_vocabulary(data)
+    ids = tokenizer_json.all_ids(data) if family == "falcon" else ids
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise ConversionError(
+            f"the ids in {source.files[JSON]} have gaps, so those of added tokens are unknown; name another --vocab_file."
+        )
+    named = {
+        **tokenizer_config.named_tokens(source.json(SPECIAL_MAP)),
+        **tokenizer_config.named_tokens(source.json(CONFIG)),
+    }
+    if family == "falcon" and "<|endoftext|>" in ids:
+        named.setdefault("eos", "<|endoftext|>")
+    pieces = tuple(sorted(ids, key=lambda token: ids[token]))
+    return Vocabulary(pieces, named.get("bos"), named.get("eos"), unk=named.get("unk"))
+
+
+def _starting_json(
+    source: Source, original: dict[str, Any], config: dict[str, Any]
+) -> tuple[dict[str, Any], Path | None]:
+    """tokenizer.json with all that the source's files add to it, and the tokenizer.model whose text ids it must give."""
+    data, built_from = original, None
+    if not data:
+        bos = tokenizer_config.text_of(config.get("bos_token")) if config.get("add_bos_token", True) else None
+        legacy, prefix = config.get("legacy") is not False, config.get("add_prefix_space") is not False
+        data = tokenizer_json.build(source.files[MODEL], bos, legacy, prefix)
+        built_from = source.files[MODEL] if legacy and prefix else None
+    entries = {entry["content"]: entry for entry in data.get("added_tokens") or []}
+    special = {*tokenizer_config.named_tokens(config).values(), *tokenizer_config.extra_tokens(config)}
+    for index, entry in (config.get(tokenizer_config.DECODER) or {}).items():
+        entries.setdefault(entry["content"], {"id": int(index), **entry})
+    for token, index in source.json(ADDED).items():
+        entry = tokenizer_json.added_token(index, token, token in special)
+        entries.setdefault(token, {**entry, "normalized": token not in special})
+    return {**data, "added_tokens": sorted(entries.values(), key=lambda entry: entry["id"])}, built_from
+
+
+def _files(
+    source: Source, data: dict[str, Any], config: dict[str, Any], added: dict[str, int]
+) -> tuple[dict[str, Path], dict[str, Mapping[str, Any]]]:
+    """Files to copy as they are, and contents to write because they differ from the source's.
+
+    `added` are the ids behind the vocabulary's own.
+    """
+    copied = {name: source.files[name] for name in (MODEL, CHAT_TEMPLATE) if name in source.files}
+    wanted = {JSON: data, CONFIG: config, SPECIAL_MAP: tokenizer_config.special_map(source, config), ADDED: added}
+    written: dict[str, Mapping[str, Any]] = {}
+    for name, content in wanted.items():
+        if name in source.files and source.json(name) == content:
+            copied[name] = source.files[name]
+        elif content:
+            written[name] = content
+    return copied, written
+
+
+def _report(
+    source: Source, extension: Extension, config: Mapping[str, Any], every: Mapping[str, int], base: int,
+    overrides: Mapping[str, str], cut: Sequence[str], generation: Mapping[str, Any], doubted: bool,
+) -> list[str]:  # fmt: skip
+    """What was used and where it came from, a line each, and where text is cut otherwise than in training."""
+    behind = sorted((index, token) for token, index in every.items() if index >= base)
+    names = ", ".join(f"{token} = {index}" for index, token in behind)
+    lines = [
+        f"tokenizer from {source.origin}: {base} tokens, {JSON} {'kept' if JSON in source.files else f'built from {MODEL}'}",
+        f"{'with' if extension.new_tokens else 'without'} new tokens; behind the vocabulary: {names or 'none'}",
+    ]
+    if doubted:
+        lines.append(
+            "the resharding tool has reset what the args say of added tokens; if training added some, give the flags"
+        )
+    lines += [f"{key} is {token} = {every[token]}, by --override_special_tokens" for key, token in overrides.items()]
+    if "eos" in overrides and isinstance(generation.get("eos_token_id"), list):
+        lines.append(f"the override replaces generation_config.json's list of eos ids, {generation['eos_token_id']}")
+    name = str(config.get("tokenizer_class"))
+    if name.removesuffix("Fast") in ("LlamaTokenizer", "CodeLlamaTokenizer"):
+        lines.append(
+            f"tokenizer_class {name} is kept: with it, transformers 5 adds no space before text that begins with one or "
+            "(unless legacy is true) stands behind a special token; Megatron-LLM does"
+        )
+    for i, first in enumerate(cut):
+        if longer := [token for token in cut[i + 1 :] if token.startswith(first)]:
+            lines.append(
+                f"training read {longer[0]} in text as {first} and a rest; the exported tokenizer reads it whole"
+            )
+    return lines

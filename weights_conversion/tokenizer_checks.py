@@ -1,0 +1,98 @@
+"""What must hold before a tokenizer is exported: its ids are training's, each has a row, and it loads as such."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from weights_conversion import tokenizer_json
+from weights_conversion.config import ConversionError
+from weights_conversion.tokenizer_files import Source
+
+
+def checked_ids(source: Source, data: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
+    """All ids: training's, and what else the tokenizer's own files hold. Raises where the two contradict each other."""
+    found = tokenizer_json.all_ids(data)
+    owner = {index: token for token, index in ids.items()}
+    wrong = []
+    for token, index in found.items():
+        if ids.get(token, index) != index:
+            wrong.append(f"{token} is {index}, in training {ids[token]}")
+        elif owner.get(index, token) != token:
+            wrong.append(f"{token} is {index}, in training that was {owner[index]}")
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ConversionError(
+            f"ids of the tokenizer from {source.origin} differ from Megatron-LLM's: {'; '.join(wrong[:8])}{more}. Name the "
+            "tokenizer of training with --vocab_file, or say what it added with --no_new_tokens or --vocab_extra_ids_list."
+        )
+    return {**found, **ids}
+
+
+def check_known(source: Source, named: Mapping[str, str], extras: list[str], ids: Mapping[str, int]) -> None:
+    """Raises where the settings name tokens without an id, since a loader would invent one that has no row."""
+    unknown = {f"{key}_token": token for key, token in named.items() if token not in ids}
+    unknown |= {f"an additional special token ({i})": token for i, token in enumerate(extras) if token not in ids}
+    if unknown:
+        shown = ", ".join(f"{token} as {key}" for key, token in unknown.items())
+        raise ConversionError(
+            f"the settings of the tokenizer from {source.origin} name tokens that it does not have: {shown}; replace them "
+            "with --override_special_tokens KEY=TOKEN, or name another tokenizer with --vocab_file."
+        )
+
+
+def check_loaded(data: Mapping[str, Any], expected: Mapping[str, int], built_from: Path | None) -> None:
+    """Loads the tokenizer.json with the library that transformers uses, and compares every id.
+
+    Where it was built here from a tokenizer.model, text with leading spaces, newlines, digits and bytes must also give
+    sentencepiece's ids.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        loaded = Tokenizer.from_str(json.dumps(data))
+    except Exception as error:  # the library raises plain Exception
+        raise ConversionError(f"the tokenizer.json cannot be loaded ({error}); name another --vocab_file.") from error
+    actual = loaded.get_vocab(with_added_tokens=True)
+    if actual != expected:
+        wrong = sorted(token for token in {**actual, **expected} if actual.get(token) != expected.get(token))
+        shown = ", ".join(f"{token} at {actual.get(token)}, not {expected.get(token)}" for token in wrong[:8])
+        raise ConversionError(f"{len(wrong)} tokens would load with another id than training's: {shown}.")
+    if built_from is not None:
+        import sentencepiece
+
+        text = "  two leading spaces,\n\n\ttabs\u3000and 1234567890 \U0001f98a na\u00efve \u00e9 </ \u2581 ends  "
+        theirs = sentencepiece.SentencePieceProcessor(model_file=str(built_from)).encode(text)
+        if loaded.encode(text, add_special_tokens=False).ids != theirs:
+            raise ConversionError(
+                f"the tokenizer.json built from {built_from} cuts text differently than sentencepiece does; give a folder "
+                "that also holds the model's own tokenizer.json with --vocab_file."
+            )
+
+
+def row_problems(ids: Mapping[str, int], rows: int, base: int, extras: Iterable[str]) -> list[str]:
+    """A sentence for each kind of token whose id has no embedding row, naming the flag that mends it.
+
+    `base` is the number of ids of the vocabulary file itself, `extras` the extra tokens.
+    """
+    extras = set(extras)
+    kinds: dict[str, list[str]] = {"pieces": [], "extras": [], "new": []}
+    for token, i in sorted(ids.items(), key=lambda item: item[1]):
+        if i >= rows:
+            kinds["pieces" if i < base else "extras" if token in extras else "new"].append(f"{token} = {i}")
+    remedies = {
+        "pieces": "the tokenizer is not this model's (give the right one with --vocab_file)",
+        "new": "training ran without them (--no_new_tokens)",
+        "extras": "they are not the ones of training (--vocab_extra_ids_list)",
+    }
+    problems = []
+    for kind, tokens in kinds.items():
+        if tokens:
+            names = ", ".join(tokens[:8]) + (f" and {len(tokens) - 8} more" if len(tokens) > 8 else "")
+            problems.append(
+                f"{len(tokens)} token{'s have' if len(tokens) > 1 else ' has'} no row in the exported embedding of {rows} "
+                f"rows: {names}; either {remedies[kind]}, or the exported rows are too few (--true_vocab_size)."
+            )
+    return problems

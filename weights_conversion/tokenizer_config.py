@@ -1,0 +1,118 @@
+"""tokenizer_config.json and its companions: the source's settings kept, training's special tokens set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from weights_conversion.special_tokens import KEYS, Vocabulary
+from weights_conversion.tokenizer_files import CONFIG, SPECIAL_MAP, Source
+
+EXTRAS, DECODER = "additional_special_tokens", "added_tokens_decoder"
+FILL = "<FILL_ME>"  # where CodeLlama's tokenizer cuts a prompt in two; never an input of the model, so without a row
+INFILLING = {"prefix": "\u2581<PRE>", "middle": "\u2581<MID>", "suffix": "\u2581<SUF>", "eot": "\u2581<EOT>"}
+
+
+def text_of(token: Any) -> Any:
+    """The token of an entry, which is a string, or a dict with flags."""
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that a tokenizer_config.json names, by key (bos, eos, ...)."""
+    named = {key: text_of(config.get(f"{key}_token")) for key in KEYS}
+    return {key: token for key, token in named.items() if token is not None}
+
+
+def extra_tokens(config: Mapping[str, Any]) -> list[str]:
+    """The additional special tokens that a tokenizer_config.json lists."""
+    return [text_of(token) for token in config.get(EXTRAS) or []]
+
+
+def fill_token(family: str, config: Mapping[str, Any]) -> str | None:
+    """CodeLlama's fill token: its class gives it an id behind all others, and no text ever becomes that id."""
+    return text_of(config.get("fill_token", FILL)) if family == "codellama" else None
+
+
+def without_fill(config: dict[str, Any], fill: str) -> dict[str, Any]:
+    """The config without the fill token's id, which training gave to another token; the key `fill_token` stays."""
+    decoder = {index: entry for index, entry in (config.get(DECODER) or {}).items() if entry["content"] != fill}
+    extras = [token for token in config.get(EXTRAS) or [] if text_of(token) != fill]
+    return {**config, **{key: value for key, value in ((DECODER, decoder), (EXTRAS, extras)) if key in config}}
+
+
+def starting_config(family: str, source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The source's tokenizer_config.json, made readable for transformers 4 and 5; Llama's where there is none."""
+    config = source.json(CONFIG)
+    if config.get("tokenizer_class") == "TokenizersBackend":  # version 5's name, unknown to version 4
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # version 5's spelling, refused by version 4
+        config[EXTRAS] = config.pop("extra_special_tokens")
+    if DECODER not in config:
+        # Once added_tokens_decoder is there, transformers no longer reads special_tokens_map.json.
+        for key, token in source.json(SPECIAL_MAP).items():
+            if not config.get(key):
+                config[key] = [text_of(item) for item in token] if isinstance(token, list) else text_of(token)
+    if CONFIG not in source.files:
+        llama = {"add_bos_token": True, "add_eos_token": False, "legacy": True, "padding_side": "left"}
+        config = {
+            **({} if family == "falcon" else llama),
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": 10**30,
+            **config,
+        }
+    for key in ("bos", "eos", "unk"):
+        if not config.get(f"{key}_token") and getattr(vocabulary, key) is not None:
+            config[f"{key}_token"] = getattr(vocabulary, key)
+    infills = family == "codellama" and set(INFILLING.values()) <= set(vocabulary.pieces)
+    # Not LlamaTokenizer where the choice is ours: version 5 ignores tokenizer.json's normalizer for that class, and a
+    # leading space is lost. CodeLlamaTokenizer is needed for infilling.
+    config.setdefault("tokenizer_class", "CodeLlamaTokenizer" if infills else "PreTrainedTokenizerFast")
+    if str(config["tokenizer_class"]).startswith("CodeLlama") and not infills:
+        config |= {f"{key}_token": None for key in (*INFILLING, "fill")}  # else the class adds them, without rows
+    return config
+
+
+def with_tokens(
+    config: Mapping[str, Any],
+    named: Mapping[str, str],
+    extras: Iterable[str],
+    data: Mapping[str, Any],
+    cut: set[str],
+    differs: bool,
+) -> dict[str, Any]:
+    """The config with these tokens by key, these additional special tokens, and the added tokens of tokenizer.json.
+
+    `cut` are the tokens that training cut out of text: theirs are the entries of tokenizer.json, whatever the source
+    says of them. `differs`: whether that tokenizer.json is another than the source's.
+    """
+    changed: dict[str, Any] = {}
+    for key, token in named.items():
+        if text_of(config.get(f"{key}_token")) != token:
+            changed[f"{key}_token"] = token
+    missing = [token for token in extras if token not in extra_tokens(config)]
+    if missing:
+        changed[EXTRAS] = [*(config.get(EXTRAS) or []), *missing]
+    decoder = {}
+    source_decoder = config.get(DECODER) or {}
+    for entry in data.get("added_tokens") or []:
+        flags = {key: value for key, value in entry.items() if key != "id"}
+        own = source_decoder.get(str(entry["id"]))
+        keeps = own is not None and (own.get("special") or entry["content"] not in cut)
+        decoder[str(entry["id"])] = own if keeps else flags
+    if decoder != source_decoder and (changed or differs):
+        changed[DECODER] = decoder
+    return {**config, **changed}
+
+
+def special_map(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
+    """special_tokens_map.json that agrees with the config; entries of the source that still hold are kept."""
+    content: dict[str, Any] = source.json(SPECIAL_MAP)
+    for key, token in named_tokens(config).items():
+        if text_of(content.get(f"{key}_token")) != token:
+            content[f"{key}_token"] = token
+    extras = extra_tokens(config)
+    if extras != extra_tokens(content):
+        content[EXTRAS] = extras
+    return content
