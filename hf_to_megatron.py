@@ -45,9 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     cli.option(
         parser, "--model-path", metavar="PATH_OR_REPO",
-        help="a local folder, or another repository of the same architecture",
+        help="a local folder, or another repository of the same architecture; or the root of a Megatron checkpoint, to write "
+        "it in another layout",
     )  # fmt: skip
     cli.option(parser, "--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
+    cli.option(
+        parser, "--load_iters", type=cli.positive, metavar="N",
+        help="where --model-path is a Megatron checkpoint: another iteration than its tracker's",
+    )  # fmt: skip
     layout = parser.add_argument_group("layout of the checkpoint")
     cli.option(
         layout, "--tensor-model-parallel-size", type=cli.positive, default=1, metavar="N",
@@ -73,6 +78,14 @@ def build_parser() -> argparse.ArgumentParser:
     cli.option(
         layout, "--new-rows", choices=("last", "mean"), default="last",
         help="what added rows hold: a copy of the last row, or the mean row (default: last)",
+    )  # fmt: skip
+    cli.option(
+        layout, "--target", choices=("megatron-llm", "megatron-core"), default="megatron-llm",
+        help="whose checkpoint to write (default: megatron-llm)",
+    )  # fmt: skip
+    cli.option(
+        layout, "--ckpt-format", choices=("torch", "torch_dist"),
+        help="format on disk (default: torch; for megatron-core torch_dist, which fits any TP and PP)",
     )  # fmt: skip
     cli.add_common(parser)
     return parser
@@ -105,6 +118,9 @@ def main(argv: list[str] | None = None) -> int:
             divisible_by=args.make_vocab_size_divisible_by,
             true_vocab_size=args.true_vocab_size,
             new_rows=args.new_rows,
+            load_iters=args.load_iters,
+            target=args.target,
+            ckpt_format=args.ckpt_format,
         )
         return hf_to_megatron(options).text()
 

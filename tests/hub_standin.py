@@ -7,6 +7,7 @@ name, ranges, and the failures that a test orders. Every request is recorded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -117,10 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        try:
+        with contextlib.suppress(ConnectionError, TimeoutError):  # the client may hang up at any moment
             super().handle()
-        except (ConnectionError, TimeoutError):  # the client may hang up at any moment
-            pass
 
     def answer(self) -> None:
         url = urlsplit(self.path)

@@ -1,17 +1,18 @@
 """Runs the real megatron-core on a CPU: writes its checkpoints, and loads ours into its GPTModel.
 
-    python tests/megatron_core.py save --hf-config DIR/config.json --out ROOT [--format torch_dist|torch] [--tp N] [--pp N] [--vpp N]
-    python tests/megatron_core.py load --hf-config DIR/config.json --checkpoint ROOT --out RESULT.pt [--format ...] [--norms ...]
+    python tests/megatron_core.py save --hf-config HF/config.json --out ROOT [--format torch_dist|torch] [--tp N] [...]
+    python tests/megatron_core.py load --hf-config HF/config.json --checkpoint ROOT --out RESULT.pt [--norms ...] [...]
 
-Neither action imports the package under test: the conversion between HF and Megatron-Core tensors below is a second, naive one.
+Neither action imports the package under test: the conversion between HF and Megatron-Core tensors below is a second,
+naive one.
 
-`save` draws HF tensors from --seed, puts them into a GPTModel, and saves that as Megatron-LM's training does. ROOT gets the
-checkpoint, `expected.safetensors` (HF names, V rows), `padded.safetensors` (the vocabulary tables with their padding rows) and
-`config.json` (the HF one).
+`save` draws HF tensors from --seed, puts them into a GPTModel, and saves that as Megatron-LM's training does. ROOT gets
+the checkpoint, `expected.safetensors` (HF names, V rows), `padded.safetensors` (the vocabulary tables with padding
+rows) and `config.json` (the HF one).
 
 `load` fills every parameter with NaN, loads with megatron-core's own strictness, and writes a dict to RESULT.pt:
-`logits` [batch, sequence, V] computed in float32, `tokens`, `parameters` (count), `nan` (names of parameters that still hold a
-NaN), `unexpected` and `missing` (names, non-strict legacy loads only), `dtypes`, `args` (the checkpoint's own, as a plain dict).
+`logits` [batch, sequence, V] computed in float32, `tokens`, `parameters` (count), `nan` (parameters that still hold a
+NaN), `unexpected` and `missing` (names, non-strict legacy loads only), `dtypes`, `args` (the checkpoint's, as a dict).
 
 One process per rank on this machine over gloo. What is replaced of CUDA: see `cpu_shims`.
 """
@@ -101,7 +102,7 @@ class Sizes:
 
 
 def random_hf(sizes: Sizes, seed: int, rows: int) -> Tensors:
-    """HF tensors of a llama with vocabulary tables of `rows` rows; norms are not one, so that a forgotten norm shows."""
+    """HF tensors of a llama with vocabulary tables of `rows` rows; no norm is one, so that a forgotten one shows."""
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(out_features: int, in_features: int) -> Tensor:
@@ -163,7 +164,7 @@ def rank_tensors(hf: Tensors, sizes: Sizes, tp: int, rank: int) -> Tensors:
 
 
 def cpu_shims() -> None:
-    """The places where megatron-core reaches for a GPU on the paths used here; the last only with a tied head and PP > 1."""
+    """The places where megatron-core reaches for a GPU on these paths; the last only with a tied head and PP > 1."""
     from megatron.core.tensor_parallel import random as tp_random
 
     cpu: Any = torch.device("cpu")
@@ -257,8 +258,9 @@ def forward(chunks: list[Chunk], tokens: Tensor, options: Namespace) -> Tensor |
     batch, length = tokens.shape
     positions = torch.arange(length).expand(batch, length)
     mask = torch.ones(1, 1, length, length).triu(diagonal=1).bool()
-    stage, ranks = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_group()
-    group_ranks = torch.distributed.get_process_group_ranks(ranks)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    group_ranks = torch.distributed.get_process_group_ranks(group)
     hidden = torch.empty(0)
     for virtual in range(options.vpp):
         chunk = chunks[virtual]
@@ -281,8 +283,8 @@ def forward(chunks: list[Chunk], tokens: Tensor, options: Namespace) -> Tensor |
 def content_metadata(layers: str) -> dict[str, Any]:
     """What Megatron-LM's training records about a checkpoint's content; `layers` is --layers.
 
-    stacked: one tensor with a leading layer axis (training's way); apart: `decoder.layers.N.`; singleton: apart, and the
-    two halves of linear_fc1 under `..._w` and `..._v`.
+    stacked: one tensor with a leading layer axis (training's way); apart: `decoder.layers.N.`; singleton: apart, and
+    the two halves of linear_fc1 under `..._w` and `..._v`.
     """
     metadata: dict[str, Any] = {
         "distrib_optim_sharding_type": "dp_reshardable",
@@ -434,7 +436,8 @@ def save(sizes: Sizes, options: Namespace) -> None:
         if options.training_state:
             add_training_state(state, chunks, metadata)
         if options.common == "inside":
-            common = {k: state[k] for k in ("args", "checkpoint_version", "iteration")} | {"content_metadata": metadata}
+            common = {key: state[key] for key in ("args", "checkpoint_version", "iteration")}
+            common["content_metadata"] = content_metadata(options.layers)
             state["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=rank)
         dist_checkpointing.save(state, str(folder), content_metadata=metadata)
         torch.distributed.barrier()
@@ -501,7 +504,7 @@ def load(sizes: Sizes, options: Namespace) -> None:
         common = dist_checkpointing.load_common_state_dict(str(folder))
         metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
         request = {model_key(options, c.virtual): c.model.sharded_state_dict(metadata=metadata) for c in chunks}
-        state = dist_checkpointing.load(request, str(folder))
+        state: Any = dist_checkpointing.load(request, str(folder))
         for chunk in chunks:
             chunk.model.load_state_dict(state[model_key(options, chunk.virtual)], strict=True)
     else:

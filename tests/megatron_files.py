@@ -8,6 +8,7 @@ import contextlib
 import enum
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,12 @@ def nest(flat: dict[str, torch.Tensor], original: bool = False) -> dict[str, Any
     def tree(prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix): v.clone() for k, v in flat.items() if k.startswith(prefix)}
 
-    stack = tree("encoder.")
+    stack: dict[str, torch.Tensor] = tree("encoder.")
     if original:
         stack = {name.replace(".self_attention.", ".attention."): value for name, value in stack.items()}
+    stack = OrderedDict(stack)
+    if not original:
+        stack._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined] # as Module.state_dict leaves it
     language_model: dict[str, Any] = {"transformer" if original else "encoder": stack}
     if embedding := tree("embedding.word_embeddings."):
         language_model["embedding"] = (

@@ -202,7 +202,30 @@ def test_reset_args_without_manifest(name: str, theta: float, eps: float, to_hf,
     found = auto_meaning(tmp_path / "back")
     assert (found["theta"], found["eps"]) == (theta, eps)
     if name == "codellama":
-        assert "10000" in result.text and "1000000" in result.text.replace("1e6", "1000000").replace("1e+06", "1000000")
+        assert "10000" in result.text
+        assert "1000000" in result.text.replace("1e6", "1000000").replace("1e+06", "1000000")
+
+
+def test_reset_window_is_said(to_hf, tmp_path: Path) -> None:
+    """Mistral's window is gone from reset args; the family's is used, and both are named."""
+    model = tm.MODELS["mistral-v0.1"]
+    ranks = megatron_ranks(model.config(), model.tensors())
+    write_checkpoint(tmp_path / "mt", ranks, tm.training_args(model) | RESET, 100)
+    common = ["--input_dir", tmp_path / "mt", "--output_dir", tmp_path / "back", "--model", "mistral"]
+    result = to_hf(*common, "--no_tokenizer").succeeded()
+    assert auto_meaning(tmp_path / "back") == expected_meaning(model)
+    assert "4096" in result.text
+    assert "reset" in result.text
+
+
+def test_flags_outrank_the_family(to_hf, tmp_path: Path) -> None:
+    """Mistral v0.2 after the resharding tool: nothing but the user knows its theta, and that it has no window."""
+    model = tm.MODELS["mistral-v0.2"]
+    ranks = megatron_ranks(model.config(), model.tensors())
+    write_checkpoint(tmp_path / "mt", ranks, tm.training_args(model) | RESET, 100)
+    flags = ["--no_tokenizer", "--rope_theta", 1e6, "--sliding_window_size", 0]
+    export(to_hf, tmp_path / "mt", tmp_path / "back", "mistral", *flags)
+    assert auto_meaning(tmp_path / "back") == expected_meaning(model)
 
 
 def test_new_tokens_after_training(sources, to_megatron, to_hf, tmp_path: Path) -> None:
@@ -254,6 +277,17 @@ def test_overrides_reach_the_configs(imported, to_hf, tmp_path: Path) -> None:
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (bos, eos)
 
 
+def test_override_with_an_equals_sign(to_megatron, to_hf, tmp_path: Path) -> None:
+    """Only the first "=" divides; the extra token of training holds one itself."""
+    model = replace(tm.MODELS["llama2"], name="equals", vocab=384)
+    source = tm.write_huggingface(tmp_path / "hf", model)
+    to_megatron("llama2", "--model-path", source, "--out", tmp_path / "mt").succeeded()
+    options = ["--no_new_tokens", "--vocab_extra_ids_list", "<a=b>,<c>", "--override_special_tokens", "eos=<a=b>"]
+    found = export(to_hf, tmp_path / "mt", tmp_path / "out", "llama2", *options)
+    assert found["eos_token_id"] == 320
+    assert tm.read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == 320
+
+
 @pytest.mark.parametrize("override", ["nonsense=<s>", "eos", "eos=<no-such-token>"])
 def test_bad_overrides(override: str, imported, to_hf, tmp_path: Path) -> None:
     options = [
@@ -265,5 +299,7 @@ def test_bad_overrides(override: str, imported, to_hf, tmp_path: Path) -> None:
         override,
     ]
     result = to_hf(*options)
-    assert result.code in (1, 2) and result.err and "Traceback" not in result.text
+    assert result.code in (1, 2)
+    assert result.err
+    assert "Traceback" not in result.text
     assert not list(tmp_path.iterdir())

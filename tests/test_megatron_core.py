@@ -1,8 +1,8 @@
 """Megatron-Core checkpoints: the real megatron-core loads what we write, and we export what it writes, bit for bit.
 
 The tests that need megatron-core run it in processes of its own (`megatron_core.py`). Install it next to the tests with
-`pip install --no-deps megatron-core==0.16.1` and `pip install packaging numpy einops psutil`, or name an interpreter that has
-it in MEGATRON_CORE_PYTHON; without it they are skipped. The others need nothing but the converter.
+`pip install --no-deps megatron-core==0.16.1` and `pip install packaging numpy einops psutil`, or name an interpreter
+that has it in MEGATRON_CORE_PYTHON; without it they are skipped. The others need nothing but the converter.
 """
 
 from __future__ import annotations
@@ -110,13 +110,12 @@ def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture(scope="session")
 def core(tmp_path_factory, to_megatron: Script, huggingface) -> Callable[..., Path]:
     """Our Megatron-Core checkpoints, converted once for each set of options. Not to be changed by a test."""
-    root = tmp_path_factory.mktemp("core")
     done: dict[tuple[str, ...], Path] = {}
 
     def convert(name: str, *options: Any) -> Path:
         key = (name, *map(str, options))
         if key not in done:
-            out = root / f"{name}-{len(done)}"
+            out = tmp_path_factory.mktemp("core") / name
             to_core(to_megatron, MODELS[name].family, huggingface(name), out, *options).succeeded()
             done[key] = out
         return done[key]
@@ -220,7 +219,7 @@ def test_torch_loads_strictly(name, tp, pp, norms, core, huggingface, megatron_c
 
 @pytest.mark.parametrize(("tp", "pp", "vpp"), [(1, 1, 1), (2, 2, 1), (1, 2, 2)])
 def test_torch_loads_with_both_spellings(tp, pp, vpp, core, huggingface, megatron_core, tmp_path: Path) -> None:
-    """As Megatron-LM retries a failed strict load: nothing may stay unfilled, and only the other spelling is left over."""
+    """As Megatron-LM retries a failed strict load: nothing may stay unfilled, only the other spelling is left."""
     checkpoint = core("gqa", *cut(tp, pp, MODELS["gqa"].layers // (pp * vpp) if vpp > 1 else None))
     layout = ["--format", "torch", "--norms", "both", "--tp", tp, "--pp", pp, "--vpp", vpp]
     config = huggingface("gqa") / "config.json"
@@ -293,10 +292,10 @@ def test_torch_dist_files(name: str, core) -> None:
     metadata = read_metadata(root)
     tensors = {k: tuple(v.size) for k, v in metadata.state_dict_metadata.items() if hasattr(v, "size")}
     assert tensors == expected_shapes(model)
-    modules = "self_attention.linear_qkv self_attention.linear_proj self_attention.core_attention mlp.linear_fc1 mlp.linear_fc2"
+    modules = "self_attention.linear_qkv self_attention.linear_proj self_attention.core_attention mlp.linear_fc1"
     extra = {
         f"decoder.layers.{module}._extra_state/shard_{layer}_{model.layers}"
-        for module in modules.split()
+        for module in [*modules.split(), "mlp.linear_fc2"]
         for layer in range(model.layers)
     }
     objects = {k for k, v in metadata.state_dict_metadata.items() if not hasattr(v, "size")}
@@ -387,8 +386,9 @@ def assert_same_config(found: Path, expected: Path) -> None:
     import transformers
 
     one, two = (transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in (found, expected))
-    keys = """model_type num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size
-        max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings hidden_act""".split()
+    sizes = "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size"
+    rest = "model_type max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings hidden_act"
+    keys = f"{sizes} {rest}".split()
     assert {key: one.get(key) for key in keys} == {key: two.get(key) for key in keys}
 
 
@@ -432,13 +432,12 @@ def test_core_to_megatron_llm_is_golden(case: str, tp: int, pp: int, to_megatron
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory, megatron_core, huggingface) -> Callable[..., Path]:
     """Checkpoints that megatron-core wrote, once for each set of options. Not to be changed by a test."""
-    root = tmp_path_factory.mktemp("saved")
     done: dict[tuple[str, ...], Path] = {}
 
     def save(name: str, *options: Any) -> Path:
         key = (name, *map(str, options))
         if key not in done:
-            out = root / f"{name}-{len(done)}"
+            out = tmp_path_factory.mktemp("saved") / name
             megatron_core("save", "--hf-config", huggingface(name) / "config.json", "--out", out, *options)
             done[key] = out
         return done[key]

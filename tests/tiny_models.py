@@ -421,7 +421,8 @@ def transformers_logits(model: Tiny, tensors: Tensors, tokens: Tensor) -> Tensor
     config = auto_config(model)
     network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     missing, unexpected = network.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
-    assert not unexpected and set(missing) <= ({"lm_head.weight"} if model.tied else set()), (missing, unexpected)
+    assert not unexpected
+    assert set(missing) <= ({"lm_head.weight"} if model.tied else set())
     with torch.no_grad():
         return network(tokens[None]).logits[0]
 

@@ -19,7 +19,8 @@ SENTENCES = [
     "the theory of the thing is that there are others then these or those",
     "    indented lines     with many spaces,   and more of them    here",
     "quickly the bread and the butter were eaten by the other brothers",
-    "na\u00efve caf\u00e9 d\u00e9j\u00e0 vu, \u00fcber die Br\u00fccke, \u043f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440",
+    "na\u00efve caf\u00e9 d\u00e9j\u00e0 vu, \u00fcber die Br\u00fccke",
+    "\u043f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440",
     "<CLS > [INST] not a token </ s> <extra_id> <|im_start|> a < b > c",
 ]
 TEXTS = [
@@ -144,7 +145,7 @@ def hub_folder(
 ) -> Path:
     """A folder as version 4 of transformers writes it: tokenizer.model, its conversion to tokenizer.json, settings.
 
-    `legacy` False: tokenizer.json with Metaspace, as with `legacy: false`; otherwise with the prepending normalizer, and
+    `legacy` False: tokenizer.json with Metaspace, as with `legacy: false`; else with the prepending normalizer, and
     None leaves the flag out. `added` are tokens that the source has behind its pieces.
     """
     import transformers
@@ -189,8 +190,8 @@ def hub_folder(
         "tokenizer_class": class_name,
         "unk_token": "<unk>",
     }
-    special = {key: {"content": config[key], "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-               for key in ("bos_token", "eos_token", "unk_token")}  # fmt: skip
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    special = {key: {"content": config[key], **plain} for key in ("bos_token", "eos_token", "unk_token")}
     special_map = {**special, **({"additional_special_tokens": infilling} if infilling else {})}
     for name, content in (
         ("tokenizer.json", data),
@@ -202,7 +203,7 @@ def hub_folder(
 
 
 def hub_encode(model: Path, ids: dict[str, int], special: list[str], text: str, scheme: str) -> list[int]:
-    """Ids of a text under one of transformers' rules for the space that sentencepiece puts in front, from sentencepiece.
+    """Ids of a text, from sentencepiece, under one of transformers' rules for the space in front.
 
     training: in front of each part between special tokens; always: the same, but not in front of a part that begins
     with a space; first: like always, but only at the very start of the text.

@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,7 @@ from weights_conversion.plan import Chunk, Plan
 logger = logging.getLogger(__name__)
 
 SYNC_BYTES = 1 << 30  # how much may have to be done again after a kill, per process
+VISIBLE_SECONDS = 20.0  # how long another node's files may take to be seen here
 
 
 class TargetFile(Protocol):
@@ -136,6 +138,18 @@ class Journal:
                 done[number] = [Written(self._refs[ref], start, length, crc) for ref, start, length, crc in writes]
         return done
 
+    def load_all(self, count: int) -> dict[int, list[Written]]:
+        """All of `count` chunks, as the ranks noted them; a network filesystem may show their notes a little late."""
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while len(done := self.load()) < count:
+            if time.monotonic() > deadline:
+                raise ConversionError(
+                    f"{self._folder} shows {len(done)} of {count} parts as written, after all ranks have written "
+                    "theirs; the output must be on a filesystem that all nodes share"
+                )
+            time.sleep(0.5)
+        return done
+
     def add(self, number: int, written: Iterable[Written], sync: Callable[[], None]) -> None:
         """Notes a finished chunk; after every SYNC_BYTES the data are synced and the notes written."""
         writes = [(self._number[w.ref], w.start, w.length, w.crc) for w in written]
@@ -193,6 +207,18 @@ def lay_out(out: Path, targets: Sequence[TargetFile], plan_digest: str, resume: 
         sync_path(note)
         sync_path(note.parent)
     return offsets
+
+
+def find_layout(out: Path, targets: Sequence[TargetFile], plan_digest: str) -> dict[TensorRef, int]:
+    """What `lay_out` returned to rank 0, on another rank; a network filesystem may show the files a little late."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        try:
+            return lay_out(out, targets, plan_digest, resume=True)
+        except (OSError, ConversionError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def lock(out: Path) -> int:

@@ -89,7 +89,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def run(work: Callable[[], str]) -> int:
     """Runs `work`, prints the report that it returns, and turns what can go wrong into sentences and an exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
-    for name in ("httpx", "huggingface_hub", "urllib3"):
+    for name in ("httpx", "httpx2", "huggingface_hub", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     handler = signal.signal(signal.SIGTERM, _terminate) if _main_thread() else None
     try:

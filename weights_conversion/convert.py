@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -10,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from weights_conversion import assembly, progress
+from weights_conversion import __version__, assembly, distributed, progress
 from weights_conversion.config import ConversionError
-from weights_conversion.execute import Source, Target, Written, execute, inconsistencies
-from weights_conversion.placement import Placed
+from weights_conversion.execute import Source, Stop, Target, Written, execute, inconsistencies
+from weights_conversion.placement import Placed, TensorRef
 from weights_conversion.plan import CHUNK_BYTES, Chunk, Plan
 from weights_conversion.progress import Report
 
@@ -31,6 +34,9 @@ class RunOptions:
     overwrite: bool = False
     workers: int = 2
     allow_inconsistent: bool = False
+    ranks: int | None = None  # of a job whose time a dry run is to predict
+    rank_rate: float = 1.0  # GB/s of output that one rank converts
+    filesystem_bandwidth: float | None = None  # GB/s of output that the filesystem takes while it is read too
 
 
 @dataclass(frozen=True)
@@ -46,57 +52,144 @@ class Job:
 
 
 def run(job: Job, options: RunOptions) -> Report:
-    """Executes a job, or only describes it where a dry run was asked for."""
+    """Executes a job (this rank's part of it, under a launcher), or only describes it where a dry run was asked for."""
     report = job.report
+    ranks = distributed.current()
     needed = assembly.output_bytes(job.targets)
     chunks = job.plan.chunks()
+    plan_digest = assembly.digest(job.plan, job.targets, options.dtype)
+    if ranks.size > 1:
+        ranks.agree(_view(job, plan_digest))
     report.planned(job.out, needed, [target.file for target in job.targets], memory(options.workers))
+    if ranks.size > 1:
+        report.notes.append(
+            f"{ranks.size} ranks on {ranks.hosts} hosts share the work; the memory is that of each rank"
+        )
     source = Source()
     try:
-        if not options.dry_run:
-            assembly.check_space(job.out, needed)
-        differences = inconsistencies(job.plan, source)
-        if differences and not options.allow_inconsistent:
-            raise ConversionError(*differences)
-        report.warnings += differences
+        if ranks.rank == 0:
+            if not options.dry_run:
+                assembly.check_space(job.out, needed)
+            differences = inconsistencies(job.plan, source)
+            if differences and not options.allow_inconsistent:
+                raise ConversionError(*differences)
+            report.warnings += differences
         if options.dry_run:
+            report.notes += _predictions(needed, options)
             return report
-        _write(job, options, chunks, source, needed)
+        _write(job, options, chunks, source, plan_digest, needed)
     finally:
         source.close()
     return report
 
 
-def _write(job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, needed: int) -> None:
-    started = time.monotonic()
-    plan_digest = assembly.digest(job.plan, job.targets, options.dtype)
+def _view(job: Job, plan_digest: str) -> dict[str, str]:
+    """What decides the output, as digests: ranks that differ in one of them would write different checkpoints."""
+    small = hashlib.sha256()
+    for name, content in sorted({**job.files, **job.last}.items()):
+        data = content.read_bytes() if isinstance(content, Path) else content
+        small.update(f"{name} {len(data)}\n".encode() + data)
+    config = hashlib.sha256(repr(job.plan.config).encode()).hexdigest()
+    return {
+        "release": __version__,
+        "the model's config": config,
+        "configs and tokenizer files": small.hexdigest(),
+        "weight files (names, sizes, times) and plan": plan_digest,
+    }
+
+
+def _predictions(needed: int, options: RunOptions) -> list[str]:
+    if options.ranks is None and options.filesystem_bandwidth is None:
+        return []
+    rate, bandwidth = options.rank_rate, options.filesystem_bandwidth
+    counts = sorted({1, options.ranks or 1, *((2, 4, 8, 16, 32, 64) if options.ranks is None else ())})
+    limit = f", the filesystem takes {bandwidth:g} GB/s" if bandwidth else ""
+    seconds = [distributed.predicted_seconds(needed, n, rate * 1e9, bandwidth and bandwidth * 1e9) for n in counts]
+    said = ", ".join(f"{time:.0f} s on {n} rank{'s' * (n > 1)}" for n, time in zip(counts, seconds, strict=True))
+    lines = [f"predicted  {said} (a rank converts {rate:g} GB/s{limit})"]
+    if bandwidth:
+        lines.append(f"predicted  more than {max(1, round(bandwidth / rate + 0.49))} ranks do not help")
+    return lines
+
+
+@dataclass
+class _Output:
+    """OUT.partial, laid out: where each tensor begins, what earlier runs have finished, and rank 0's lock."""
+
+    offsets: Mapping[TensorRef, int]
+    done: dict[int, list[Written]]
+    held: int = -1
+
+
+def _lay_out(job: Job, ranks: distributed.Ranks, journal: assembly.Journal, plan_digest: str, chunks: int) -> _Output:
+    """Rank 0 makes the files; the others find them, and hear from it what is left to be done."""
+    if ranks.rank:
+        said = json.loads(ranks.hear("prepared"))
+        done: dict[int, list[Written]] = {number: [] for start, stop in said["done"] for number in range(start, stop)}
+        offsets = assembly.find_layout(job.out, job.targets, plan_digest)
+        if _places(offsets) != said["places"]:
+            raise ConversionError(
+                f"{assembly.partial_folder(job.out)} is not what rank 0 made; the output must be one folder on a "
+                "filesystem that all nodes share"
+            )
+        return _Output(offsets, done)
     resume = assembly.prepare(job.out, plan_digest)
     held = assembly.lock(job.out)
     offsets = assembly.lay_out(job.out, job.targets, plan_digest, resume)
-    refs = [ref for target in job.targets for ref in target.refs]
-    journal = assembly.Journal(assembly.partial_folder(job.out) / "journal", refs)
     done = journal.load() if resume else {}
     if resume:
-        job.report.notes.append(f"continued an interrupted run: {len(done)} of {len(chunks)} parts were good")
-    target = Target(assembly.partial_folder(job.out) / "checkpoint", offsets)
+        job.report.notes.append(f"continued an interrupted run: {len(done)} of {chunks} parts were good")
+    ranks.tell("prepared", json.dumps({"done": distributed.to_ranges(sorted(done)), "places": _places(offsets)}))
+    return _Output(offsets, done, held)
+
+
+def _places(offsets: Mapping[TensorRef, int]) -> str:
+    return hashlib.sha256(repr(sorted((ref.file, ref.name, at) for ref, at in offsets.items())).encode()).hexdigest()
+
+
+def _write(
+    job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, plan_digest: str, needed: int
+) -> None:  # fmt: skip
+    started = time.monotonic()
+    ranks = distributed.current()
+    partial = assembly.partial_folder(job.out)
+    refs = [ref for target in job.targets for ref in target.refs]
+    journal = assembly.Journal(partial / "journal", refs, ranks.rank)
+    output = _lay_out(job, ranks, journal, plan_digest, len(chunks))
+    done = output.done
+    remaining = assembly.remaining(chunks, done)
+    mine = distributed.share(remaining, [chunk.nbytes for _, chunk in remaining], ranks.size)[ranks.rank]
+    target = Target(partial / "checkpoint", output.offsets)
+    before = sum(w.length for writes in done.values() for w in writes)
     try:
-        with progress.bar(needed, sum(w.length for writes in done.values() for w in writes)) as advance:
+        with progress.bar(needed, before) if ranks.rank == 0 else contextlib.nullcontext(lambda _: None) as advance:
+            ranks.shows(advance)
 
             def finished(number: int, _: object, written: list[Written]) -> None:
                 done[number] = written
                 journal.add(number, written, target.sync)
-                advance(sum(w.length for w in written))
+                ranks.count(sum(w.length for w in written))
 
             try:
-                execute(job.plan, assembly.remaining(chunks, done), source, target, options.workers, finished)
+                execute(job.plan, mine, source, target, options.workers, finished, Stop(ranks.stop))
             finally:
                 journal.flush(target.sync)
+            ranks.check()
+            target.close()
+            ranks.gather("written")
     finally:
         target.close()
+    if ranks.rank:
+        ranks.hear("finished")
+        return
+    ranks.settle()
+    if ranks.size > 1:
+        done = journal.load_all(len(chunks))
     written = [write for writes in done.values() for write in writes]
-    assembly.finish(job.out, job.targets, offsets, written, job.files, job.last, options.overwrite)
-    if held >= 0:
-        os.close(held)
+    assembly.finish(job.out, job.targets, output.offsets, written, job.files, job.last, options.overwrite)
+    ranks.tell("finished")
+    if output.held >= 0:
+        os.close(output.held)
     job.report.finished(needed, time.monotonic() - started)
 
 

@@ -23,6 +23,11 @@ class Dialect:
         """`name` as this dialect spells it; a name without an entry is spelled the same."""
         return self.renames.get(name, name)
 
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """Every name under which a rank file holds it: Megatron-Core's norms have two."""
+        spelled = self.spell(name)
+        return (spelled, CORE_LOCAL_NORMS[spelled]) if spelled in CORE_LOCAL_NORMS else (spelled,)
+
 
 HF = Dialect("Hugging Face", interleaved=False)
 

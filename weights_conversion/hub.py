@@ -7,6 +7,7 @@ repository is ever fetched.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -246,10 +247,8 @@ def _remember_absence(repository: str, commit: str, cache: Path) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
     for name in VOCABULARIES:
-        try:
+        with contextlib.suppress(EntryNotFoundError):
             _download(repository, name, commit, cache)
-        except EntryNotFoundError:
-            pass
 
 
 def _check_space(info: ModelInfo, files: list[str], folder: Path, repository: str) -> None:
@@ -371,8 +370,8 @@ def _explain(error: Exception, repository: str, revision: str, cache: Path) -> F
     for cause in causes:
         number = getattr(cause, "errno", None)
         if isinstance(cause, errors.OfflineModeIsEnabled):
-            download = f"run 'hf download {repository} --revision {revision}' where there is a network"
-            return Failure("offline", f"HF_HUB_OFFLINE is set for {name}", f"unset it, or {download}")
+            remedy = f"unset it, or first run the same command (or 'hf download {repository}') where there is a network"
+            return Failure("offline", f"HF_HUB_OFFLINE is set for {name}", remedy)
         if number in FULL or "No space left" in str(cause):  # hf_xet gives no number
             found = f"The disk of the cache {cache} is full, so {name} could not be fetched"
             return Failure("final", found, f"free some space, or {elsewhere}, and run the same command again")
@@ -396,14 +395,14 @@ def _explain(error: Exception, repository: str, revision: str, cache: Path) -> F
             verb, remedy = REFUSALS.get(status, ("fails to serve", "run the same command again later"))
             found = f"The hub {hub} {verb} {name} (status {status}, {said})"
             return Failure("refused", found, remedy.format(login=login, page=page))
-    last = causes[-1] if isinstance(error, errors.LocalEntryNotFoundError) else error
+    last = causes[-1]
     reason = _one_line(f"{type(last).__name__}: {last}")
     # What the client's HTTP library, which is another one since 1.0, derives all its errors from.
     http = tuple(base for base in errors.HfHubHTTPError.__mro__ if base.__module__.startswith(("requests", "httpx")))
     lost = _broke_in_mid_file(error) or any(
         isinstance(cause, (*http, ConnectionError, TimeoutError)) for cause in causes
     )
-    if lost and not isinstance(last, ValueError):
+    if lost and not isinstance(last, ValueError):  # an answer that is no JSON, an address that is none
         found = f"The connection to {hub} failed or was too slow for {name} ({reason})"
         return Failure("unreachable", found, "run the same command again, it continues with what is in the cache")
     found = f"The {name} could not be fetched from {hub} ({reason})"
@@ -415,7 +414,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     current: BaseException | None = error
     while current is not None and current not in chain:
         chain.append(current)
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return chain
 
 

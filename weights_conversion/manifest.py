@@ -22,7 +22,7 @@ _FORMAT = 1
 
 
 def build(
-    config: ModelConfig, *, true_vocab_size: int, repository: str | None, revision: str | None,
+    config: ModelConfig, *, true_vocab_size: int | None, repository: str | None, revision: str | None,
     source_config: Mapping[str, Any] | None, generation_config: Mapping[str, Any] | None, tokenizer: Sequence[Path],
 ) -> str:  # fmt: skip
     """The manifest's text. A local folder's path is not part of it."""

@@ -74,11 +74,18 @@ def write_args(
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "transformer_pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,
-        "num_layers_per_virtual_pipeline_stage": (
-            config.num_layers // (parallel.pipeline * parallel.virtual) if parallel.virtual > 1 else None
-        ),
+        **virtual_stages(config, parallel),
         "iteration": iteration,
+    }
+
+
+def virtual_stages(config: ModelConfig, parallel: Parallelism) -> dict[str, int | None]:
+    """How args say that stages are interleaved (None: they are not)."""
+    interleaved = parallel.virtual > 1
+    per_stage = config.num_layers // (parallel.pipeline * parallel.virtual)
+    return {
+        "virtual_pipeline_model_parallel_size": parallel.virtual if interleaved else None,
+        "num_layers_per_virtual_pipeline_stage": per_stage if interleaved else None,
     }
 
 

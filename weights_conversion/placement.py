@@ -12,6 +12,8 @@ from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.dialects import MEGATRON_CORE, Dialect
 from weights_conversion.mapping import ParamMapping, Shard
 
+ITEM_BYTES = 256 << 20  # of a torch_dist checkpoint: its readers take an item into memory whole
+
 
 @dataclass(frozen=True)
 class TensorRef:
@@ -149,8 +151,9 @@ def place_megatron(
     places = []  # (stage, name in the file)
     if layer is not None:
         location = layer_location(layer, config.num_layers, parallel)
-        name = rank_name(dialect.spell(row.megatron).format(location.layer), dialect)
-        places.append((location.stage, f"{chunk_key(location.chunk, parallel)}.{name}"))
+        for spelling in dialect.spellings(row.megatron):
+            name = rank_name(spelling.format(location.layer), dialect)
+            places.append((location.stage, f"{chunk_key(location.chunk, parallel)}.{name}"))
     elif row.megatron.startswith("embedding."):
         places.append((0, f"{chunk_key(0, parallel)}.{rank_name(dialect.spell(row.megatron), dialect)}"))
         if config.tie_word_embeddings and parallel.pipeline > 1:
@@ -167,6 +170,29 @@ def place_megatron(
     full = row.megatron if layer is None else row.megatron.format(layer)
     rows, columns = two_dimensional(shape)
     return Placed(full, copies[0][0].ref.dtype, rows, columns, tuple(copies))
+
+
+def place_dist(row: ParamMapping, layer: int | None, shape: Sequence[int], dtype: torch.dtype) -> Placed:
+    """A parameter of a torch_dist checkpoint: items of at most ITEM_BYTES, gate and up apart, as Megatron-Core cuts them.
+
+    The refs are named KEY@OFFSETS, where KEY is the stacked tensor and OFFSETS begin with the layer.
+    """
+    rows, columns = two_dimensional(shape)
+    name = MEGATRON_CORE.spell(row.megatron)
+    key = name if layer is None else name.replace("layers.{}.", "layers.")
+    parts = row.shard.blocks if row.shard else 1
+    step = max(min(ITEM_BYTES // (columns * dtype.itemsize), rows // parts), 1)
+    blocks = []
+    for part in range(parts):
+        begin, end = part * rows // parts, (part + 1) * rows // parts
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            stored = (last - first, *shape[1:])
+            local, where = (stored, (first,)) if layer is None else ((1, *stored), (layer, first))
+            ref = TensorRef("", f"{key}@{','.join(map(str, where))}", dtype, local)
+            blocks.append(Block(ref, 0, (first, last), (0, columns)))
+    full = row.megatron if layer is None else row.megatron.format(layer)
+    return Placed(full, dtype, rows, columns, (tuple(blocks),))
 
 
 def rank_name(name: str, dialect: Dialect) -> str:

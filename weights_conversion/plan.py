@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 import torch
 
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
-from weights_conversion.dialects import HF, Dialect
+from weights_conversion.dialects import HF, MEGATRON_CORE, Dialect
 from weights_conversion.mapping import Architecture, ParamMapping
 from weights_conversion.ops import Context, Range
-from weights_conversion.placement import Find, Placed, TensorRef, place_megatron, whole
+from weights_conversion.placement import Find, Placed, TensorRef, place_dist, place_megatron, whole
 
 CHUNK_BYTES = 32 << 20
 PAGE = 4096
+FILE_BYTES = 4 << 30  # of a torch_dist checkpoint
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,12 @@ def padded_vocabulary(rows: int, divisible_by: int, tp: int) -> int:
 def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: int, dialect: Dialect) -> list[str]:
     """What keeps `config` from being cut as `parallel` says, as sentences; `vocabulary` counts the padded rows."""
     tp, pp, vpp, layers = parallel.tensor, parallel.pipeline, parallel.virtual, config.num_layers
-    divisors = {n for n in range(1, tp + 1) if config.num_query_groups % n == 0 and config.num_attention_heads % n == 0}
+    groups, core = config.num_query_groups, dialect is MEGATRON_CORE
+    divisors = [n for n in range(1, tp + 1) if groups % n == 0 and config.num_attention_heads % n == 0]
+    shared = core and tp % groups == 0 and config.axes["qkv"] % tp == 0  # Megatron-Core gathers a group cut in rows
     checks = [
-        (config.num_query_groups, "query groups (num_key_value_heads)", f"; {dialect.name} cannot share a group "
-         f"between ranks, so use one of {sorted(divisors)}"),
+        (tp if shared else groups, "query groups (num_key_value_heads)",
+         f"; {dialect.name} cannot share a group so, use one of {divisors}"),
         (config.num_attention_heads, "attention heads", ""),
         (config.ffn_hidden_size, "MLP rows (ffn_hidden_size)", ""),
         (vocabulary, "vocabulary rows", "; --make-vocab-size-divisible-by pads them"),
@@ -230,6 +233,32 @@ def plan_to_megatron(
         steps.append(_step(row, layer, placed, (place(row, layer, placed[0].dtype),), config))
     files = {file: tuple(refs.values()) for file, refs in targets.items()}
     return Plan(config, source, target, tuple(steps), files, new_rows)
+
+
+def plan_to_dist(
+    architecture: Architecture, config: ModelConfig, sources: Mapping[tuple[str, int | None], tuple[Placed, ...]],
+    source: Side, target: Side, vocabulary: int, dtype: torch.dtype | None, folder: str, new_rows: str = "last",
+) -> Plan:  # fmt: skip
+    """Into torch_dist files of about FILE_BYTES below `folder`."""
+    placed = [
+        place_dist(row, layer, megatron_shape(row, config, vocabulary), dtype or sources[row.megatron, layer][0].dtype)
+        for row, layer in instances(architecture.parameters(config), config.num_layers)
+    ]
+    blocks = [block for each in placed for block in each.copies[0]]
+    sizes = [block.ref.nbytes for block in blocks]
+    count = min(-(-sum(sizes) // FILE_BYTES), len(sizes))
+    moved: dict[TensorRef, TensorRef] = {}
+    targets: dict[str, tuple[TensorRef, ...]] = {}
+    for number, (first, last) in enumerate(balanced(sizes, count), start=1):
+        file = f"{folder}/__0_{number}.distcp"
+        moved |= {block.ref: replace(block.ref, file=file) for block in blocks[first:last]}
+        targets[file] = tuple(moved[block.ref] for block in blocks[first:last])
+    steps = []
+    for each, (row, layer) in zip(placed, instances(architecture.parameters(config), config.num_layers), strict=True):
+        (copy,) = each.copies
+        there = replace(each, copies=(tuple(replace(block, ref=moved[block.ref]) for block in copy),))
+        steps.append(_step(row, layer, sources[row.megatron, layer], (there,), config))
+    return Plan(config, source, target, tuple(steps), targets, new_rows)
 
 
 def plan_to_hf(

@@ -25,7 +25,7 @@ def bar(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
         from tqdm import tqdm
 
         with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="converting") as shown:
-            yield shown.update
+            yield lambda count: (shown.update(count), None)[1]
         return
     lock, state = threading.Lock(), {"bytes": done, "said": time.monotonic()}
     started = time.monotonic()
@@ -91,5 +91,5 @@ class Report:
         lines += [f"note        {note}" for note in self.notes]
         lines += [f"warning     {warning}" for warning in self.warnings]
         if self.training_flags:
-            lines.append(f"train with  --use_checkpoint_args {' '.join(self.training_flags)}")
+            lines.append(f"train with  {' '.join(self.training_flags)}")
         return "\n".join([*lines, *self._done])

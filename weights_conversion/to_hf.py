@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import assembly, hf_config, hub, manifest, megatron_args
+from weights_conversion import assembly, hf_config, hub, megatron_args
 from weights_conversion.architectures import ARCHITECTURES
-from weights_conversion.config import FAMILIES, ConversionError, ModelConfig
+from weights_conversion.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
 from weights_conversion.convert import DTYPES, Job, RunOptions, main_dtype, run
 from weights_conversion.dialects import HF
-from weights_conversion.formats import huggingface, megatron
+from weights_conversion.formats import huggingface
 from weights_conversion.plan import Side, plan_to_hf
 from weights_conversion.progress import Report
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
@@ -39,80 +39,6 @@ class ExportOptions(RunOptions):
     true_vocab_size: int | None = None
     load_iters: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class OpenedCheckpoint:
-    """A Megatron checkpoint with the model that it holds: headers and args read, no data."""
-
-    files: megatron.RankFiles
-    config: ModelConfig
-    manifest: Mapping[str, Any] | None
-    origins: Mapping[str, str]
-    true_rows_known: bool
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-def open_checkpoint(
-    root: Path, model: str, *, load_iters: int | None = None, true_vocab_size: int | None = None,
-    flags: Mapping[str, Any] | None = None,
-) -> OpenedCheckpoint:  # fmt: skip
-    """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep."""
-    folder, iteration = megatron.find_iteration(root, load_iters)
-    files = megatron.open_rank_files(folder, iteration)
-    found = manifest.find([root, *_trained_from(files.args)])
-    said = found[1] if found else None
-    _check_family(model, files.args, said, root)
-    notes, warnings = [], []
-    if found:
-        notes.append(f"config     from {found[0]}")
-    rows, known = _rows(files.vocabulary, true_vocab_size, said, notes)
-    fields = manifest.model_fields(said) if said else None
-    args = dict(files.args)
-    if model == "falcon":  # the original's release files leave it out
-        args["tie_embed_logits"] = not files.has_head()
-    elif not files.has_head():
-        raise ConversionError(f"{folder} has no output layer (lm_head) on its last stage, which {model} needs")
-    resolved = megatron_args.resolve(model, args, fields, flags or {}, rows)
-    warnings += resolved.warnings
-    padded = files.args.get("padded_vocab_size")
-    if padded is not None and padded != files.vocabulary:
-        warnings.append(f"args say padded_vocab_size {padded}, the embedding has {files.vocabulary} rows, which are used")
-    return OpenedCheckpoint(files, resolved.config, said, resolved.origins, known, tuple(notes), tuple(warnings))
-
-
-def _trained_from(args: Mapping[str, Any]) -> list[Path]:
-    """Folders that training named, where the import that it started from may have left its manifest."""
-    load, vocab = args.get("load"), args.get("vocab_file")
-    named = [Path(load)] if isinstance(load, str) and load else []
-    return [*named, *([Path(vocab).parent] if isinstance(vocab, str) and vocab else [])]
-
-
-def _check_family(model: str, args: Mapping[str, Any], said: Mapping[str, Any] | None, root: Path) -> None:
-    claims = {"args (model_name)": args.get("model_name"), "manifest": (said or {}).get("family")}
-    if args.get("tokenizer_type") == "FalconTokenizer" or args.get("parallel_attn"):
-        claims["args (parallel_attn)"] = "falcon"
-    elif args.get("use_rms_norm") and model == "falcon":
-        claims["args (use_rms_norm)"] = "llama2"
-    for origin, family in claims.items():
-        if family is not None and family != model and (family in FAMILIES or origin != "args (model_name)"):
-            raise ConversionError(f"--model {model} was given, but {root} holds a {family} model, say its {origin}")
-
-
-def _rows(stored: int, flag: int | None, said: Mapping[str, Any] | None, notes: list[str]) -> tuple[int, bool]:
-    """(vocabulary rows to keep, whether that is known to be the true number)."""
-    recorded = (said or {}).get("true_vocab_size")
-    rows = flag if flag is not None else recorded
-    if rows is None:
-        notes.append(f"vocabulary {stored} rows, all kept: nothing records the true number (--true_vocab_size gives it)")
-        return stored, False
-    origin = "--true_vocab_size" if flag is not None else "the manifest"
-    if not isinstance(rows, int) or not 0 < rows <= stored:
-        raise ConversionError(f"{origin} says {rows} vocabulary rows, but the embedding has {stored}")
-    cut = f", {stored - rows} padding rows left out" if rows < stored else ""
-    notes.append(f"vocabulary {rows} rows by {origin}{cut}")
-    return rows, True
 
 
 def megatron_to_hf(options: ExportOptions) -> Report:
@@ -153,7 +79,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         files["generation_config.json"] = _json(generation or _default_generation(exported))
     report.notes += _differences(base, exported)
     report.notes.append("values     " + ", ".join(f"{name} {origin}" for name, origin in sorted(opened.origins.items())))
-    return run(Job(plan, report, targets, out, {}, files), options)
+    return run(Job(plan, report, targets, out, files), options)
 
 
 def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Mapping[str, Any]) -> TokenizerPlan:
@@ -166,7 +92,7 @@ def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Map
 
     return plan_tokenizer(
         options.model, options.input_dir, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
-        search=_trained_from(args), fetch=fetch, generation=generation,
+        search=trained_from(args), fetch=fetch, generation=generation,
     )  # fmt: skip
 
 

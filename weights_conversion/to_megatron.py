@@ -1,4 +1,4 @@
-"""Hugging Face or Meta -> Megatron."""
+"""Hugging Face, Meta, or another Megatron checkpoint -> Megatron."""
 
 from __future__ import annotations
 
@@ -8,16 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import assembly, hf_config, manifest, megatron_args, tokenizer_files
+import torch
+
+from weights_conversion import assembly, core_args, hf_config, manifest, megatron_args
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
 from weights_conversion.convert import DIVISIBLE_BY, DTYPES, Job, RunOptions, main_dtype, run
-from weights_conversion.dialects import HF, MEGATRON_LLM, META
-from weights_conversion.formats import huggingface, meta, torch_files
+from weights_conversion.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
+from weights_conversion.formats import torch_dist, torch_files
 from weights_conversion.formats.megatron import TRACKER
-from weights_conversion.placement import Placed, rank_folder
-from weights_conversion.plan import Plan, Side, check_parallelism, padded_vocabulary, plan_to_megatron, source_hf
+from weights_conversion.placement import rank_folder
+from weights_conversion.plan import (
+    Plan,
+    Side,
+    check_parallelism,
+    padded_vocabulary,
+    plan_to_dist,
+    plan_to_megatron,
+)
 from weights_conversion.progress import Report
+from weights_conversion.sources import Opened, open_source
+
+TARGETS: dict[str, Dialect] = {"megatron-llm": MEGATRON_LLM, "megatron-core": MEGATRON_CORE}
 
 
 @dataclass(frozen=True)
@@ -30,106 +42,75 @@ class ImportOptions(RunOptions):
     cache_dir: Path | None = None
     model_path: str | None = None
     revision: str | None = None
+    load_iters: int | None = None
     parallel: Parallelism = Parallelism()
     layers_per_virtual_stage: int | None = None
     divisible_by: int | None = None
     true_vocab_size: int | None = None
     new_rows: str = "last"
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A source that has been opened: headers read, no data."""
-
-    folder: Path
-    side: Side
-    tensors: Mapping[str, Placed]
-    config: ModelConfig
-    raw_config: Mapping[str, Any] | None
-    generation_config: Mapping[str, Any] | None
-    repository: str | None = None
-    revision: str | None = None
+    target: str = "megatron-llm"
+    ckpt_format: str | None = None
 
 
 def hf_to_megatron(options: ImportOptions) -> Report:
     """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.out or Path(f"{options.model}-{options.size or 7}b-megatron")
     assembly.check_absent(out, options.overwrite)
-    opened = open_source(options)
+    dialect = TARGETS[options.target]
+    ckpt_format = options.ckpt_format or ("torch_dist" if dialect is MEGATRON_CORE else "torch")
+    if ckpt_format == "torch_dist" and dialect is not MEGATRON_CORE:
+        raise ConversionError("--ckpt-format torch_dist is Megatron-Core's; add --target megatron-core")
+    opened = open_source(
+        options.model, options.model_path, dialect, cache=options.cache_dir, size=options.size,
+        revision=options.revision, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
+    )  # fmt: skip
     config = opened.config
     if options.size is not None:
         hf_config.check_size(config, options.size)
     parallel = _with_virtual(options, config)
+    if ckpt_format == "torch_dist" and parallel != Parallelism():
+        raise ConversionError(f"--ckpt-format torch_dist is free of {parallel}: any run can load it; leave the sizes out")
     vocabulary, true_rows = _vocabulary(options, config, parallel)
-    target = Side(MEGATRON_LLM, megatron=True)
-    problems = check_parallelism(config, parallel, vocabulary, target.dialect)
-    if problems:
+    if problems := check_parallelism(config, parallel, vocabulary, dialect):
         raise ConversionError(*problems)
 
-    architecture = ARCHITECTURES[options.model]
-    sources = source_hf(architecture, config, opened.tensors, opened.side.dialect)
+    architecture, target = ARCHITECTURES[options.model], Side(dialect, megatron=True)
+    sources = opened.sources(architecture)
     dtype = DTYPES.get(options.dtype)
-    plan = plan_to_megatron(
-        architecture, config, sources, opened.side, target, parallel, vocabulary, dtype,
-        rank_file("release", parallel), options.new_rows,
-    )  # fmt: skip
+    written = dtype or main_dtype([placed for group in sources.values() for placed in group])
     divisible_by = options.divisible_by or DIVISIBLE_BY
-    written_dtype = dtype or main_dtype([placed for group in sources.values() for placed in group])
-    args = megatron_args.write_args(
-        config, parallel, vocabulary=vocabulary, dtype=written_dtype, divisible_by=divisible_by
-    )
-    targets = rank_targets(plan, args, "release")
-    report = Report()
-    report.training_flags = megatron_args.training_flags(config, vocabulary, divisible_by, parallel.tensor)
+    report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
+    files: dict[str, bytes | Path] = {path.name: path for path in opened.tokenizer}
+    if ckpt_format == "torch_dist":
+        plan = plan_to_dist(
+            architecture, config, sources, opened.side, target, vocabulary, dtype, "release", options.new_rows
+        )
+        targets, small = dist_targets(plan, config, written, divisible_by)
+        files |= small
+    else:
+        plan = plan_to_megatron(
+            architecture, config, sources, opened.side, target, parallel, vocabulary, dtype,
+            rank_file("release", parallel), options.new_rows,
+        )  # fmt: skip
+        args = _rank_args(config, parallel, dialect, written, divisible_by, vocabulary) | dict(opened.kept_args)
+        targets = rank_targets(plan, args, "release" if dialect is MEGATRON_LLM else 0, flat=dialect is MEGATRON_CORE)
+    report.training_flags = _training_flags(config, dialect, ckpt_format, out, vocabulary, divisible_by, parallel, written)
     if vocabulary != config.vocab_size:
         report.notes.append(
-            f"vocabulary: {config.vocab_size} rows of the source, {vocabulary} written ({options.new_rows} row for the new)"
+            f"vocabulary {config.vocab_size} rows of the source, {vocabulary} written (new ones: {options.new_rows} row)"
         )
-    tokenizer = tokenizer_files.source_tokenizer_files(opened.folder)
     text = manifest.build(
-        config, true_vocab_size=true_rows, repository=opened.repository, revision=opened.revision,
-        source_config=opened.raw_config, generation_config=opened.generation_config, tokenizer=tokenizer,
+        config, true_vocab_size=true_rows if opened.true_rows_known or options.true_vocab_size else None,
+        repository=opened.repository, revision=opened.revision, source_config=opened.raw_config,
+        generation_config=opened.generation_config, tokenizer=opened.tokenizer,
     )  # fmt: skip
-    files: dict[str, bytes | Path] = {path.name: path for path in tokenizer}
     files[manifest.NAME] = text.encode()
     return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}), options)
 
 
-def open_source(options: ImportOptions) -> Opened:
-    """Finds and opens the HF folder, hub snapshot, or Meta folder that the arguments name."""
-    cache = options.cache_dir
-    if cache is not None and options.model_path is None and options.model in ("llama", "llama2"):
-        folder = meta.find_meta(cache, options.model, options.size or 7) if cache.is_dir() else None
-        if folder is not None:
-            return open_meta(options.model, folder)
-    if options.model_path is not None and Path(options.model_path).expanduser().is_dir():
-        folder = Path(options.model_path).expanduser()
-        if not (folder / "config.json").is_file() and meta.find_meta(folder, options.model, options.size or 7):
-            return open_meta(options.model, folder)
-        return open_hf(options.model, folder)
-    from weights_conversion import hub
-
-    repository = options.model_path or hub.default_repository(options.model, options.size or 7)
-    if options.model_path is not None and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
-        raise ConversionError(f"--model-path {repository} is neither a folder here nor the name of a repository")
-    snapshot = hub.snapshot(repository, revision=options.revision, cache_dir=cache)
-    opened = open_hf(options.model, snapshot.folder)
-    return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision)
-
-
-def open_hf(model: str, folder: Path) -> Opened:
-    raw = huggingface.read_json(folder / "config.json")
-    config = hf_config.read_config(model, raw, MEGATRON_LLM)
-    generation = folder / "generation_config.json"
-    generation_config = huggingface.read_json(generation) if generation.is_file() else None
-    return Opened(folder, Side(HF, megatron=False), huggingface.read_hf(folder), config, raw, generation_config)
-
-
-def open_meta(model: str, folder: Path) -> Opened:
-    folder = meta.find_meta(folder, model, 0) or folder
-    tensors = meta.read_meta(folder)
-    config = hf_config.read_params(model, meta.read_params(folder), tensors)
-    return Opened(folder, Side(META, megatron=False), tensors, config, None, None)
+def megatron_to_megatron(options: ImportOptions) -> Report:
+    """Another layout, or the other Megatron's dialect, of the checkpoint at `options.model_path`: one pass, no HF files."""
+    return hf_to_megatron(options)
 
 
 def _with_virtual(options: ImportOptions, config: ModelConfig) -> Parallelism:
@@ -150,14 +131,52 @@ def _with_virtual(options: ImportOptions, config: ModelConfig) -> Parallelism:
 
 def _vocabulary(options: ImportOptions, config: ModelConfig, parallel: Parallelism) -> tuple[int, int]:
     """(rows to write, rows that are true): padded where a layout, a divisor, or a true size was asked for."""
-    rows = options.true_vocab_size or config.vocab_size
-    if rows < config.vocab_size:
+    rows = max(options.true_vocab_size or 0, config.vocab_size)
+    if options.true_vocab_size is not None and options.true_vocab_size < config.vocab_size:
         raise ConversionError(
-            f"--true-vocab-size {rows} is less than the {config.vocab_size} rows of the source, which would be cut off"
+            f"--true-vocab-size {options.true_vocab_size} is less than the {config.vocab_size} rows of the source, "
+            "which would be cut off"
         )
     if parallel.tensor == 1 and options.divisible_by is None and options.true_vocab_size is None:
         return rows, rows
     return padded_vocabulary(rows, options.divisible_by or DIVISIBLE_BY, parallel.tensor), rows
+
+
+def _rank_args(
+    config: ModelConfig, parallel: Parallelism, dialect: Dialect, dtype: torch.dtype, divisible_by: int, vocabulary: int
+) -> dict[str, Any]:
+    if dialect is MEGATRON_CORE:
+        return core_args.write_args(
+            config, parallel, dtype=dtype, divisible_by=divisible_by, ckpt_format="torch", vocabulary=vocabulary
+        )
+    return megatron_args.write_args(config, parallel, vocabulary=vocabulary, dtype=dtype, divisible_by=divisible_by)
+
+
+def _training_flags(
+    config: ModelConfig, dialect: Dialect, ckpt_format: str, out: Path, vocabulary: int, divisible_by: int,
+    parallel: Parallelism, dtype: torch.dtype,
+) -> list[str]:  # fmt: skip
+    if dialect is MEGATRON_CORE:
+        load = [f"--load {out} --ckpt-format {ckpt_format} --use-checkpoint-args --no-load-optim --no-load-rng"]
+        return [*load, *core_args.training_flags(config, dtype)]
+    return ["--use_checkpoint_args", *megatron_args.training_flags(config, vocabulary, divisible_by, parallel.tensor)]
+
+
+def dist_targets(
+    plan: Plan, config: ModelConfig, dtype: torch.dtype, divisible_by: int
+) -> tuple[list[assembly.TargetFile], dict[str, bytes | Path]]:
+    """The .distcp files, and the small files around them."""
+    targets = [torch_dist.DistFileTarget(file, refs) for file, refs in plan.targets.items()]
+    states, entries = torch_dist.extra_states(config.num_layers)
+    args = core_args.write_args(
+        config, Parallelism(), dtype=dtype, divisible_by=divisible_by, ckpt_format="torch_dist", vocabulary=None
+    )
+    files: dict[str, bytes | Path] = {
+        f"release/{torch_dist.EXTRA_STATES}": states,
+        f"release/{torch_dist.METADATA}": torch_dist.metadata(targets, entries),
+    }
+    files |= {f"release/{name}": content for name, content in torch_dist.small_files(args, 0).items()}
+    return list(targets), files
 
 
 def rank_file(folder: str, parallel: Parallelism) -> Callable[[int, int], str]:

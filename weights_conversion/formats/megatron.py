@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weights_conversion import core_args
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
 from weights_conversion.dialects import CORE_LOCAL_NORMS, MEGATRON_CORE, MEGATRON_LLM, Dialect
 from weights_conversion.formats import torch_files
@@ -104,7 +105,7 @@ class RankFiles:
             where = self.folder.name + "/" + rank_folder(tp, pp, self.parallel)
             tensors = self.ranks[tp, pp]
             if name not in tensors:
-                name = self._local_norm(name)
+                name = self._other_norm(name)
             used.add((tp, pp, name))
             ref = tensors.get(name)
             if ref is None:
@@ -118,22 +119,21 @@ class RankFiles:
 
         placed = source_megatron(architecture, config, self.parallel, self.vocabulary, self.dialect, find)
         for (tp, pp), tensors in sorted(self.ranks.items()):
-            both = {self._local_norm(name) for name in tensors if (tp, pp, name) in used}  # norms in two spellings
             for name in sorted(tensors):
-                if (tp, pp, name) not in used and name not in both:
+                if (tp, pp, name) not in used:
                     where = self.folder.name + "/" + rank_folder(tp, pp, self.parallel)
                     problems.append(f"{where} has a tensor {name} that a {config.family} model does not have")
         if problems:
             raise ConversionError(*problems)
         return placed
 
-    def _local_norm(self, name: str) -> str:
-        """A Megatron-Core norm's name in the spelling of the local layer spec; other names unchanged."""
+    def _other_norm(self, name: str) -> str:
+        """The other spelling of one of Megatron-Core's norms, of which a file needs but one; other names unchanged."""
         if self.dialect is MEGATRON_CORE:
             for fused, local in CORE_LOCAL_NORMS.items():
-                tail, local_tail = fused.split("{}")[1], local.split("{}")[1]
-                if name.endswith(tail):
-                    return name.removesuffix(tail) + local_tail
+                for this, other in ((fused, local), (local, fused)):
+                    if name.endswith(this.split("{}")[1]):
+                        return name.removesuffix(this.split("{}")[1]) + other.split("{}")[1]
         return name
 
 
@@ -162,7 +162,9 @@ def open_rank_files(folder: Path, iteration: int | str) -> RankFiles:
         raise ConversionError(*problems)
     ranks = {rank: _model_tensors(file, parallel) for rank, file in opened.items()}
     core = any(".decoder." in f".{name}" for tensors in ranks.values() for name in tensors)
-    return RankFiles(folder, iteration, MEGATRON_CORE if core else MEGATRON_LLM, args[first], parallel, ranks)
+    if core:
+        return RankFiles(folder, iteration, MEGATRON_CORE, core_args.normalise(args[first], folder), parallel, ranks)
+    return RankFiles(folder, iteration, MEGATRON_LLM, args[first], parallel, ranks)
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:

@@ -1,23 +1,25 @@
 """Reads the pickle inside a torch file without torch, without its data, and without running anything it names.
 
-Stricter than `torch.load(weights_only=True)`: every global on the list below becomes an inert stand-in (a tensor
-becomes a `StoredTensor`, its place in the file), so nothing is imported, called or allocated on a file's behalf.
-Anything else is refused by name.
+Stricter than `torch.load(weights_only=True)`: an interpreter of its own for the opcodes that checkpoints use, in which
+every global on the list below is an inert stand-in (a tensor becomes a `StoredTensor`, its place in the file), so that
+nothing is imported, called or allocated on a file's behalf. Anything else is refused by name. Work and memory grow with
+the bytes of the pickle and no faster: no opcode may announce a size, and only plain values may be dictionary keys.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
 import pickletools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from weights_conversion.config import ConversionError
 
-MAX_PICKLE_BYTES = 1 << 30
+MAX_PICKLE_BYTES = 64 << 20  # hundreds of thousands of tensors
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -101,45 +103,73 @@ class _StorageType:
     dtype: torch.dtype | None
 
 
-def _rebuild_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *_: object) -> StoredTensor:
-    if not isinstance(storage, Storage) or storage.dtype is None:
-        raise pickle.UnpicklingError("a tensor without a typed storage")
-    return _stored(storage, storage.dtype, offset, size, stride)
+def _rebuild_tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> StoredTensor:
+    return _stored(storage, getattr(storage, "dtype", None), offset, size, stride)
 
 
 def _rebuild_tensor_v3(
-    storage: Storage, offset: int, size: tuple, stride: tuple, requires_grad: object, hooks: object,
-    dtype: torch.dtype, *_: object,
+    storage: object, offset: object, size: object, stride: object, requires_grad: object, hooks: object,
+    dtype: object, *_: object,
 ) -> StoredTensor:  # fmt: skip
     return _stored(storage, dtype, offset, size, stride)
 
 
-def _stored(storage: Storage, dtype: object, offset: object, size: object, stride: object) -> StoredTensor:
-    if not isinstance(dtype, torch.dtype) or not isinstance(size, tuple) or not isinstance(stride, tuple):
+def _stored(storage: object, dtype: object, offset: object, size: object, stride: object) -> StoredTensor:
+    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
         raise pickle.UnpicklingError("a malformed tensor")
-    if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
+    if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) != len(stride) or len(size) > 64:
         raise pickle.UnpicklingError("a tensor with malformed sizes")
-    return StoredTensor(storage, dtype, int(offset), size, stride)  # type: ignore[arg-type]
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, *size, *stride)):
+        raise pickle.UnpicklingError("a tensor with malformed sizes")
+    return StoredTensor(storage, dtype, offset, size, stride)  # type: ignore[arg-type]
 
 
-def _rebuild_parameter(data: StoredTensor, *_: object) -> StoredTensor:
+def _rebuild_parameter(data: object, *_: object) -> StoredTensor:
+    if not isinstance(data, StoredTensor):
+        raise pickle.UnpicklingError("a parameter without a tensor")
     return data
 
 
-def _same(*values: object) -> tuple:
-    return tuple(values[0]) if values else ()  # type: ignore[call-overload]
+def _size(*values: Any) -> tuple:
+    return tuple(values[0]) if values else ()
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, where: str) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
+def _storage(pid: Any) -> Storage:
+    """A persistent entry."""
+    kind, storage_type, key, _, numel = pid
+    if kind != "storage" or not isinstance(storage_type, _StorageType):
+        raise pickle.UnpicklingError("an unknown persistent entry")
+    if type(key) is not str or type(numel) is not int or numel < 0:
+        raise pickle.UnpicklingError("a malformed storage")
+    return Storage(key, storage_type.dtype, numel)
+
+
+def load(data: bytes, where: str, further: Mapping[tuple[str, str], Any] = MappingProxyType({})) -> Any:
+    """The object in a pickle, tensors as StoredTensor and Namespaces as plain objects. Errors name `where`.
+
+    `further` are inert stand-ins for globals that only this kind of file may name.
+    """
+    try:
+        return _Machine(where, further).run(data)
+    except ConversionError:
+        raise
+    except RecursionError as error:
+        raise ConversionError(f"{where} is nested too deeply to be a checkpoint") from error
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        raise ConversionError(f"{where} holds a damaged pickle ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+class _Machine:
+    """One run over one pickle, whose opcodes pickletools takes apart; handlers are named after them."""
+
+    def __init__(self, where: str, further: Mapping[tuple[str, str], Any]) -> None:
         self._where = where
         # Classes of its own, so that no file can touch a shared one. torch hangs `_metadata` on an OrderedDict.
-        arguments, ordered = type("Arguments", (), {}), type("OrderedDict", (dict,), {})
+        self._arguments, self._ordered = type("Arguments", (), {}), type("OrderedDict", (dict,), {})
         self._allowed: dict[tuple[str, str], Any] = {
-            ("argparse", "Namespace"): arguments,
-            ("collections", "OrderedDict"): ordered,
-            ("torch", "Size"): _same,
+            ("argparse", "Namespace"): self._arguments,
+            ("collections", "OrderedDict"): self._ordered,
+            ("torch", "Size"): _size,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
             ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
             ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
@@ -147,9 +177,69 @@ class _Unpickler(pickle.Unpickler):
             **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
             **{("torch", name): dtype for name, dtype in _DTYPES.items()},
             **dict.fromkeys(_OPAQUE, _Opaque),
+            **further,
         }
+        self._stubs = (_Opaque, *(stub for stub in further.values() if isinstance(stub, type)))
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
+    def run(self, data: bytes) -> Any:
+        handlers = {name.removeprefix("_op_"): getattr(self, name) for name in dir(self) if name.startswith("_op_")}
+        stack = self._stack
+        for opcode, argument, _ in pickletools.genops(data):
+            name = opcode.name
+            if name in _LITERALS:
+                stack.append(argument)
+            elif name == "STOP":
+                return stack.pop()
+            elif name in _CONSTANTS:
+                stack.append(_CONSTANTS[name]())
+            elif name in ("BINGET", "GET", "LONG_BINGET"):
+                stack.append(self._memo[int(argument or 0)])
+            elif name in ("BINPUT", "PUT", "LONG_BINPUT"):
+                self._memo[int(argument or 0)] = stack[-1]
+            elif name in handlers:
+                handlers[name](argument)
+            elif name not in ("PROTO", "FRAME"):
+                raise ConversionError(
+                    f"{self._where} uses the pickle opcode {name}, which no checkpoint of these models needs: "
+                    "it was not loaded; save it again with torch.save if you trust where it comes from"
+                )
+        raise pickle.UnpicklingError("no end")
+
+    def _since_mark(self) -> list[Any]:
+        position = self._marks.pop()
+        if position > len(self._stack):
+            raise pickle.UnpicklingError("a mark beyond the stack")
+        items = self._stack[position:]
+        del self._stack[position:]
+        return items
+
+    def _key(self, key: Any) -> Any:
+        """A key whose hash takes time in proportion to its bytes. (That of a shared, nested tuple is exponential.)"""
+        if isinstance(key, tuple) and len(key) < 64 and not any(isinstance(part, tuple) for part in key):
+            for part in key:
+                self._key(part)
+        elif not (
+            key is None or isinstance(key, (str, bytes, self._stubs)) or type(key) is bool
+            or (type(key) is int and abs(key) < 1 << 63)
+        ):  # fmt: skip
+            raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
+        return key
+
+    def _fill(self, target: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
+        if not isinstance(target, dict):
+            raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
+        for key, value in pairs:
+            target[self._key(key)] = value
+
+    def _append(self, target: Any, items: list[Any]) -> None:
+        if not isinstance(target, list):
+            raise pickle.UnpicklingError(f"elements for a {type(target).__name__}")
+        target.extend(items)
+
+    def _find(self, module: str, name: str) -> Any:
         if (module, name) in self._allowed:
             return self._allowed[module, name]
         if (module, name) in _ENUMS:
@@ -159,30 +249,128 @@ class _Unpickler(pickle.Unpickler):
             "re-save the file without it if you trust where it comes from"
         )
 
-    def persistent_load(self, pid: Any) -> Storage:
-        kind, storage_type, key, _, numel = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise pickle.UnpicklingError("an unknown persistent entry")
-        if not isinstance(key, str) or not isinstance(numel, int) or numel < 0:
-            raise pickle.UnpicklingError("a malformed storage")
-        return Storage(key, storage_type.dtype, numel)
+    def _op_MARK(self, _: Any) -> None:
+        self._marks.append(len(self._stack))
+
+    def _op_POP(self, _: Any) -> None:
+        if self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
+        else:
+            self._stack.pop()
+
+    def _op_POP_MARK(self, _: Any) -> None:
+        self._since_mark()
+
+    def _op_DUP(self, _: Any) -> None:
+        self._stack.append(self._stack[-1])
+
+    def _op_MEMOIZE(self, _: Any) -> None:
+        self._memo[len(self._memo)] = self._stack[-1]
+
+    def _op_TUPLE(self, _: Any) -> None:
+        self._stack.append(tuple(self._since_mark()))
+
+    def _op_TUPLE1(self, _: Any) -> None:
+        self._stack[-1:] = [(self._stack[-1],)]
+
+    def _op_TUPLE2(self, _: Any) -> None:
+        self._stack[-2:] = [(self._stack[-2], self._stack[-1])]
+
+    def _op_TUPLE3(self, _: Any) -> None:
+        self._stack[-3:] = [(self._stack[-3], self._stack[-2], self._stack[-1])]
+
+    def _op_LIST(self, _: Any) -> None:
+        self._stack.append(self._since_mark())
+
+    def _op_APPEND(self, _: Any) -> None:
+        value = self._stack.pop()
+        self._append(self._stack[-1], [value])
+
+    def _op_APPENDS(self, _: Any) -> None:
+        items = self._since_mark()
+        self._append(self._stack[-1], items)
+
+    def _op_DICT(self, _: Any) -> None:
+        items, made = self._since_mark(), {}
+        self._fill(made, zip(items[::2], items[1::2], strict=True))
+        self._stack.append(made)
+
+    def _op_SETITEM(self, _: Any) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self._fill(self._stack[-1], [(key, value)])
+
+    def _op_SETITEMS(self, _: Any) -> None:
+        items = self._since_mark()
+        self._fill(self._stack[-1], zip(items[::2], items[1::2], strict=True))
+
+    def _op_ADDITEMS(self, _: Any) -> None:
+        items = self._since_mark()
+        if not isinstance(self._stack[-1], set):
+            raise pickle.UnpicklingError(f"members for a {type(self._stack[-1]).__name__}")
+        self._stack[-1].update([self._key(item) for item in items])
+
+    def _op_FROZENSET(self, _: Any) -> None:
+        self._stack.append(frozenset([self._key(item) for item in self._since_mark()]))
+
+    def _op_GLOBAL(self, argument: str) -> None:
+        module, _, name = argument.partition(" ")
+        self._stack.append(self._find(module, name))
+
+    def _op_STACK_GLOBAL(self, _: Any) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        if type(name) is not str or type(module) is not str:
+            raise pickle.UnpicklingError("a global without a name")
+        self._stack.append(self._find(module, name))
+
+    def _op_BINPERSID(self, _: Any) -> None:
+        self._stack.append(_storage(self._stack.pop()))
+
+    def _op_REDUCE(self, _: Any) -> None:
+        arguments, function = self._stack.pop(), self._stack.pop()
+        if not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError("a call without arguments")
+        self._stack.append(self._call(function, arguments))
+
+    def _op_NEWOBJ(self, _: Any) -> None:
+        self._op_REDUCE(None)
+
+    def _op_NEWOBJ_EX(self, _: Any) -> None:
+        self._stack.pop()  # keyword arguments: no stand-in has any
+        self._op_REDUCE(None)
+
+    def _call(self, function: Callable[..., Any], arguments: tuple) -> Any:
+        if function is self._ordered:
+            made = self._ordered()
+            self._fill(made, *(arguments or ((),)))
+            return made
+        if function is self._arguments:
+            return self._arguments()
+        return function(*arguments)
+
+    def _op_BUILD(self, _: Any) -> None:
+        state, target = self._stack.pop(), self._stack[-1]
+        if isinstance(target, self._stubs):
+            if hasattr(target, "__setstate__"):
+                target.__setstate__(state)
+        elif isinstance(target, self._arguments):
+            if not isinstance(state, dict) or not all(type(name) is str for name in state):
+                raise pickle.UnpicklingError("malformed arguments")
+            vars(target).update(state)
+        elif not isinstance(target, self._ordered):
+            raise pickle.UnpicklingError(f"a state for a {type(target).__name__}")
 
 
-def load(data: bytes, where: str) -> Any:
-    """The object in a pickle, tensors as StoredTensor and Namespaces as plain objects. Errors name `where`."""
-    try:
-        _check_lengths(data)
-        return _Unpickler(data, where).load()
-    except ConversionError:
-        raise
-    except RecursionError as error:
-        raise ConversionError(f"{where} is nested too deeply to be a checkpoint") from error
-    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        raise ConversionError(f"{where} holds a damaged pickle ({type(error).__name__}: {error})") from error
-
-
-def _check_lengths(data: bytes) -> None:
-    """Refuses opcodes that would make the unpickler allocate more than the file holds."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
-            raise pickle.UnpicklingError("a memo index beyond the end of the pickle")
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}

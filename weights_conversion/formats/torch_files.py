@@ -6,13 +6,17 @@ A torch file is a zip archive of stored records: `data.pkl` with the structure, 
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 import torch
 
@@ -22,16 +26,20 @@ from weights_conversion.placement import TensorRef
 from weights_conversion.plan import PAGE
 
 _LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
-_MAX_DEPTH = 32
+_END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+_MAX_DIRECTORY_BYTES = 256 << 20
+# A state dict may hold one dict under many names, so that what it takes to walk it is not bounded by the file's size.
+_MAX_DEPTH, _MAX_LEAVES, _MAX_NAME = 32, 1_000_000, 1000
 
 
 @dataclass(frozen=True)
 class Record:
-    """A stored zip record: first byte and length of its data, and of its entry in the central directory."""
+    """A stored zip record: first byte, length and CRC-32 (0: not kept) of its data."""
 
     name: str
     offset: int
     size: int
+    crc: int
 
 
 @dataclass(frozen=True)
@@ -63,65 +71,156 @@ class TorchFile:
         return TensorRef(str(self.path), name, tensor.dtype, tensor.shape, start)
 
 
-def read_torch_file(path: Path) -> TorchFile:
-    """Opens a torch file without reading its tensors."""
+class _Window(io.RawIOBase):
+    """Bytes start..start+size of an open file, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._position = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(min(len(buffer), self._size - self._position), 0)
+        self._file.seek(self._start + self._position)
+        data = self._file.read(count)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def read_torch_file(
+    path: Path, start: int = 0, length: int | None = None, further: Mapping[tuple[str, str], Any] = MappingProxyType({})
+) -> TorchFile:
+    """Opens a torch file without reading its tensors. It may be a part of a larger file, from byte `start` on.
+
+    `further` are stand-ins for globals that only this kind of file may name.
+    """
     try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            infos = {info.filename: info for info in archive.infolist()}
-            pickled = [name for name in infos if name.endswith("/data.pkl") and name.count("/") == 1]
+        size = path.stat().st_size - start if length is None else length
+        if start < 0 or size < 0 or start + size > path.stat().st_size:
+            raise ConversionError(f"{path} ends before byte {start + size}, which its index names; it is cut off")
+        with path.open("rb") as whole, io.BufferedReader(_Window(whole, start, size)) as file:
+            records = {record.name: record for record in _directory(file, size, path)}
+            pickled = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
             if len(pickled) != 1:
                 raise ConversionError(f"{path} is not a torch.save file (its archive has {len(pickled)} data.pkl)")
             prefix = pickled[0].removesuffix("data.pkl")
-            record = _record(file, infos[pickled[0]], size, path)
-            if record.size > pickles.MAX_PICKLE_BYTES:
-                raise ConversionError(f"{path} claims a pickle of {record.size} bytes, more than any checkpoint has")
-            order = prefix + "byteorder"
-            if order in infos and archive.read(order) != b"little":
+            order = records.get(prefix + "byteorder")
+            if order is not None and _content(file, order, path) != b"little":
                 raise ConversionError(f"{path} was saved on a big-endian machine; save it again on a little-endian one")
-            file.seek(record.offset)
-            content = pickles.load(file.read(record.size), str(path))
-            records = {
-                name.removeprefix(prefix + "data/"): _record(file, info, size, path)
-                for name, info in infos.items()
-                if name.startswith(prefix + "data/")
-            }
-    except ConversionError:
-        raise
-    except (zipfile.BadZipFile, zipfile.LargeZipFile) as error:
-        raise ConversionError(
-            f"{path} is not a complete torch.save file ({error}); it is cut off, still being copied, or in the format "
-            "of torch before 1.6 (then load it with torch and save it again)"
-        ) from error
-    except (struct.error, ValueError, NotImplementedError, EOFError, RuntimeError, OverflowError) as error:
+            content = pickles.load(_content(file, records[pickled[0]], path), str(path), further)
+    except (struct.error, OverflowError) as error:
         raise ConversionError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    return TorchFile(path, content, records)
+    data = prefix + "data/"
+    placed = {
+        name.removeprefix(data): Record(name, record.offset + start, record.size, record.crc)
+        for name, record in records.items()
+        if name.startswith(data)
+    }
+    return TorchFile(path, content, placed)
 
 
-def _record(file: Any, info: zipfile.ZipInfo, size: int, path: Path) -> Record:
-    """Where the data of a record begin: behind its local header, whose name and extra field have their own lengths."""
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise ConversionError(f"{path}: record {info.filename} is compressed, which torch.save never does")
-    file.seek(info.header_offset)
-    header = file.read(30)
-    if len(header) != 30 or header[:4] != _LOCAL:
-        raise ConversionError(f"{path}: record {info.filename} does not begin where the archive says; it is damaged")
-    name, extra = struct.unpack("<HH", header[26:30])
-    offset = info.header_offset + 30 + name + extra
-    if offset + info.file_size > size:
-        raise ConversionError(f"{path}: record {info.filename} goes beyond the end of the file; it is cut off")
-    return Record(info.filename, offset, info.file_size)
+def _content(file: BinaryIO, record: Record, path: Path) -> bytes:
+    """A small record, checked against its CRC (0 where torch was told to keep none)."""
+    if record.size > pickles.MAX_PICKLE_BYTES:
+        raise ConversionError(f"{path} claims a {record.name} of {record.size} bytes, more than any checkpoint has")
+    file.seek(record.offset)
+    content = file.read(record.size)
+    if record.crc not in (0, zlib.crc32(content)):
+        raise ConversionError(f"{path} is damaged: {record.name} has another CRC-32 than the archive says; copy it again")
+    return content
 
 
-def flatten(tree: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts, their keys joined by dots."""
-    if depth > _MAX_DEPTH:
-        raise ConversionError("a state dict is nested too deeply to be a checkpoint")
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from ((f"{key}.{name}", leaf) for name, leaf in flatten(value, depth + 1))
-        else:
-            yield str(key), value
+def _directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
+    """The records of a zip archive of `size` bytes: stored, named once, and none in another's bytes.
+
+    Nothing is read, and no memory taken, on the word of a size that the file does not have.
+    """
+
+    def damaged(why: str) -> ConversionError:
+        return ConversionError(
+            f"{path} is not a complete torch.save file: {why}; it is cut off, damaged, still being copied, or in the format "
+            "of torch before 1.6 (then load it with torch and save it again)"
+        )
+
+    tail_at = max(size - (22 + 0xFFFF), 0)
+    file.seek(tail_at)
+    tail = file.read(size - tail_at)
+    end = tail.rfind(_END)
+    if end < 0 or end + 22 > len(tail):
+        raise damaged("the archive's end is missing")
+    count, length, first = struct.unpack_from("<HII", tail, end + 10)
+    limit = tail_at + end
+    if count == 0xFFFF or 0xFFFFFFFF in (length, first):
+        if end < 20 or tail[end - 20 : end - 16] != _LOCATOR:
+            raise damaged("its 64-bit directory is missing")
+        limit = struct.unpack_from("<Q", tail, end - 12)[0]
+        if limit + 56 > tail_at + end:
+            raise damaged("its 64-bit directory is missing")
+        file.seek(limit)
+        header = file.read(56)
+        if header[:4] != _END64:
+            raise damaged("its 64-bit directory is missing")
+        count, length, first = struct.unpack_from("<QQQ", header, 32)
+    if first + length > limit or length > _MAX_DIRECTORY_BYTES or count * 46 > length:
+        raise damaged(f"its directory claims {count} records in {length} bytes")
+    file.seek(first)
+    entries, position, found = file.read(length), 0, []
+    for _ in range(count):
+        if entries[position : position + 4] != _CENTRAL or position + 46 > length:
+            raise damaged("its directory is cut off")
+        flags, method, crc, stored, plain, name, extra, note = struct.unpack_from("<HH4xIIIHHH", entries, position + 8)
+        if stored == 0xFFFFFFFF or plain == 0xFFFFFFFF:
+            stored, plain = _sizes64(entries, position, name, extra, stored, plain)
+        header_at = _header_offset(entries, position, name, extra)
+        label = entries[position + 46 : position + 46 + name].decode("utf-8", "replace")
+        if method or flags & 1 or stored != plain:
+            raise damaged(f"record {label} is compressed, which torch.save never does")
+        file.seek(min(header_at, size))
+        header = file.read(30)
+        if len(header) != 30 or header[:4] != _LOCAL:
+            raise damaged(f"record {label} does not begin where the directory says")
+        local_name, local_extra = struct.unpack_from("<HH", header, 26)
+        found.append(Record(label, header_at + 30 + local_name + local_extra, plain, crc))
+        position += 46 + name + extra + note
+    if len({record.name for record in found}) != len(found):
+        raise damaged("it names a record twice")
+    previous = 0
+    for record in sorted(found, key=lambda record: record.offset):
+        if record.offset < previous or record.offset + record.size > first:
+            raise damaged(f"record {record.name} reaches into others, or beyond the end")
+        previous = record.offset + record.size
+    return found
+
+
+def flatten(tree: Mapping[Any, Any], where: Path) -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts, their keys joined by dots, as far as a checkpoint can have them."""
+    seen, waiting = 0, [("", 0, tree)]
+    while waiting:
+        prefix, depth, part = waiting.pop()
+        inner = []
+        for key, value in part.items():
+            name = f"{prefix}{key}"
+            seen += 1
+            if depth >= _MAX_DEPTH or seen > _MAX_LEAVES or len(name) > _MAX_NAME:
+                raise ConversionError(f"{where} is nested too deeply, or names too much, to be a checkpoint")
+            if isinstance(value, dict):
+                inner.append((f"{name}.", depth + 1, value))
+            else:
+                yield name, value
+        waiting += reversed(inner)
 
 
 def tensors(file: TorchFile, tree: Any) -> dict[str, TensorRef]:
@@ -129,11 +228,11 @@ def tensors(file: TorchFile, tree: Any) -> dict[str, TensorRef]:
     if not isinstance(tree, dict):
         raise ConversionError(f"{file.path} holds a {type(tree).__name__} where a dict of tensors was expected")
     found: dict[str, TensorRef] = {}
-    for name, leaf in flatten(tree):
+    for name, leaf in flatten(tree, file.path):
         if isinstance(leaf, pickles.StoredTensor):
+            if name in found:
+                raise ConversionError(f"{file.path} holds {name} twice")
             found[name] = file.ref(leaf, name)
-            if len(found) > 1_000_000:
-                raise ConversionError(f"{file.path} lists more than a million tensors, more than any checkpoint has")
     return found
 
 
@@ -150,76 +249,107 @@ class TorchFileTarget:
 
         With `resume` the file is there already, with some of its data, and is left as it is.
         """
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.serialization import skip_data
-        from torch.utils.serialization import config
-
         path = root / self.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        order: list[TensorRef] = []
-
-        def fake(tree: Any) -> Any:
-            if isinstance(tree, TensorRef):
-                order.append(tree)
-                return torch.empty(tree.shape, dtype=tree.dtype)
-            return {key: fake(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
-
-        with FakeTensorMode():
-            content = fake(self.content)
-        if not resume:
-            with config.patch("save.storage_alignment", PAGE), skip_data(materialize_fake_tensors=True):
-                torch.save(content, path)
-        written = read_torch_file(path)
-        offsets = {}
-        for number, ref in enumerate(order):
-            record = written.records[str(number)]
-            if record.size != ref.nbytes:
-                raise RuntimeError(f"{path}: storage {number} has {record.size} bytes, {ref.name} has {ref.nbytes}")
-            offsets[ref] = record.offset
-        return offsets
+        return write_without_data(path, self.content, resume)
 
     def finish(self, root: Path, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
-        """Puts the CRC-32 of each tensor's data where the archive keeps it: behind the data and in the directory."""
+        """Puts the CRC-32 of each tensor's data where the archive keeps it."""
         path = root / self.file
-        at = {offsets[ref]: crc for ref, crc in crcs.items() if ref in offsets and ref.file == self.file}
-        sizes = {offsets[ref]: ref.nbytes for ref in self.refs}
-        with zipfile.ZipFile(path) as archive:
-            directory = archive.start_dir
+        at = {offsets[ref]: (ref.nbytes, crcs[ref]) for ref in self.refs}
         with path.open("r+b") as file:
-            file.seek(directory)
-            entries = file.read()
-            position = 0
-            while entries[position : position + 4] == _CENTRAL:
-                name, extra, comment = struct.unpack_from("<HHH", entries, position + 28)
-                header = _header_offset(entries, position, name, extra)
-                file.seek(header + 26)
-                local_name, local_extra = struct.unpack("<HH", file.read(4))
-                data = header + 30 + local_name + local_extra
-                if data in at:
-                    crc = struct.pack("<I", at[data])
-                    file.seek(directory + position + 16)
-                    file.write(crc)
-                    file.seek(data + sizes[data])
-                    if file.read(4) != _DESCRIPTOR:
-                        raise RuntimeError(f"{path}: no data descriptor behind byte {data + sizes[data]}")
-                    file.write(crc)
-                position += 46 + name + extra + comment
+            patch_crcs(file, 0, path.stat().st_size, at)
+
+
+def write_without_data(path: Path, content: Any, resume: bool = False) -> dict[TensorRef, int]:
+    """torch.save with holes for the data of every TensorRef in `content`; returns where each one's data begin."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.serialization import skip_data
+    from torch.utils.serialization import config
+
+    order: list[TensorRef] = []
+
+    def fake(tree: Any) -> Any:
+        if isinstance(tree, TensorRef):
+            order.append(tree)
+            return torch.empty(tree.shape, dtype=tree.dtype)
+        return {key: fake(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+    with FakeTensorMode():
+        faked = fake(content)
+    if not resume:
+        try:
+            with config.patch("save.storage_alignment", PAGE), skip_data(materialize_fake_tensors=True):
+                torch.save(faked, path)
+        except RuntimeError as error:  # torch does not say which error it was
+            raise OSError(errno.EIO, f"torch cannot write it (no space left?): {error}", str(path)) from error
+    written = read_torch_file(path)
+    offsets = {}
+    for number, ref in enumerate(order):
+        record = written.records[str(number)]
+        if record.size != ref.nbytes:
+            raise RuntimeError(f"{path}: storage {number} has {record.size} bytes, {ref.name} has {ref.nbytes}")
+        offsets[ref] = record.offset
+    return offsets
+
+
+def patch_crcs(file: BinaryIO, start: int, length: int, at: Mapping[int, tuple[int, int]]) -> None:
+    """Writes CRC-32s into the archive in bytes start..start+length of `file`: behind the data and in the directory.
+
+    `at` maps the first byte of a record's data (in `file`) to its size and CRC.
+    """
+    with io.BufferedReader(_Window(file, start, length)) as window, zipfile.ZipFile(window) as archive:
+        directory = start + archive.start_dir
+    file.seek(directory)
+    entries = file.read(start + length - directory)
+    position = 0
+    while entries[position : position + 4] == _CENTRAL:
+        name, extra, comment = struct.unpack_from("<HHH", entries, position + 28)
+        header = start + _header_offset(entries, position, name, extra)
+        file.seek(header + 26)
+        local_name, local_extra = struct.unpack("<HH", file.read(4))
+        data = header + 30 + local_name + local_extra
+        if data in at:
+            size, crc = at[data]
+            file.seek(directory + position + 16)
+            file.write(struct.pack("<I", crc))
+            file.seek(data + size)
+            if file.read(4) != _DESCRIPTOR:
+                raise RuntimeError(f"no data descriptor behind byte {data + size}")
+            file.write(struct.pack("<I", crc))
+        position += 46 + name + extra + comment
 
 
 def _header_offset(entries: bytes, position: int, name: int, extra: int) -> int:
     """Where a record's local header stands, from its directory entry: 32 bits, or 64 in the zip64 extra field."""
-    sizes_and_offset = struct.unpack_from("<II", entries, position + 20), struct.unpack_from("<I", entries, position + 42)
-    (compressed, plain), (offset,) = sizes_and_offset
+    (offset,) = struct.unpack_from("<I", entries, position + 42)
     if offset != 0xFFFFFFFF:
         return offset
+    stored, plain = struct.unpack_from("<II", entries, position + 20)
+    wide = _zip64(entries, position, name, extra)
+    return struct.unpack_from("<Q", wide, 8 * ((stored == 0xFFFFFFFF) + (plain == 0xFFFFFFFF)))[0]
+
+
+def _sizes64(entries: bytes, position: int, name: int, extra: int, stored: int, plain: int) -> tuple[int, int]:
+    """(stored, plain) size of a record, each from the zip64 extra field where 32 bits do not hold it."""
+    wide, at = _zip64(entries, position, name, extra), 0
+    if plain == 0xFFFFFFFF:
+        (plain,) = struct.unpack_from("<Q", wide, at)
+        at += 8
+    if stored == 0xFFFFFFFF:
+        (stored,) = struct.unpack_from("<Q", wide, at)
+    return stored, plain
+
+
+def _zip64(entries: bytes, position: int, name: int, extra: int) -> bytes:
+    """The content of a directory entry's zip64 extra field; empty where there is none."""
     field_at, end = position + 46 + name, position + 46 + name + extra
-    while field_at < end:
+    while field_at + 4 <= end:
         kind, size = struct.unpack_from("<HH", entries, field_at)
         if kind == 1:
-            skip = 8 * ((compressed == 0xFFFFFFFF) + (plain == 0xFFFFFFFF))
-            return struct.unpack_from("<Q", entries, field_at + 4 + skip)[0]
+            return entries[field_at + 4 : field_at + 4 + size]
         field_at += 4 + size
-    raise RuntimeError("a zip64 record without its 64-bit offset")
+    return b""
 
 
 def rank_content(

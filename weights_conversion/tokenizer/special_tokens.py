@@ -57,7 +57,8 @@ def read_sentencepiece(model_file: Path) -> Vocabulary:
         model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     except (OSError, RuntimeError) as error:
         raise ConversionError(
-            f"{model_file} is not a sentencepiece model ({error}); give the tokenizer.model of training with --vocab_file."
+            f"{model_file} is not a sentencepiece model ({error}); give the tokenizer.model of training with "
+            "--vocab_file."
         ) from error
 
     def piece(index: int) -> str | None:
@@ -122,8 +123,8 @@ def trusted_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
     wrong = kind == "SentencePieceTokenizer" if family == "falcon" else kind in OTHER_TYPES
     if wrong:
         raise ConversionError(
-            f"the checkpoint's args name tokenizer_type {kind}, which is not {family}'s; give the right --model, or export "
-            "the weights alone with --no_tokenizer."
+            f"the checkpoint's args name tokenizer_type {kind}, which is not {family}'s; give the right "
+            "--model, or export the weights alone with --no_tokenizer."
         )
     names = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list", "vocab_file")
     return {} if was_reset(args) else {name: args[name] for name in names if args.get(name) is not None}

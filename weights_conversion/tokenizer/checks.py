@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import tokenizer_json
 from weights_conversion.config import ConversionError
-from weights_conversion.tokenizer_files import Source
+from weights_conversion.tokenizer import tokenizer_json
+from weights_conversion.tokenizer.files import Source
 
 
 def checked_ids(source: Source, data: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
@@ -25,8 +25,10 @@ def checked_ids(source: Source, data: Mapping[str, Any], ids: Mapping[str, int])
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ConversionError(
-            f"ids of the tokenizer from {source.origin} differ from Megatron-LLM's: {'; '.join(wrong[:8])}{more}. Name the "
-            "tokenizer of training with --vocab_file, or say what it added with --no_new_tokens or --vocab_extra_ids_list."
+            f"ids of the tokenizer from {source.origin} differ from Megatron-LLM's: "
+            f"{'; '.join(wrong[:8])}{more}. Name the "
+            "tokenizer of training with --vocab_file, or say what it added with --no_new_tokens or "
+            "--vocab_extra_ids_list."
         )
     return {**found, **ids}
 
@@ -38,8 +40,8 @@ def check_known(source: Source, named: Mapping[str, str], extras: list[str], ids
     if unknown:
         shown = ", ".join(f"{token} as {key}" for key, token in unknown.items())
         raise ConversionError(
-            f"the settings of the tokenizer from {source.origin} name tokens that it does not have: {shown}; replace them "
-            "with --override_special_tokens KEY=TOKEN, or name another tokenizer with --vocab_file."
+            f"the settings of the tokenizer from {source.origin} name tokens that it does not have: {shown}; "
+            "replace them with --override_special_tokens KEY=TOKEN, or name another tokenizer with --vocab_file."
         )
 
 
@@ -67,8 +69,8 @@ def check_loaded(data: Mapping[str, Any], expected: Mapping[str, int], built_fro
         theirs = sentencepiece.SentencePieceProcessor(model_file=str(built_from)).encode(text)
         if loaded.encode(text, add_special_tokens=False).ids != theirs:
             raise ConversionError(
-                f"the tokenizer.json built from {built_from} cuts text differently than sentencepiece does; give a folder "
-                "that also holds the model's own tokenizer.json with --vocab_file."
+                f"the tokenizer.json built from {built_from} cuts text differently than sentencepiece does; "
+                "give a folder that also holds the model's own tokenizer.json with --vocab_file."
             )
 
 
@@ -92,7 +94,8 @@ def row_problems(ids: Mapping[str, int], rows: int, base: int, extras: Iterable[
         if tokens:
             names = ", ".join(tokens[:8]) + (f" and {len(tokens) - 8} more" if len(tokens) > 8 else "")
             problems.append(
-                f"{len(tokens)} token{'s have' if len(tokens) > 1 else ' has'} no row in the exported embedding of {rows} "
+                f"{len(tokens)} token{'s have' if len(tokens) > 1 else ' has'} no row in the exported embedding "
+                f"of {rows} "
                 f"rows: {names}; either {remedies[kind]}, or the exported rows are too few (--true_vocab_size)."
             )
     return problems

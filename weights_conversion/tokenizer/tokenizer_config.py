@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from weights_conversion.special_tokens import KEYS, Vocabulary
-from weights_conversion.tokenizer_files import CONFIG, SPECIAL_MAP, Source
+from weights_conversion.tokenizer.files import CONFIG, SPECIAL_MAP, Source
+from weights_conversion.tokenizer.special_tokens import KEYS, Vocabulary
 
 EXTRAS, DECODER = "additional_special_tokens", "added_tokens_decoder"
 FILL = "<FILL_ME>"  # where CodeLlama's tokenizer cuts a prompt in two; never an input of the model, so without a row

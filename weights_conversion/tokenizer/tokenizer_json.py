@@ -125,7 +125,8 @@ def build(model_file: Path, bos: str | None, legacy: bool = True, add_prefix_spa
     model = read_model(model_file)
     if not (model.is_bpe and model.identity and model.add_dummy_prefix):
         raise ConversionError(
-            f"{model_file} is not a BPE model with Llama's settings (identity normalisation, spaces kept, dummy prefix), "
+            f"{model_file} is not a BPE model with Llama's settings (identity normalisation, spaces kept, dummy "
+            "prefix), "
             "so no tokenizer.json can be built from it; give a folder that also holds tokenizer.json with --vocab_file."
         )
     unk = next((piece for piece, _, kind in model.pieces if kind == UNKNOWN), None)

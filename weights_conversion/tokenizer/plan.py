@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import special_tokens, tokenizer_checks, tokenizer_config, tokenizer_json
 from weights_conversion.config import ConversionError
-from weights_conversion.special_tokens import CONFIG_KEYS, NEW_TOKENS, Extension, Vocabulary, megatron_token_ids
-from weights_conversion.tokenizer_files import (
+from weights_conversion.tokenizer import checks, special_tokens, tokenizer_config, tokenizer_json
+from weights_conversion.tokenizer.files import (
     ADDED,
     CHAT_TEMPLATE,
     CONFIG,
@@ -22,10 +21,13 @@ from weights_conversion.tokenizer_files import (
     Fetch,
     Source,
     locate,
-    source_tokenizer_files,
 )
-
-__all__ = ["TokenizerOptions", "TokenizerPlan", "megatron_token_ids", "plan_tokenizer", "source_tokenizer_files"]
+from weights_conversion.tokenizer.special_tokens import (
+    CONFIG_KEYS,
+    NEW_TOKENS,
+    Extension,
+    Vocabulary,
+)
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ def plan_tokenizer(
 ) -> TokenizerPlan:
     """Finds the tokenizer, extends it as training did, checks every id, and writes nothing yet.
 
-    `checkpoint` is the Megatron checkpoint's root; `args` its arguments, which count for nothing here where the original's
-    resharding tool has reset them; `embedding_rows` the rows of the exported embedding; `search` further folders;
-    `fetch(repository, cache_dir)` downloads tokenizer files and returns their folder; `generation` the
+    `checkpoint` is the Megatron checkpoint's root; `args` its arguments, which count for nothing here where the
+    original's resharding tool has reset them; `embedding_rows` the rows of the exported embedding; `search` further
+    folders; `fetch(repository, cache_dir)` downloads tokenizer files and returns their folder; `generation` the
     generation_config.json to be exported. Raises ConversionError.
     """
     trained = special_tokens.trusted_args(family, args)
@@ -101,9 +103,9 @@ def plan_tokenizer(
     if fill is not None and len(ids) > base:
         config = tokenizer_config.without_fill(config, fill)
         data = {**data, "added_tokens": [entry for entry in data["added_tokens"] if entry["content"] != fill]}
-    every = tokenizer_checks.checked_ids(source, data, ids)
+    every = checks.checked_ids(source, data, ids)
     with_rows = {token: index for token, index in every.items() if token != fill or index < base}
-    if problems := tokenizer_checks.row_problems(with_rows, embedding_rows, base, extension.extras):
+    if problems := checks.row_problems(with_rows, embedding_rows, base, extension.extras):
         raise ConversionError(*problems)
 
     extras = [token for token in extension.extras if token in ids]
@@ -120,12 +122,12 @@ def plan_tokenizer(
     }
     data = tokenizer_json.with_replaced_special(data, around)
     named |= overrides
-    tokenizer_checks.check_known(source, named, tokenizer_config.extra_tokens(config), every)
+    checks.check_known(source, named, tokenizer_config.extra_tokens(config), every)
 
     special = dict.fromkeys([*cut, *named.values()])
     data = tokenizer_json.with_special(data, [(token, every[token]) for token in special])
     config = tokenizer_config.with_tokens(config, named, extras, data, set(special), data != original)
-    tokenizer_checks.check_loaded(data, every, built_from)
+    checks.check_loaded(data, every, built_from)
     copied, written = _files(source, data, config, {token: i for token, i in with_rows.items() if i >= base})
     doubted = options.new_tokens is None and args.get("new_tokens") is not None and not trained
     overridden = {f"{key}_token_id": every[token] for key, token in overrides.items() if key in CONFIG_KEYS}
@@ -146,8 +148,10 @@ def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension:
         vocabulary = special_tokens.read_sentencepiece(source.files[MODEL])
         if not extension.new_tokens and None in (vocabulary.bos, vocabulary.eos):
             raise ConversionError(
-                f"{source.files[MODEL]} lacks a begin or an end token; without new tokens, versions of Megatron-LLM disagree "
-                "on whether they were added. Give the tokenizer.model of training with --vocab_file, or say --new_tokens."
+                f"{source.files[MODEL]} lacks a begin or an end token; without new tokens, versions of "
+                "Megatron-LLM disagree "
+                "on whether they were added. Give the tokenizer.model of training with --vocab_file, or say "
+                "--new_tokens."
             )
         return vocabulary
     if extension.new_tokens and family != "falcon":
@@ -159,7 +163,8 @@ def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension:
     ids = tokenizer_json.all_ids(data) if family == "falcon" else ids
     if sorted(ids.values()) != list(range(len(ids))):
         raise ConversionError(
-            f"the ids in {source.files[JSON]} have gaps, so those of added tokens are unknown; name another --vocab_file."
+            f"the ids in {source.files[JSON]} have gaps, so those of added tokens are unknown; name another "
+            "--vocab_file."
         )
     named = {
         **tokenizer_config.named_tokens(source.json(SPECIAL_MAP)),
@@ -174,7 +179,7 @@ def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension:
 def _starting_json(
     source: Source, original: dict[str, Any], config: dict[str, Any]
 ) -> tuple[dict[str, Any], Path | None]:
-    """tokenizer.json with all that the source's files add to it, and the tokenizer.model whose text ids it must give."""
+    """tokenizer.json with what the source's files add to it, and the tokenizer.model whose text ids it must give."""
     data, built_from = original, None
     if not data:
         bos = tokenizer_config.text_of(config.get("bos_token")) if config.get("add_bos_token", True) else None
@@ -217,7 +222,8 @@ def _report(
     behind = sorted((index, token) for token, index in every.items() if index >= base)
     names = ", ".join(f"{token} = {index}" for index, token in behind)
     lines = [
-        f"tokenizer from {source.origin}: {base} tokens, {JSON} {'kept' if JSON in source.files else f'built from {MODEL}'}",
+        f"tokenizer from {source.origin}: {base} tokens, {JSON} "
+        f"{'kept' if JSON in source.files else f'built from {MODEL}'}",
         f"{'with' if extension.new_tokens else 'without'} new tokens; behind the vocabulary: {names or 'none'}",
     ]
     if doubted:
@@ -230,8 +236,8 @@ def _report(
     name = str(config.get("tokenizer_class"))
     if name.removesuffix("Fast") in ("LlamaTokenizer", "CodeLlamaTokenizer"):
         lines.append(
-            f"tokenizer_class {name} is kept: with it, transformers 5 adds no space before text that begins with one or "
-            "(unless legacy is true) stands behind a special token; Megatron-LLM does"
+            f"tokenizer_class {name} is kept: with it, transformers 5 adds no space before text that begins "
+            "with one or (unless legacy is true) stands behind a special token; Megatron-LLM does"
         )
     for i, first in enumerate(cut):
         if longer := [token for token in cut[i + 1 :] if token.startswith(first)]:

@@ -54,7 +54,7 @@ class Source:
 
 
 def source_tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """The tokenizer files of a Hugging Face or Meta folder; Meta's tokenizer.model may lie beside the weights' folder."""
+    """The tokenizer files of a Hugging Face or Meta folder; Meta's tokenizer.model may lie in its parent."""
     found = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     is_meta = (folder / "params.json").is_file() or any(folder.glob("consolidated.*.pth"))
     if is_meta and not any(path.name in (MODEL, JSON) for path in found) and (folder.parent / MODEL).is_file():
@@ -134,7 +134,7 @@ def locate(
         if fetched is not None:
             return fetched
     raise ConversionError(
-        f"no tokenizer for {family} found; looked for {wanted} in {', '.join(looked)}. Name the file or its folder with "
-        "--vocab_file, or export the weights alone with --no_tokenizer.",
+        f"no tokenizer for {family} found; looked for {wanted} in {', '.join(looked)}. Name the file or its "
+        "folder with --vocab_file, or export the weights alone with --no_tokenizer.",
         *reasons,
     )

@@ -1,0 +1,276 @@
+"""What differing tensors are instead: rows in another order, another tensor, another layer, one rank's, one bit.
+
+Rows and columns are told apart by 64-bit fingerprints, so that whole tensors are compared as multisets of rows without
+being in memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from weights_conversion.execute import Scratch, Source
+from weights_conversion.mapping import ParamMapping
+from weights_conversion.verification.exact import BLOCK_VALUES, Difference, Exact, Pair, read_hf
+from weights_conversion.verification.sides import Model
+
+MAX_LAYERS = 4  # layers whose tensors are examined; the mistakes of a writer repeat
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Prints:
+    """Fingerprints of one HF tensor's rows and columns."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass
+class Examiner:
+    pair: Pair
+    files: Source = field(default_factory=Source)
+    known: dict[tuple[bool, str, int | None, bool], list[Prints]] = field(default_factory=dict)
+
+    def prints(self, model: Model, row: ParamMapping, layer: int | None, short: bool = False) -> list[Prints]:
+        """Of each HF tensor of a parameter, rounded to the coarser dtype of the sides; `short`: of its first rows."""
+        key = (model is self.pair.source, row.megatron, layer, short)
+        if key not in self.known:
+            self.known[key] = self._prints(model, row, layer, short)
+        return self.known[key]
+
+    def _prints(self, model: Model, row: ParamMapping, layer: int | None, short: bool) -> list[Prints]:
+        scratch = Scratch()
+        rows: list[list[Tensor]] = [[] for _ in row.hf]
+        columns: list[Tensor | None] = [None for _ in row.hf]
+        chunks = self.pair.chunks(row, layer)
+        for units in islice(chunks, 1) if short else chunks:
+            scratch.reset()
+            starts = [start for start, _ in row.op.hf_rows(*units, self.pair.config)]
+            tensors = read_hf(model, row, layer, units, self.pair.config, self.files, scratch)
+            for index, (tensor, start) in enumerate(zip(tensors, starts, strict=True)):
+                step = max(BLOCK_VALUES // tensor.shape[1], 1)
+                for first in range(0, tensor.shape[0], step):
+                    block = self._integers(tensor[first : first + step], row, layer)
+                    rows[index].append((block * _numbers(0, block.shape[1])).sum(1))
+                    part = (block * _numbers(start + first, block.shape[0]).unsqueeze(1)).sum(0)
+                    before = columns[index]
+                    columns[index] = part if before is None else before + part
+        return [Prints(torch.cat(r), c if c is not None else r[0]) for r, c in zip(rows, columns, strict=True)]
+
+    def _integers(self, tensor: Tensor, row: ParamMapping, layer: int | None) -> Tensor:
+        dtypes = {m.tensors(row, layer)[0].dtype for m in (self.pair.source, self.pair.checkpoint)}
+        coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        tensor = tensor.to(coarse)
+        return tensor.view(_INTEGERS[tensor.element_size()]).to(torch.int64)
+
+    def both(self, row: ParamMapping, layer: int | None) -> tuple[list[Prints], list[Prints]]:
+        return self.prints(self.pair.source, row, layer), self.prints(self.pair.checkpoint, row, layer)
+
+
+def _numbers(start: int, count: int) -> Tensor:
+    """Odd 64-bit multipliers for places start.., the same in every block."""
+    place = torch.arange(start + 1, start + count + 1, dtype=torch.int64)
+    mixed = place * -7046029254386353131  # splitmix64's increment and multipliers
+    mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
+    return (mixed ^ (mixed >> 31)) | 1
+
+
+def explain(pair: Pair, exact: Exact) -> list[str]:
+    """Sets the `cause` of differences, and returns what is true of all of them together."""
+    if not exact.differences:
+        return []
+    examiner, found = Examiner(pair), []
+    try:
+        layers = sorted({d.layer for d in exact.differences if d.layer is not None})
+        exchanged = _layers(examiner, exact, layers)
+        found += exchanged
+        examined = {None, *layers[:MAX_LAYERS]}
+        groups: dict[tuple[str, int | None], list[Difference]] = defaultdict(list)
+        for difference in exact.differences:
+            if difference.layer in examined:
+                groups[difference.mapping.megatron, difference.layer].append(difference)
+        for group in groups.values():
+            _explain(examiner, group)
+    finally:
+        examiner.files.close()
+    found += _files(pair, exact)
+    return found
+
+
+def _explain(examiner: Examiner, group: list[Difference]) -> None:
+    row, layer = group[0].mapping, group[0].layer
+    if all(d.values == 1 for d in group):
+        for d in group:
+            d.cause = _single(d)
+        return
+    ours, theirs = examiner.both(row, layer)
+    for d in group:
+        a, b = ours[d.index], theirs[d.index]
+        if len(row.shape) == 1:
+            d.cause = _norm(examiner, row, layer, d)
+        else:
+            d.cause = _order(examiner, d, a, b)
+    if len(row.hf) > 1 and not all(d.cause for d in group):
+        cause = _across(row, ours, theirs)
+        for d in group:
+            d.cause = d.cause or cause
+    if row.megatron == "lm_head" and group[0].cause is None:
+        embedding = next(r for r, _ in examiner.pair.parameters if r.megatron.startswith("embedding."))
+        if torch.equal(theirs[0].rows, examiner.prints(examiner.pair.source, embedding, None)[0].rows):
+            group[0].cause = "it is the embedding: a head tied by mistake"
+    for d in group:
+        if d.cause is None and d.broken == d.values:
+            d.cause = "values that are NaN or infinite on one side"
+
+
+def _single(d: Difference) -> str:
+    if d.broken:
+        return "one value is NaN or infinite on one side"
+    return "one bit is flipped" if d.bits == 1 else "one value"
+
+
+def _norm(examiner: Examiner, row: ParamMapping, layer: int | None, d: Difference) -> str | None:
+    (tensor,) = read_hf(
+        examiner.pair.checkpoint, row, layer, (0, d.shape[0]), examiner.pair.config, examiner.files, Scratch()
+    )
+    if not row.megatron.endswith("bias") and bool((tensor == 1).all()):
+        return "all ones: a norm that was never loaded"
+    if row.megatron.endswith("bias") and bool((tensor == 0).all()):
+        return "all zeros: a norm's bias that was never loaded"
+    mine = examiner.prints(examiner.pair.checkpoint, row, layer)[0]
+    for other, place in examiner.pair.parameters:
+        if len(other.shape) == 1 and (other, place) != (row, layer) and other.megatron[-4:] == row.megatron[-4:]:
+            theirs = examiner.prints(examiner.pair.source, other, place)[0]
+            if torch.equal(mine.rows, theirs.rows):
+                return f"it holds the source's {other.hf[0].format(place)}"
+    return None
+
+
+def _order(examiner: Examiner, d: Difference, a: Prints, b: Prints) -> str | None:
+    """The same rows or columns in another order."""
+    config = examiner.pair.config
+    counts = _rank_counts(examiner.pair)
+    rows = permutation(a.rows, b.rows)
+    if rows is not None:
+        qk = "self_attention.query_key_value" in d.mapping.megatron
+        if qk and (text := _heads(rows, config.head_dim)):
+            return text
+        return _blocks(rows, counts) or _shift(rows) or "its rows are in another order"
+    columns = permutation(a.columns, b.columns)
+    if columns is not None:
+        return _blocks(columns, counts) or "its columns are in another order"
+    for by in (1, 2):
+        if torch.equal(a.rows[by:], b.rows[:-by]) or torch.equal(a.rows[:-by], b.rows[by:]):
+            return f"its rows are shifted by {by}"
+    return None
+
+
+def permutation(a: Tensor, b: Tensor) -> Tensor | None:
+    """`p` with b == a[p] and p not the identity, or None."""
+    sorted_a, order_a = a.sort(stable=True)
+    sorted_b, order_b = b.sort(stable=True)
+    if not torch.equal(sorted_a, sorted_b) or torch.equal(a, b):
+        return None
+    result = torch.empty_like(order_a)
+    result[order_b] = order_a
+    return result
+
+
+def _heads(order: Tensor, dim: int) -> str | None:
+    """Rows permuted within heads as the rotary orders do, or whole heads moved."""
+    if order.numel() % dim:
+        return None
+    heads = order.view(-1, dim)
+    inner = heads - torch.arange(heads.shape[0]).unsqueeze(1) * dim
+    to_pairs = torch.arange(dim).view(2, -1).T.flatten()
+    if bool((inner == to_pairs).all()) or bool((inner == to_pairs.argsort()).all()):
+        return "its rows are in the other rotary order: a permutation is missing, or was made twice"
+    if bool((heads == heads[:, :1] + torch.arange(dim)).all()) and bool((heads[:, 0] % dim == 0).all()):
+        return "whole heads are in another order: query groups, or ranks, are mixed"
+    return None
+
+
+def _blocks(order: Tensor, counts: list[int]) -> str | None:
+    """Equal blocks exchanged: the parts of tensor ranks."""
+    for count in counts:
+        if order.numel() % count:
+            continue
+        blocks = order.view(count, -1)
+        size = blocks.shape[1]
+        starts = blocks[:, :1]
+        if bool((blocks == starts + torch.arange(size)).all()) and bool((starts % size == 0).all()):
+            moved = [number for number in range(count) if int(starts[number]) // size != number]
+            ranks = " and ".join(map(str, moved))
+            return f"the parts of tensor ranks {ranks} (of {count}) are exchanged"
+    return None
+
+
+def _rank_counts(pair: Pair) -> list[int]:
+    """Numbers of tensor ranks that may have cut the tensor: those of the sides first."""
+    known = [model.files.parallel.tensor for model in (pair.checkpoint, pair.source) if model.files]
+    return [count for count in dict.fromkeys([*known, 2, 4, 8, 16]) if count > 1]
+
+
+def _shift(order: Tensor) -> str | None:
+    by = int(order[0])
+    turned = torch.arange(order.numel()).roll(-by)
+    return f"its rows are turned by {by}" if by and torch.equal(order, turned) else None
+
+
+def _across(row: ParamMapping, ours: list[Prints], theirs: list[Prints]) -> str | None:
+    """Rows that moved between the HF tensors of one Megatron tensor."""
+    a, b = torch.cat([p.rows for p in ours]), torch.cat([p.rows for p in theirs])
+    if len(row.hf) == 2 and torch.equal(ours[0].rows, theirs[1].rows) and torch.equal(ours[1].rows, theirs[0].rows):
+        return "gate and up are swapped"
+    if permutation(a, b) is None:
+        return None
+    if len(row.hf) == 2:
+        return "rows of gate and up are mixed: cut among ranks as one block, or joined in the wrong order"
+    return "rows of q, k and v are mixed: the query groups were put together wrongly"
+
+
+def _layers(examiner: Examiner, exact: Exact, layers: list[int]) -> list[str]:
+    """Layers that hold another layer's weights."""
+    by_layer = {
+        layer: [d for d in exact.differences if d.layer == layer and len(d.mapping.shape) > 1] for layer in layers
+    }
+    found: dict[int, int] = {}
+    pair = examiner.pair
+    for layer in layers[: 4 * MAX_LAYERS]:
+        if not by_layer[layer]:
+            continue
+        row = min(by_layer[layer], key=lambda d: d.shape[0] * d.shape[1]).mapping
+        mine = examiner.prints(examiner.pair.checkpoint, row, layer, short=True)[0].rows
+        for other in range(examiner.pair.config.num_layers):
+            if other != layer and torch.equal(mine, examiner.prints(pair.source, row, other, short=True)[0].rows):
+                found[layer] = other
+                break
+    return [
+        f"layers {layer} and {other} are exchanged" if found.get(other) == layer
+        else f"layer {layer} holds the weights of the source's layer {other}"
+        for layer, other in found.items()
+        if not (found.get(other) == layer and other < layer)
+    ]  # fmt: skip
+
+
+def _files(pair: Pair, exact: Exact) -> list[str]:
+    """Files that hold everything that differs, where others hold nothing of it."""
+    guilty: set[str] = set()
+    for d in exact.differences:
+        guilty |= set(d.files)
+    held = {
+        pair.checkpoint.file_name(block.ref.file)
+        for group in pair.checkpoint.placed.values() for placed in group for copy in placed.copies for block in copy
+    }  # fmt: skip
+    if len(held) == 1 or not guilty or guilty == held:
+        return []
+    names = ", ".join(sorted(guilty)[:4]) + (f" and {len(guilty) - 4} more" if len(guilty) > 4 else "")
+    whole = len(exact.differences) > 4 and len(guilty) == 1
+    hint = ": it may be stale, of another iteration or another checkpoint" if whole else ""
+    return [f"all that differs stands in {names}, of {len(held)} files{hint}"]

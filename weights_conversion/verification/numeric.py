@@ -1,0 +1,247 @@
+"""Both models run in lockstep on the same prompts, straight from their stored tensors, until they part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from weights_conversion import forward
+from weights_conversion.config import ModelConfig
+from weights_conversion.execute import Source
+from weights_conversion.formats.megatron import RankFiles
+from weights_conversion.forward import Convention, Weights
+from weights_conversion.verification.sides import NUMBER_FIELDS, Model
+from weights_conversion.verification.stored import CONVENTIONS, head_of, rounded, weights_of
+
+# Float32 sums in another order differ by about 1e-6 of the spread of values; mistakes of layout by the spread itself.
+BOUND = 1e-3
+MAX_EXCHANGES = 28  # pairs of tensor ranks that are tried: all of them up to TP 8
+
+
+@dataclass(frozen=True)
+class Numeric:
+    """`error` is the largest seen, of `stage` and `layer`; where the sides part, that is the first stage beyond BOUND.
+
+    Errors are of single values, divided by the root mean square of the stage (plus the value itself).
+    """
+
+    same: bool
+    stage: str
+    layer: int | None
+    error: float
+    logits_error: float | None
+    cause: str | None
+    prompts: tuple[int, int]
+
+    def sentence(self) -> str:
+        at = f"layer {self.layer} {self.stage}" if self.layer is not None else self.stage
+        prompts = f"{self.prompts[0]} prompts of {self.prompts[1]} tokens"
+        if self.same:
+            return (
+                f"all stages agree on {prompts}; largest error {self.error:.1e} of the values' spread ({at}): rounding"
+            )
+        return f"the sides part at {at}: error {self.error:.1e} of the values' spread on {prompts}"
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One side as the forward pass sees it; `replace` makes hypotheses."""
+
+    config: ModelConfig
+    convention: Convention
+    weights: Weights
+    head: str | None = None
+
+    def trace(self, tokens: Tensor) -> Iterator[forward.Stage]:
+        return forward.trace(self.config, self.convention, self.weights, tokens, head=self.head)
+
+    def layer(self, index: int, hidden: Tensor) -> dict[str, Tensor]:
+        stages = forward.layer(self.config, self.convention, self.weights, index, hidden)
+        return {stage: output for stage, _, output in stages}
+
+
+def error_of(a: Tensor, b: Tensor) -> float:
+    """The largest error of a value, in units of the spread; NaN on both sides is none, on one side it is infinite."""
+    if torch.equal(a, b):
+        return 0.0
+    spread = a[a.isfinite()].square().mean().sqrt()
+    error = (a - b).abs() / (a.abs() + spread)
+    agree = (a == b) | (a.isnan() & b.isnan())
+    return float(error.nan_to_num(nan=1e30, posinf=1e30).masked_fill(agree, 0.0).max())
+
+
+def compare(source: Model, checkpoint: Model, vocabulary: int, workers: int) -> Numeric:
+    """Runs the default prompts on both sides. Memory: the prompts' hidden states and a few blocks of weights."""
+    files = Source()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(workers)
+    try:
+        with torch.inference_mode():
+            return _compare(source, checkpoint, vocabulary, files)
+    finally:
+        torch.set_num_threads(threads)
+        files.close()
+
+
+def _runner(model: Model, other: Model, vocabulary: int, files: Source) -> Runner:
+    config = replace(model.config, vocab_size=vocabulary)
+    weights = rounded(weights_of(model, files), model, other)
+    return Runner(config, CONVENTIONS[model.side.dialect.name], weights, head_of(model))
+
+
+def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -> Numeric:
+    ours = _runner(source, checkpoint, vocabulary, files)
+    theirs = _runner(checkpoint, source, vocabulary, files)
+    tokens = forward.default_prompts(_prompts_config(ours.config, theirs.config))
+    shape = (tokens.shape[0], tokens.shape[1])
+    largest: tuple[float, str, int | None] = (0.0, "embedding", None)
+    hidden, error = torch.empty(0), 0.0
+    for (stage, layer, a), (_, _, b) in zip(ours.trace(tokens), theirs.trace(tokens), strict=True):
+        error = error_of(a, b)
+        if error > BOUND:
+            cause = Causes(source, checkpoint, ours, theirs, files).find(stage, layer, tokens, hidden, b)
+            return Numeric(False, stage, layer, error, None, cause, shape)
+        largest = max(largest, (error, stage, layer), key=lambda entry: entry[0])
+        if stage in ("embedding", "layer", "final_norm"):
+            hidden = a
+    return Numeric(True, largest[1], largest[2], largest[0], error, None, shape)
+
+
+def _prompts_config(a: ModelConfig, b: ModelConfig) -> ModelConfig:
+    """With the shorter window, so that it is felt."""
+    windows = [config.sliding_window for config in (a, b) if config.sliding_window is not None]
+    return replace(a, sliding_window=min(windows, default=None))
+
+
+@dataclass(frozen=True)
+class Causes:
+    """Tries what a writer may have done wrong, one thing at a time, from the point where the sides still agreed."""
+
+    source: Model
+    checkpoint: Model
+    ours: Runner
+    theirs: Runner
+    files: Source
+
+    def find(self, stage: str, layer: int | None, tokens: Tensor, hidden: Tensor, found: Tensor) -> str | None:
+        if layer is not None:
+            return self._layer(stage, layer, hidden)
+        if stage == "embedding":
+            return self._embedding(tokens)
+        return self._end(stage, hidden, found)
+
+    def _layer(self, stage: str, layer: int, hidden: Tensor) -> str | None:
+        wanted = self.ours.layer(layer, hidden)
+        for sentence, runner, index in self._hypotheses(layer):
+            if self._agrees(runner, index, hidden, wanted, stage):
+                return sentence
+        # The mistake may as well be the source's.
+        wanted = self.theirs.layer(layer, hidden)
+        for sentence, runner in _conventions(self.ours):
+            if self._agrees(runner, layer, hidden, wanted, stage):
+                return f"{sentence} (in the source)"
+        name = _norm_name(self.theirs, stage)
+        if name and bool((self.theirs.weights(name.format(layer), None) == 1).all()):
+            return "the norm's weights are all ones, as they are before a model is loaded"
+        return None
+
+    def _agrees(self, runner: Runner, index: int, hidden: Tensor, wanted: dict[str, Tensor], until: str) -> bool:
+        """Whether all stages agree as far as `until`."""
+        stages = forward.layer(runner.config, runner.convention, runner.weights, index, hidden)
+        for stage, _, output in stages:
+            if stage not in wanted or error_of(wanted[stage], output) > BOUND:
+                return False
+            if stage == until:
+                return True
+        return False
+
+    def _hypotheses(self, layer: int) -> Iterator[tuple[str, Runner, int]]:
+        yield from ((sentence, runner, layer) for sentence, runner in self._configs())
+        yield from ((sentence, runner, layer) for sentence, runner in _conventions(self.theirs))
+        yield from ((sentence, runner, layer) for sentence, runner in self._ranks())
+        for other in range(self.theirs.config.num_layers):
+            if other != layer:
+                yield f"layer {layer}'s weights stand at layer {other} of the checkpoint", self.theirs, other
+
+    def _configs(self) -> Iterator[tuple[str, Runner]]:
+        for name in NUMBER_FIELDS:
+            ours, theirs = getattr(self.ours.config, name), getattr(self.theirs.config, name)
+            if ours != theirs:
+                config = replace(self.theirs.config, **{name: ours})
+                yield (
+                    f"{name} is {ours} in the source and {theirs} in the checkpoint",
+                    replace(self.theirs, config=config),
+                )
+
+    def _ranks(self) -> Iterator[tuple[str, Runner]]:
+        model = self.checkpoint
+        if not isinstance(model.files, RankFiles) or model.files.parallel.tensor == 1:
+            return
+        count = model.files.parallel.tensor
+        if self.theirs.config.family != "falcon":
+            weights = rounded(weights_of(model, self.files, halves=False), model, self.source)
+            yield "gate and up were cut among the ranks as one block", replace(self.theirs, weights=weights)
+        for one, two in list(combinations(range(count), 2))[:MAX_EXCHANGES]:
+            order = list(range(count))
+            order[one], order[two] = two, one
+            weights = rounded(weights_of(model, self.files, order), model, self.source)
+            yield f"tensor ranks {one} and {two} are exchanged", replace(self.theirs, weights=weights)
+
+    def _embedding(self, tokens: Tensor) -> str | None:
+        wanted = forward.embed(self.ours.config, self.ours.convention, self.ours.weights, tokens)
+        for sentence, runner in self._ranks():
+            found = forward.embed(runner.config, runner.convention, runner.weights, tokens)
+            if error_of(wanted, found) <= BOUND:
+                return sentence
+        return None
+
+    def _end(self, stage: str, hidden: Tensor, found: Tensor) -> str | None:
+        """`hidden` is the last agreed state: the last layer's output, or the final norm's."""
+        if stage == "final_norm":
+            name = self.theirs.convention.names_for(self.theirs.config).final_norm
+            ones = bool((self.theirs.weights(name, None) == 1).all())
+            return "the norm's weights are all ones, as they are before a model is loaded" if ones else None
+        wanted = _logits(self.ours, hidden)
+        for sentence, runner in self._ranks():
+            if error_of(wanted, _logits(runner, hidden)) <= BOUND:
+                return sentence
+        names = self.ours.convention.names_for(self.ours.config)
+        if error_of(found, _logits(replace(self.ours, head=names.embedding), hidden)) <= BOUND:
+            return "the checkpoint's head is the embedding: tied by mistake"
+        return None
+
+
+def _logits(runner: Runner, hidden: Tensor) -> Tensor:
+    names, config = runner.convention.names_for(runner.config), runner.config
+    name = runner.head or (names.embedding if config.tie_word_embeddings else names.head)
+    step = max(forward.BLOCK_ELEMENTS // config.hidden_size, 1)
+    blocks = (slice(start, min(start + step, config.vocab_size)) for start in range(0, config.vocab_size, step))
+    return torch.cat([hidden @ runner.weights(name, rows).float().T for rows in blocks], dim=-1)
+
+
+def _conventions(runner: Runner) -> Iterator[tuple[str, Runner]]:
+    convention = runner.convention
+    flips = [
+        ("the rotary order of q and k is the other one", {"interleaved_rotary": not convention.interleaved_rotary}),
+        ("gate and up are swapped", {"gate_first": not convention.gate_first}),
+        ("q, k and v are not grouped: all of q, then k, then v", {"grouped_qkv": not convention.grouped_qkv}),
+        (
+            "rotary order, and gate and up are swapped",
+            {
+                "interleaved_rotary": not convention.interleaved_rotary,
+                "gate_first": not convention.gate_first,
+            },
+        ),
+    ]
+    for sentence, change in flips:
+        yield sentence, replace(runner, convention=replace(convention, **change))
+
+
+def _norm_name(runner: Runner, stage: str) -> str | None:
+    names = runner.convention.names_for(runner.config)
+    name = {"attention_norm": names.attention_norm, "mlp_norm": names.mlp_norm}.get(stage)
+    return names.layer + name if name else None

@@ -1,0 +1,126 @@
+"""The whole verification: open both sides, compare configs, weights and forward passes, explain."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from weights_conversion.verification import causes, exact, numeric
+from weights_conversion.verification.padding import check_padding
+from weights_conversion.verification.report import ConfigField, Verification
+from weights_conversion.verification.sides import (
+    NUMBER_FIELDS,
+    SHAPE_FIELDS,
+    Model,
+    adopt_assumed,
+    check_kind,
+    choose_family,
+    common_vocabulary,
+    open_model,
+)
+
+CHECKSUMS = "checksums.sha256"
+HASH_BYTES = 4 << 20
+
+
+def prove(
+    source: Path, checkpoint: Path, model: str | None, *, workers: int, exact_only: bool, load_iters: int | None,
+    allow_inconsistent: bool,
+) -> Verification:  # fmt: skip
+    """See weights_conversion.verify.verify."""
+    started = time.monotonic()
+    for path in (source, checkpoint):
+        check_kind(path)
+    family = choose_family(source, checkpoint, model, load_iters)
+    one, two = common_vocabulary(open_model(source, family, load_iters), open_model(checkpoint, family, load_iters))
+    ours, theirs = adopt_assumed(one, two), adopt_assumed(two, one)
+    result = Verification(family, ours, theirs, ())
+    _compare_configs(result, one, two)
+    result.notes += [f"source: {note}" for note in (*one.contradicted, *one.notes)]
+    result.notes += [f"checkpoint: {note}" for note in two.notes]
+    result.config_problems += [f"the checkpoint contradicts itself: {sentence}" for sentence in two.contradicted]
+    if all(getattr(ours.config, name) == getattr(theirs.config, name) for name in SHAPE_FIELDS):
+        _compare_weights(result, workers, exact_only, allow_inconsistent)
+    result.checksums = check_checksums(checkpoint, workers)
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def _compare_weights(result: Verification, workers: int, exact_only: bool, allow_inconsistent: bool) -> None:
+    pair = exact.pair(result.source, result.checkpoint)
+    found = result.exact = exact.compare(pair, workers)
+    if allow_inconsistent:
+        result.notes += found.source_copies
+        found.source_copies = []
+    for model, name in ((result.source, "source"), (result.checkpoint, "checkpoint")):
+        problems, kinds = check_padding(pair, model)
+        result.notes += [f"{name}: {sentence}" for sentence in kinds]
+        if model is result.checkpoint and model.release:
+            found.padding += problems
+        else:  # training moves these rows, and a source is taken as it is
+            result.notes += [f"{name}: {sentence}" for sentence in problems]
+    if any(ours and theirs for ours, theirs in found.nonfinite.values()):
+        result.notes.append("both sides hold NaN or infinities; the models may be broken alike")
+    result.causes = causes.explain(pair, found)
+    if not exact_only:
+        result.numeric = numeric.compare(result.source, result.checkpoint, pair.config.vocab_size, workers)
+
+
+def _compare_configs(result: Verification, one: Model, two: Model) -> None:
+    """`one` and `two` as their files say it; a value that only one side states is no disagreement, but noted."""
+    fields = []
+    for name in (*SHAPE_FIELDS, *NUMBER_FIELDS, "vocab_size"):
+        ours, theirs = getattr(one.config, name), getattr(two.config, name)
+        assumed = tuple(side for side, model in (("source", one), ("checkpoint", two)) if name in model.assumed)
+        same = ours == theirs
+        if name == "vocab_size" and not same:
+            # Rows that an import added for new tokens: they are checked as padding is.
+            same = two.side.megatron and theirs > ours
+            if same:
+                result.notes.append(f"checkpoint: {theirs} rows are tokens, {theirs - ours} more than the source has")
+        if not same and assumed and name != "vocab_size":
+            stated = one if "checkpoint" in assumed else two
+            silent = " and the ".join(assumed)
+            result.notes.append(f"{name} is {getattr(stated.config, name)} by one side; the {silent} does not state it")
+            same = True
+        if not same:
+            result.config_problems.append(f"{name} is {ours} in the source and {theirs} in the checkpoint")
+        fields.append(ConfigField(name, ours, theirs, same, assumed))
+    result.config = tuple(fields)
+
+
+def check_checksums(folder: Path, workers: int) -> list[str] | None:
+    """What is wrong by the checkpoint's own checksums.sha256, or None where it has none."""
+    listing = folder / CHECKSUMS
+    if not listing.is_file():
+        return None
+    problems, wanted = [], []
+    for number, line in enumerate(listing.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
+        path = Path(match[2]) if match else Path()
+        if not match or path.is_absolute() or ".." in path.parts:
+            problems.append(f"{CHECKSUMS} line {number} is not '<sha256>  <path below this folder>'")
+        elif not (folder / path).is_file():
+            problems.append(f"{path} is missing, {CHECKSUMS} names it")
+        else:
+            wanted.append((path, match[1].lower()))
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(lambda entry: _sha256(folder / entry[0]), wanted)
+        problems += [
+            f"{path} is not what {CHECKSUMS} says: it was changed after it was written"
+            for (path, expected), actual in zip(wanted, found, strict=True)
+            if actual != expected
+        ]
+    return problems
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = bytearray(HASH_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()

@@ -1,0 +1,214 @@
+"""The two sides of a comparison: the kind of each checkpoint, the model that it says it holds, and its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weights_conversion import hf_config, manifest, megatron_args
+from weights_conversion.architectures import ARCHITECTURES
+from weights_conversion.checkpoint import open_checkpoint, trained_from
+from weights_conversion.config import FAMILIES, ConversionError, ModelConfig
+from weights_conversion.convert import main_dtype
+from weights_conversion.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META
+from weights_conversion.formats import huggingface, megatron, meta, torch_dist
+from weights_conversion.mapping import ParamMapping
+from weights_conversion.placement import Placed
+from weights_conversion.plan import Side, source_hf
+
+Key = tuple[str, int | None]  # ParamMapping.megatron, layer
+
+# Fields that decide the shapes: models that differ here have no tensors in common.
+SHAPE_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "head_dim",
+    "num_layernorms",
+)
+NUMBER_FIELDS = (
+    "layernorm_epsilon",
+    "rope_theta",
+    "rope_scaling_factor",
+    "sliding_window",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One side. `assumed`: fields of `config` that the files do not state; `contradicted`: what they state twice."""
+
+    path: Path
+    side: Side
+    config: ModelConfig
+    placed: Mapping[Key, tuple[Placed, ...]] = field(repr=False)
+    layout: str
+    stored_vocabulary: int
+    vocabulary_known: bool = True
+    release: bool = False  # written by a conversion, not by training
+    files: Any = field(default=None, repr=False)  # of a Megatron checkpoint, as to_hf opens it
+    assumed: frozenset[str] = frozenset()
+    contradicted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return self.side.dialect.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return main_dtype([placed for group in self.placed.values() for placed in group])
+
+    def tensors(self, row: ParamMapping, layer: int | None) -> tuple[Placed, ...]:
+        """The placed tensors of a parameter; a tied head is the embedding."""
+        if (row.megatron, layer) in self.placed:
+            return self.placed[row.megatron, layer]
+        return self.placed["embedding.word_embeddings.weight", None]
+
+    def file_name(self, file: str) -> str:
+        path = Path(file)
+        return str(path.relative_to(self.path)) if path.is_relative_to(self.path) else file
+
+
+def is_huggingface(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def is_meta(path: Path) -> bool:
+    return not is_huggingface(path) and meta.find_meta(path, "llama2", 0) is not None
+
+
+def is_megatron(path: Path) -> bool:
+    return (path / megatron.TRACKER).is_file() or any(path.glob("iter_*")) or (path / "release").is_dir()
+
+
+def check_kind(path: Path) -> None:
+    if not path.is_dir():
+        raise ConversionError(f"{path} is not a folder; name the folder of a checkpoint")
+    if not (is_huggingface(path) or is_meta(path) or is_megatron(path)):
+        raise ConversionError(
+            f"{path} is no checkpoint: it holds neither config.json (Hugging Face), consolidated.00.pth (Meta) nor "
+            f"{megatron.TRACKER} (Megatron)"
+        )
+
+
+def family_of(path: Path, load_iters: int | None) -> tuple[str | None, str | None]:
+    """(the family that a checkpoint states, or None; the one that its numbers suggest, should nothing state it)."""
+    if is_huggingface(path):
+        raw = huggingface.read_json(path / "config.json")
+        kind = raw.get("model_type")
+        for family in ("falcon", "mistral"):
+            if kind in hf_config.MODEL_TYPES[family]:
+                return family, family
+        if kind not in hf_config.MODEL_TYPES["llama2"]:
+            raise ConversionError(f"{path / 'config.json'} says model_type {kind!r}, which none of the families has")
+        return None, _llama(hf_config.read_rope(raw)[0], raw.get("rms_norm_eps"))
+    if is_meta(path):
+        folder = meta.find_meta(path, "llama2", 0) or path
+        raw = meta.read_params(folder)
+        return None, _llama(raw.get("rope_theta"), raw.get("norm_eps"))
+    folder, iteration = megatron.find_iteration(path, load_iters)
+    dist = (folder / torch_dist.METADATA).is_file()
+    args = (torch_dist.open_dist if dist else megatron.open_rank_files)(folder, iteration).args
+    found = manifest.find([path, *trained_from(args)])
+    said = found[1].get("family") if found else None
+    if said in FAMILIES:
+        return said, said
+    if args.get("model_name") in FAMILIES:
+        return args["model_name"], args["model_name"]
+    if args.get("tokenizer_type") == "FalconTokenizer" or args.get("parallel_attn"):
+        return "falcon", "falcon"
+    return None, _llama(args.get("rope_theta"), args.get("layernorm_epsilon"))
+
+
+def _llama(theta: object, eps: object) -> str:
+    """Which of Llama's families the numbers are of; the families differ in their defaults alone."""
+    return "codellama" if theta == 1e6 else "llama" if eps == 1e-6 else "llama2"
+
+
+def choose_family(source: Path, checkpoint: Path, model: str | None, load_iters: int | None) -> str:
+    """`model`, or what the two sides state."""
+    if model is not None:
+        return model
+    (one, first), (two, second) = family_of(source, load_iters), family_of(checkpoint, load_iters)
+    if one and two and one != two:
+        raise ConversionError(f"{source} holds a {one} model and {checkpoint} a {two} model; --model decides")
+    guess = first if first != "llama2" else second
+    return one or two or guess or "llama2"
+
+
+def open_model(path: Path, family: str, load_iters: int | None = None) -> Model:
+    """Opens one side: headers, configs and args are read and checked, no data."""
+    if is_huggingface(path):
+        raw = huggingface.read_json(path / "config.json")
+        # The dialect that can express most, since nothing is to be written.
+        config = hf_config.read_config(family, raw, MEGATRON_LLM if family == "falcon" else MEGATRON_CORE)
+        tensors = huggingface.read_hf(path)
+        assumed = frozenset({"max_position_embeddings"} if raw.get("max_position_embeddings") is None else ())
+        return _apart(path, Side(HF, megatron=False), config, tensors, assumed)
+    if is_meta(path):
+        folder = meta.find_meta(path, family, 0) or path
+        tensors, raw = meta.read_meta(folder), meta.read_params(folder)
+        assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
+        config = hf_config.read_params(family, raw, tensors)
+        return _apart(path, Side(META, megatron=False), config, tensors, frozenset(assumed))
+    return _open_megatron(path, family, load_iters)
+
+
+def _apart(
+    path: Path, side: Side, config: ModelConfig, tensors: Mapping[str, Placed], assumed: frozenset[str]
+) -> Model:
+    placed = source_hf(ARCHITECTURES[config.family], config, tensors, side.dialect)
+    files = len({block.ref.file for group in placed.values() for one in group for copy in one.copies for block in copy})
+    layout = f"{files} file{'s' if files > 1 else ''}"
+    return Model(path, side, config, placed, layout, config.vocab_size, assumed=assumed)
+
+
+def _open_megatron(path: Path, family: str, load_iters: int | None) -> Model:
+    opened = open_checkpoint(path, family, load_iters=load_iters)
+    files, config = opened.files, opened.config
+    placed = files.sources(ARCHITECTURES[family], config)
+    assumed = {name for name, origin in opened.origins.items() if origin == "family"}
+    contradicted = []
+    if not megatron_args.was_reset(files.args):
+        stated = megatron_args.from_args(family, files.args)
+        for name in megatron_args.SILENT:
+            if name in stated and stated[name] != getattr(config, name):
+                contradicted.append(
+                    f"{name} is {getattr(config, name)} in its {opened.origins[name]} and {stated[name]} in its args"
+                )
+    if family == "falcon" and files.args.get("tie_embed_logits") not in (None, config.tie_word_embeddings):
+        stored = "stored" if files.has_head() else "not stored"
+        contradicted.append(f"its head is {stored}, but its args say tie_embed_logits {files.args['tie_embed_logits']}")
+    layout = str(files.parallel) if isinstance(files, megatron.RankFiles) else "torch_dist"
+    return Model(
+        path, Side(files.dialect, megatron=True), config, placed, layout, files.vocabulary,
+        vocabulary_known=opened.true_rows_known, release=files.iteration == "release", files=files,
+        assumed=frozenset(assumed), contradicted=tuple(contradicted), notes=opened.warnings,
+    )  # fmt: skip
+
+
+def common_vocabulary(source: Model, checkpoint: Model) -> tuple[Model, Model]:
+    """A side whose files do not record how many rows are tokens has as many as the other side, where it stores them."""
+
+    def told(model: Model, other: Model) -> Model:
+        rows = other.config.vocab_size
+        if model.vocabulary_known or rows > model.stored_vocabulary:
+            return model
+        return replace(model, config=replace(model.config, vocab_size=rows))
+
+    return told(source, checkpoint), told(checkpoint, source)
+
+
+def adopt_assumed(model: Model, other: Model) -> Model:
+    """Values that `model`'s files do not state become the other side's, where that one knows them."""
+    names = model.assumed - other.assumed
+    return replace(model, config=replace(model.config, **{name: getattr(other.config, name) for name in names}))

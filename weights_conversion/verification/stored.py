@@ -1,0 +1,192 @@
+"""Stored tensors by row ranges, put together from ranks without the converter's own tables.
+
+How Megatron cuts a tensor among ranks, and which stage holds which layer, is written down here a second time, so that
+a mistake in the mapping or the placement is not made on both sides of the proof.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weights_conversion import forward
+from weights_conversion.architectures import ARCHITECTURES
+from weights_conversion.config import ConversionError, ModelConfig
+from weights_conversion.dialects import CORE_LOCAL_NORMS, MEGATRON_CORE
+from weights_conversion.execute import Scratch, Source, read_rows
+from weights_conversion.formats.megatron import RankFiles
+from weights_conversion.forward import Weights
+from weights_conversion.placement import Placed, TensorRef, rank_name
+from weights_conversion.plan import instances
+from weights_conversion.verification.sides import Key, Model
+
+CONVENTIONS = {
+    convention.title: convention
+    for convention in (forward.HF, forward.META, forward.MEGATRON_LLM, forward.MEGATRON_CORE)
+}
+BY_ROWS = ("word_embeddings.weight", "word_embeddings_for_head.weight", "lm_head", "output_layer.weight",
+           "query_key_value.weight", "linear_qkv.weight", "dense_h_to_4h.weight", "linear_fc1.weight")  # fmt: skip
+BY_COLUMNS = (".dense.weight", "linear_proj.weight", "dense_4h_to_h.weight", "linear_fc2.weight")
+GATED = ("dense_h_to_4h.weight", "linear_fc1.weight")  # two halves, each cut by itself, where the MLP is gated
+TIED_COPY = {"Megatron-LLM": "word_embeddings_for_head.weight", "Megatron-Core": "output_layer.weight"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows first..last of a full tensor: `refs` beside each other, from local row `local` on."""
+
+    first: int
+    last: int
+    refs: tuple[TensorRef, ...]
+    local: int
+
+
+@dataclass(frozen=True)
+class RankReader:
+    """Weights of a checkpoint of rank files. `order` and `halves` are hypotheses about what its writer did."""
+
+    files: RankFiles
+    config: ModelConfig
+    source: Source
+    order: tuple[int, ...]
+    halves: bool = True
+
+    def __call__(self, name: str, rows: slice | None) -> Tensor:
+        parts = self._parts(name)
+        first, last = (rows.start, rows.stop) if rows is not None else (0, parts[-1].last)
+        pieces = []
+        for part in parts:
+            start, stop = max(first, part.first), min(last, part.last)
+            if start < stop:
+                local = part.local + start - part.first
+                columns = [_read(ref, local, local + stop - start, self.source) for ref in part.refs]
+                pieces.append(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _parts(self, name: str) -> list[Part]:
+        refs = self._refs(name)
+        height = refs[0].shape[0]
+        if name.endswith(BY_COLUMNS):
+            return [Part(0, height, tuple(refs), 0)]
+        if not name.endswith(BY_ROWS):
+            return [Part(0, height, (refs[0],), 0)]
+        if name.endswith(GATED) and self.config.family != "falcon" and self.halves:
+            half, full = height // 2, height // 2 * len(refs)
+            return [
+                Part(block * full + rank * half, block * full + (rank + 1) * half, (ref,), block * half)
+                for block in range(2)
+                for rank, ref in enumerate(refs)
+            ]
+        return [Part(rank * height, (rank + 1) * height, (ref,), 0) for rank, ref in enumerate(refs)]
+
+    def _refs(self, name: str) -> list[TensorRef]:
+        """The tensor of every tensor rank, in the order in which they are joined."""
+        parallel = self.files.parallel
+        stages, chunks = parallel.pipeline, parallel.virtual
+        match = re.search(r"(.*\blayers\.)(\d+)(\..*)", name)
+        if match:
+            # Layers are dealt to the stages in turn, chunk after chunk.
+            each = self.config.num_layers // (stages * chunks)
+            turn, local = divmod(int(match[2]), each)
+            chunk, stage = divmod(turn, stages)
+            name = f"{match[1]}{local}{match[3]}"
+        elif "embedding.word_embeddings" in name:
+            chunk, stage = 0, 0
+        else:
+            chunk, stage = chunks - 1, stages - 1
+        key = f"model{chunk}" if chunks > 1 else "model"
+        found = []
+        for rank in self.order:
+            tensors = self.files.ranks[rank, stage]
+            ref = tensors.get(f"{key}.{name}") or tensors.get(f"{key}.{_local_norm(name)}")
+            if ref is None:
+                raise ConversionError(f"rank {rank} of stage {stage} of {self.files.folder} has no {key}.{name}")
+            found.append(ref)
+        return found
+
+
+def _local_norm(name: str) -> str:
+    """The spelling of Megatron-Core's local layer spec."""
+    for fused, local in CORE_LOCAL_NORMS.items():
+        name = name.replace(fused.split("{}")[1], local.split("{}")[1])
+    return name
+
+
+def _read(ref: TensorRef, first: int, last: int, source: Source) -> Tensor:
+    width = ref.shape[1] if len(ref.shape) > 1 else 1
+    rows = torch.empty((last - first, *ref.shape[1:]), dtype=ref.dtype)
+    source.read(ref, first * width * ref.dtype.itemsize, rows)
+    return rows
+
+
+@dataclass(frozen=True)
+class PlacedReader:
+    """Weights of a checkpoint whose tensors are whole (Hugging Face, torch_dist) or simply joined (Meta)."""
+
+    placed: Mapping[str, Placed]
+    vectors: frozenset[str]
+    source: Source
+
+    def __call__(self, name: str, rows: slice | None) -> Tensor:
+        placed = self.placed.get(name)
+        if placed is None:
+            raise ConversionError(f"there is no tensor {name}")
+        first, last = (rows.start, rows.stop) if rows is not None else (0, placed.rows)
+        tensor = read_rows(placed, (first, last), self.source, Scratch()).clone()
+        return tensor[:, 0] if name in self.vectors else tensor
+
+
+def weights_of(model: Model, source: Source, order: Sequence[int] | None = None, halves: bool = True) -> Weights:
+    """`forward.Weights` of one side; `order` of its tensor ranks, where they are to be joined in another one."""
+    if isinstance(model.files, RankFiles):
+        order = order or range(model.files.parallel.tensor)
+        return RankReader(model.files, model.config, source, tuple(order), halves)
+    placed: dict[str, Placed] = {}
+    vectors = set()
+    dialect = model.side.dialect
+    for row, layer in instances(ARCHITECTURES[model.config.family].parameters(model.config), model.config.num_layers):
+        names = (row.megatron,) if model.side.megatron else row.hf
+        for name, tensor in zip(names, model.placed[row.megatron, layer], strict=True):
+            spelled = dialect.spell(name).format(layer)
+            placed[spelled] = tensor
+            if len(row.shape) == 1:
+                vectors.add(spelled)
+    return PlacedReader(placed, frozenset(vectors), source)
+
+
+def head_of(model: Model) -> str | None:
+    """The last stage's copy of a tied embedding, by its stored name, where there is one."""
+    tied = model.config.tie_word_embeddings and isinstance(model.files, RankFiles)
+    if tied and model.files.parallel.pipeline > 1:
+        return TIED_COPY[MEGATRON_CORE.name if model.files.dialect is MEGATRON_CORE else "Megatron-LLM"]
+    return None
+
+
+def keys_of(model: Model) -> dict[str, Key]:
+    """Stored name -> the parameter that it is (a part of)."""
+    config, dialect = model.config, model.side.dialect
+    found: dict[str, Key] = {}
+    for row, layer in instances(ARCHITECTURES[config.family].parameters(config), config.num_layers):
+        for name in (row.megatron,) if model.side.megatron else row.hf:
+            spelled = dialect.spell(name).format(layer)
+            found[rank_name(spelled, dialect) if model.side.megatron else spelled] = (row.megatron, layer)
+    return found
+
+
+def rounded(weights: Weights, model: Model, other: Model) -> Weights:
+    """`weights` rounded to the other side's dtype where that is coarser, so that a recast leaves the sides equal."""
+    keys = keys_of(model)
+
+    def read(name: str, rows: slice | None) -> Tensor:
+        tensor = weights(name, rows)
+        key = keys.get(name)
+        there = other.placed.get(key) if key else None
+        if there and torch.finfo(there[0].dtype).eps > torch.finfo(tensor.dtype).eps:
+            return tensor.to(there[0].dtype)
+        return tensor
+
+    return read

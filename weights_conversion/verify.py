@@ -1,0 +1,102 @@
+"""Prove that two checkpoints hold the same model.
+
+Either side may be a Hugging Face folder, a folder of Meta's files, or the root of a Megatron-LLM or Megatron-Core
+checkpoint of any layout. No GPU, no Megatron and little memory are needed: both sides stream from their files.
+
+Three things are compared. The configs: rope theta and scaling, epsilon, window, vocabulary, heads, context. Every
+weight, both sides mapped to Hugging Face's tensors, bit by bit; a recast (--dtype) is the same where every value is the
+other side's value rounded to the narrower type. And what both models compute: a forward pass in float32 on a few
+prompts, straight from the stored tensors of each side and sharing nothing with the converter's mapping, which names the
+first layer and sub-module where the sides part. If the checkpoint holds checksums.sha256, its files are checked too.
+
+Exit codes: 0 the same model, 1 different or not readable, 2 wrong arguments.
+"""
+
+# The object that --json writes has these keys, which stay:
+#   same, verdict ("identical", "equal after rounding", "different"), family, seconds, causes and notes [sentence]
+#   source, checkpoint: path, kind, layout, dtype
+#   config: same, problems [sentence], fields {name: source, checkpoint, same, assumed [side whose files are silent]}
+#   exact (null where shapes differ): same, tensors, values, different, rounded (tensors), copies, padding [sentence],
+#       nonfinite {tensor: source, checkpoint}, differences and recast [tensor, layer, shape, source_dtype,
+#       checkpoint_dtype, different_values, rounded_values, not_finite_on_one_side, largest_absolute_error,
+#       largest_relative_error, row, column, source_value, checkpoint_value, first [row, column], files {file: values},
+#       cause]; tensors, rows and columns are those of the Hugging Face model
+#   numeric (null with --exact-only): same, stage, layer, error, logits_error, cause, prompts, prompt_tokens
+#   checksums (null without checksums.sha256): same, problems [sentence]
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weights_conversion import cli
+from weights_conversion.config import FAMILIES
+
+if TYPE_CHECKING:
+    from weights_conversion.verification.report import Verification
+
+
+def verify(
+    source: Path, checkpoint: Path, model: str | None = None, *, workers: int = 2, exact_only: bool = False,
+    load_iters: int | None = None, allow_inconsistent: bool = False,
+) -> Verification:  # fmt: skip
+    """Compares `checkpoint` with `source`, which is taken as right where only one of them can be.
+
+    `model` is the family (None: what the sides state); `load_iters` another iteration than the trackers';
+    `allow_inconsistent`: copies on the source's ranks may differ, the first is taken. Raises ConversionError for a side
+    that cannot be read.
+    """
+    from weights_conversion.verification.proof import prove
+
+    return prove(
+        source, checkpoint, model, workers=workers, exact_only=exact_only, load_iters=load_iters,
+        allow_inconsistent=allow_inconsistent,
+    )  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m weights_conversion.verify",
+        description=__doc__,
+        formatter_class=cli.Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint that is taken as right")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint that is to be proven")
+    cli.option(parser, "--model", choices=FAMILIES, help="the family (default: as the checkpoints say)")
+    cli.option(parser, "--json", type=Path, metavar="FILE", help="write the findings as JSON too")
+    cli.option(parser, "--workers", type=cli.positive, default=cli.cores(), help="threads (default: cores, at most 4)")
+    cli.option(parser, "--exact-only", action="store_true", help="compare configs and weights, and run no forward pass")
+    cli.option(
+        parser, "--load-iters", type=cli.positive, metavar="N", help="iteration of Megatron sides (default: the tracker's)"
+    )  # fmt: skip
+    cli.option(
+        parser, "--allow-inconsistent", action="store_true",
+        help="where the source's ranks hold different values of one parameter, take the first",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    same = False
+
+    def work() -> str:
+        nonlocal same
+        found = verify(
+            args.source, args.checkpoint, args.model, workers=args.workers, exact_only=args.exact_only,
+            load_iters=args.load_iters, allow_inconsistent=args.allow_inconsistent,
+        )  # fmt: skip
+        if args.json is not None:
+            args.json.write_text(json.dumps(found.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        same = found.same
+        return found.text()
+
+    return cli.run(work) or (0 if same else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
