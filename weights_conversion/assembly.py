@@ -1,7 +1,9 @@
 """Puts an output together beside its final place, so that OUT appears complete or not at all.
 
     OUT.partial/checkpoint/   the output as it will be
-    OUT.partial/journal/      what of it is known to be good: a plan digest, and the chunks that every process has finished
+    OUT.partial/journal/      what of it is known to be good: a plan digest, and the chunks that are done
+    OUT.partial/lock          held by the process that writes
+    OUT.partial/replaced/     what --overwrite has taken away, where the filesystem cannot exchange two folders at once
 
 The last step renames `checkpoint` to OUT. A run with the same plan continues from the journal; any other starts over.
 """
@@ -19,8 +21,11 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from weights_conversion import __version__, checksums
 from weights_conversion.config import ConversionError
@@ -32,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 SYNC_BYTES = 1 << 30  # how much may have to be done again after a kill, per process
 VISIBLE_SECONDS = 20.0  # how long another node's files may take to be seen here
+MANIFEST = "checksums.sha256"
+_PARTS = {"checkpoint", "journal", "lock", "replaced"}
 
 
 class TargetFile(Protocol):
@@ -54,26 +61,52 @@ def partial_folder(out: Path) -> Path:
 
 def check_absent(out: Path, overwrite: bool) -> None:
     """Refuses an OUT that is there already, unless it is an empty folder or may be replaced."""
-    replaced = out.with_name(out.name + ".replaced")
-    if replaced.exists() and not out.exists():  # an earlier --overwrite was killed between its two renames
+    if out.name in ("", ".."):
+        raise ConversionError(f"{out} cannot be renamed into place; name a folder of its own, inside or beside it")
+    partial = partial_folder(out)
+    replaced = partial / "replaced"
+    if replaced.is_dir() and not out.exists():  # an earlier --overwrite was killed between its two renames
         replaced.rename(out)
+    if published(out):  # an earlier run was killed when only its clean-up was left
+        if overwrite:
+            remove(partial)
+        return  # `prepare` knows whether it was the same command
+    if replaced.exists():
+        raise ConversionError(f"{replaced} holds what an interrupted --overwrite took away; move it back")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConversionError(f"{out} exists and is not a folder; name another one")
+    if out.is_dir() and os.path.ismount(out):
+        raise ConversionError(f"{out} is a mount point, which cannot be renamed into place; name a folder inside it")
     if not overwrite and out.exists() and any(out.iterdir()):
         raise ConversionError(f"{out} exists and is not empty; --overwrite replaces it, or name another folder")
 
 
+def check_apart(out: Path, plan: Plan) -> None:
+    """Refuses an OUT that is, or holds, a file that the plan reads: --overwrite would delete its own source."""
+    real = out.resolve()
+    for file in source_files(plan):
+        path = Path(file)
+        if real in path.resolve().parents or real in (path.parent.resolve() / path.name).parents:
+            raise ConversionError(f"{out} holds the source ({file}), which it would replace; name another folder")
+
+
+def source_files(plan: Plan) -> list[str]:
+    """Every file that the plan reads tensors from."""
+    return sorted({b.ref.file for s in plan.steps for p in s.source for copy in p.copies for b in copy})
+
+
 def digest(plan: Plan, targets: Sequence[TargetFile], extra: str) -> str:
-    """Changes with everything that decides an output byte: sources (by size and time), plan, options, release."""
-    sha = hashlib.sha256(f"{__version__}\n{extra}\n{plan.new_rows}\n{plan.source}\n{plan.target}\n".encode())
-    files = sorted({b.ref.file for s in plan.steps for p in s.source for copy in p.copies for b in copy})
-    for file in files:
+    """Changes with everything that decides an output byte: sources (by size and times), plan, options, releases."""
+    whole = (__version__, torch.__version__, extra, plan.new_rows, plan.source, plan.target, plan.config)
+    sha = hashlib.sha256(repr(whole).encode())
+    for file in source_files(plan):
         stat = os.stat(file)
-        sha.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        # ctime too: tools that copy files set mtime back, nobody sets ctime.
+        sha.update(f"{file} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode())
     for step in plan.steps:
         sha.update(repr(step).encode())
     for target in targets:
-        sha.update(f"{target.file} {target.refs}\n".encode())
+        sha.update(f"{target.file} {target.refs} {getattr(target, 'content', None)}\n".encode())
     return sha.hexdigest()
 
 
@@ -109,14 +142,16 @@ def reserve(path: Path) -> None:
         if not hasattr(libc, "fallocate"):
             return
         # The C library's fallocate, not posix_fallocate: the latter writes every block where the call is not known.
-        if libc.fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        while size and libc.fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
             code = ctypes.get_errno()
             if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise OSError(code, os.strerror(code), str(path))
+            if code != errno.EINTR:
+                return  # not known here: a full disk will show when it is written
 
 
 class Journal:
-    """Which chunks are written and on the disk. One file per process; entries follow a sync of the data they vouch for."""
+    """Which chunks are written and on the disk. A file per process; entries follow a sync of their data."""
 
     def __init__(self, folder: Path, refs: Sequence[TensorRef], rank: int = 0) -> None:
         self._folder, self._rank = folder, rank
@@ -176,37 +211,60 @@ class Journal:
 
 
 def prepare(out: Path, plan_digest: str) -> bool:
-    """Makes OUT.partial ready; True where an earlier run of the same plan can be continued."""
+    """Makes OUT.partial ready for this process alone; True where an earlier run of the same plan can be continued."""
     partial = partial_folder(out)
+    _hold(partial)
     note = partial / "journal" / "digest"
-    if partial.exists():
-        if not (partial / "journal").is_dir():
-            raise ConversionError(f"{partial} exists and was not left by this converter; move it away")
-        if note.is_file() and note.read_text() == plan_digest:
+    same = note.is_file() and note.read_text() == plan_digest
+    if published(out):
+        if same:
             return True
+        remove(partial)
+        raise ConversionError(f"{out} exists and is complete; --overwrite replaces it, or name another folder")
+    checkpoint = partial / "checkpoint"
+    if same and checkpoint.is_dir() and _publishing(partial) in (None, checkpoint.stat().st_ino):
+        return True
+    if note.is_file():
         logger.warning("%s was left by a run with another source, option or release: starting over", partial)
-        shutil.rmtree(partial)
-    (partial / "journal").mkdir(parents=True)
+    note.unlink(missing_ok=True)  # first: from here on, nothing that is left can be continued
+    for name in ("checkpoint", "journal"):
+        if (partial / name).exists():
+            shutil.rmtree(partial / name)
+    (partial / "journal").mkdir()
     (partial / "checkpoint").mkdir()
     return False
 
 
-def lay_out(out: Path, targets: Sequence[TargetFile], plan_digest: str, resume: bool) -> dict[TensorRef, int]:
-    """Creates every file at its final size (or finds them, with `resume`); where each tensor's data begin."""
-    root = partial_folder(out) / "checkpoint"
-    offsets: dict[TensorRef, int] = {}
-    for target in targets:
-        offsets |= target.create(root, resume)
-        if not resume:
-            reserve(root / target.file)
-    if not resume:
-        for target in targets:
-            sync_path(root / target.file)
-        note = partial_folder(out) / "journal" / "digest"
-        note.write_text(plan_digest)
-        sync_path(note)
-        sync_path(note.parent)
-    return offsets
+def _hold(partial: Path) -> None:
+    """Takes the lock on OUT.partial, creating the folder. Nothing in it may be touched before."""
+    while True:
+        if partial.is_symlink():
+            raise ConversionError(f"{partial} is a symbolic link, and was not left by this converter; move it away")
+        partial.mkdir(parents=True, exist_ok=True)
+        if {path.name for path in partial.iterdir()} - _PARTS:
+            raise ConversionError(f"{partial} exists and was not left by this converter; move it away")
+        path = partial / "lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # another process has just finished and removed the folder
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise ConversionError(f"another process is writing {partial} at this moment; wait for it") from error
+            return  # a filesystem without locks
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                _held[partial] = descriptor
+                return
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+_held: dict[Path, int] = {}
 
 
 def find_layout(out: Path, targets: Sequence[TargetFile], plan_digest: str) -> dict[TensorRef, int]:
@@ -222,16 +280,39 @@ def find_layout(out: Path, targets: Sequence[TargetFile], plan_digest: str) -> d
 
 
 def lock(out: Path) -> int:
-    """Holds OUT.partial for this process, until it ends."""
-    descriptor = os.open(partial_folder(out) / "journal", os.O_RDONLY)
+    """The descriptor by which `prepare` holds OUT.partial (-1 where there are no locks); to be closed."""
+    return _held.pop(partial_folder(out), -1)
+
+
+def lay_out(out: Path, targets: Sequence[TargetFile], plan_digest: str, resume: bool) -> dict[TensorRef, int]:
+    """Creates every file at its final size (or finds them, with `resume`); where each tensor's data begin."""
+    root = out if published(out) else partial_folder(out) / "checkpoint"
+    offsets: dict[TensorRef, int] = {}
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-            raise ConversionError(f"another process is writing {out} at this moment; wait for it") from error
-        return -1  # a filesystem without locks
-    return descriptor
+        for target in targets:
+            offsets |= target.create(root, resume)
+            if not resume:
+                reserve(root / target.file)
+    except OSError:
+        if not resume:
+            remove(partial_folder(out))  # nothing is gained yet, and the disk may be full of it
+        raise
+    if not resume:
+        _sync_all(root, targets)
+        note = partial_folder(out) / "journal" / "digest"
+        note.write_text(plan_digest)
+        sync_path(note)
+        sync_path(note.parent)
+    return offsets
+
+
+def _sync_all(root: Path, targets: Sequence[TargetFile]) -> None:
+    """Makes the files, and the folders that name them, survive a power cut."""
+    for target in targets:
+        sync_path(root / target.file)
+    folders = {folder for target in targets for folder in Path(target.file).parents}
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        sync_path(root / folder)
 
 
 def combine_crcs(targets: Sequence[TargetFile], written: Iterable[Written]) -> dict[TensorRef, int]:
@@ -256,43 +337,112 @@ def combine_crcs(targets: Sequence[TargetFile], written: Iterable[Written]) -> d
 
 def finish(
     out: Path, targets: Sequence[TargetFile], offsets: Mapping[TensorRef, int], written: Iterable[Written],
-    files: Mapping[str, bytes | Path], last: Mapping[str, bytes], overwrite: bool,
+    files: Mapping[str, bytes | Path], last: Mapping[str, bytes], overwrite: bool, manifest_workers: int = 0,
 ) -> None:  # fmt: skip
-    """CRCs, small files (`last` ones after all others are on the disk), then the rename that makes OUT appear."""
+    """CRCs, small files (`last` ones after all others are on the disk), then the rename that makes OUT appear.
+
+    `manifest_workers` > 0: a manifest of SHA-256 sums is written too, on so many threads.
+    """
+    if published(out):
+        remove(partial_folder(out))
+        return
     root = partial_folder(out) / "checkpoint"
     crcs = combine_crcs(targets, written)
     for target in targets:
         target.finish(root, crcs, offsets)
-        sync_path(root / target.file)
+    _remove_strays(root, {*(target.file for target in targets), *files})
     for name, content in files.items():
         write_file(root / name, content)
-    for folder in {(root / target.file).parent for target in targets} | {root}:
-        while folder != root.parent:
-            sync_path(folder)
-            folder = folder.parent
+    if manifest_workers:
+        names = [*(target.file for target in targets), *files]
+        write_file(root / MANIFEST, manifest(root, names, last, manifest_workers))
+    _sync_all(root, targets)
     for name, text in last.items():
         write_file(root / name, text)
     sync_path(root)
     publish(out, overwrite)
 
 
+def _remove_strays(root: Path, expected: set[str]) -> None:
+    """Removes what the finish of an earlier run wrote and this one will not, as a tokenizer file that is gone."""
+    for path in root.rglob("*"):
+        if not path.is_dir() and path.relative_to(root).as_posix() not in expected:
+            path.unlink()
+
+
+def manifest(root: Path, names: Sequence[str], further: Mapping[str, bytes], workers: int) -> bytes:
+    """SHA-256 of files below `root`, and of `further` contents, as sha256sum writes and checks them. Reads the disk."""
+    stop = threading.Event()
+
+    def sum_of(name: str) -> str:
+        sha, buffer = hashlib.sha256(), memoryview(bytearray(8 << 20))
+        with (root / name).open("rb", buffering=0) as file:
+            while (count := file.readinto(buffer)) and not stop.is_set():
+                sha.update(buffer[:count])
+        return sha.hexdigest()
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="checksums") as pool:
+        try:
+            sums = dict(zip(names, pool.map(sum_of, names), strict=True))
+        except BaseException:
+            stop.set()
+            raise
+    sums |= {name: hashlib.sha256(content).hexdigest() for name, content in further.items()}
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+
+
 def publish(out: Path, overwrite: bool) -> None:
     """Renames the finished `checkpoint` to OUT, and removes what is left of OUT.partial."""
     partial = partial_folder(out)
-    replaced = out.with_name(out.name + ".replaced")
-    if out.exists() and any(out.iterdir()):
+    finished, note = partial / "checkpoint", partial / "journal" / "publishing"
+    note.write_text(str(finished.stat().st_ino))  # by which OUT is known again, should the clean-up be interrupted
+    sync_path(note)
+    sync_path(note.parent)
+    if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise ConversionError(f"{out} has appeared in the meantime; {partial} holds the finished output")
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        out.rename(replaced)
-    elif out.exists():
-        out.rmdir()
-    (partial / "checkpoint").rename(out)
+        if not _exchange(finished, out):
+            out.rename(partial / "replaced")
+            try:
+                finished.rename(out)
+            except OSError:
+                (partial / "replaced").rename(out)
+                raise
+    else:
+        finished.rename(out)
     sync_path(out.absolute().parent)
-    shutil.rmtree(partial)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    remove(partial)
+
+
+def published(out: Path) -> bool:
+    """Whether OUT is the finished output of the run that left OUT.partial, which only had to be removed."""
+    return out.is_dir() and _publishing(partial_folder(out)) == out.stat().st_ino
+
+
+def _publishing(partial: Path) -> int | None:
+    """The inode of the folder that was about to be renamed to OUT, or has been; None before."""
+    try:
+        return int((partial / "journal" / "publishing").read_text() or 0)
+    except FileNotFoundError:
+        return None
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Swaps two folders in one step, so that OUT is there at every moment. False where that is not known."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    here, swap = ctypes.c_int(-100), ctypes.c_uint(2)  # AT_FDCWD, RENAME_EXCHANGE
+    return libc.renameat2(here, os.fsencode(one), here, os.fsencode(two), swap) == 0
+
+
+def remove(partial: Path) -> None:
+    """Removes OUT.partial; what a kill leaves of it is recognised, and never trusted."""
+    for name in ("checkpoint", "replaced", "journal"):
+        shutil.rmtree(partial / name, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        logger.warning("%s could not be removed completely; nothing in it is needed any more", partial)
 
 
 def write_file(path: Path, content: bytes | Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from weights_conversion import manifest, megatron_args
 from weights_conversion.config import FAMILIES, ConversionError, ModelConfig
+from weights_conversion.dialects import MEGATRON_LLM
 from weights_conversion.formats import torch_dist
 from weights_conversion.formats.megatron import RankFiles, find_iteration, open_rank_files
 from weights_conversion.formats.torch_dist import DistCheckpoint
@@ -38,6 +39,8 @@ def open_checkpoint(
     found = manifest.find([root, *trained_from(files.args)])
     said = found[1] if found else None
     _check_family(model, files.args, said, root)
+    if files.dialect is MEGATRON_LLM and (problems := megatron_args.foreign(model, files.args)):
+        raise ConversionError(*problems)
     notes: list[str] = []
     warnings: list[str] = []
     if found:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -82,8 +83,41 @@ class Terminated(BaseException):
     """SIGTERM, as a scheduler sends it before it kills."""
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated
+class _Signals:
+    """Within its block, SIGINT and SIGTERM (where they are not ignored) end the run from wherever it is, once.
+
+    What they raise is dropped by Python where it hits a destructor or a callback; then it is raised again.
+    """
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._dropped
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            if number == signal.SIGALRM or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._stop)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            sys.unraisablehook = self._hook
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        if (signum == signal.SIGALRM) == bool(self._asked):
+            self._asked = self._asked or signum
+            raise KeyboardInterrupt if self._asked == signal.SIGINT else Terminated
+
+    def _dropped(self, unraisable: Any) -> None:
+        if self._asked and isinstance(unraisable.exc_value, (KeyboardInterrupt, Terminated)):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        else:
+            self._hook(unraisable)
 
 
 def run(work: Callable[[], str]) -> int:
@@ -91,9 +125,10 @@ def run(work: Callable[[], str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     for name in ("httpx", "httpx2", "huggingface_hub", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    handler = signal.signal(signal.SIGTERM, _terminate) if _main_thread() else None
     try:
-        print(work())
+        with _Signals():
+            report = work()
+        print(report)
         return 0
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -104,20 +139,14 @@ def run(work: Callable[[], str]) -> int:
     except Terminated:
         print("terminated: the same command continues where this one stopped", file=sys.stderr)
         return 143
+    except MemoryError:
+        print("error: there is not enough memory; fewer --workers need less", file=sys.stderr)
+        return 1
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         print(
-            f"error: {error.strerror or error}{place}; nothing that was there is changed, and the same command continues "
-            "where this one stopped once the cause is mended",
+            f"error: {error.strerror or error}{place}; nothing that was there is changed, and once the cause is mended "
+            "the same command continues where this one stopped",
             file=sys.stderr,
         )
         return 1
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGTERM, handler)
-
-
-def _main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()

@@ -84,7 +84,7 @@ def read_config(family: str, raw: Mapping[str, Any], target: Dialect) -> ModelCo
 
 
 def _falcon(raw: Mapping[str, Any], heads: int, hidden: int) -> dict[str, Any]:
-    grouped = bool(raw.get("new_decoder_architecture", False))
+    grouped = bool(raw.get("new_decoder_architecture", raw.get("model_type") == "RefinedWeb"))  # its name of old
     kv = raw.get("num_kv_heads") or raw.get("n_head_kv") or heads
     norms = raw.get("num_ln_in_parallel_attn")
     return {
@@ -137,15 +137,20 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect) -> list[st
             found.append(f"hidden_act {raw['hidden_act']!r}")
         if raw.get("tie_word_embeddings") and target is not MEGATRON_CORE:
             found.append("a head tied to the embedding (tie_word_embeddings)")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        return [*(_cannot(target, what) for what in found), f"its config.json has rope parameters {rope!r}, not an object"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", None):
-        found.append(f"rope scaling of type {kind!r} (only linear)")
-    if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+    malformed = []
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(key) or {}
+        if not isinstance(rope, Mapping):
+            malformed.append(f"its config.json has {key} {rope!r}, where an object was expected")
+            continue
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind not in ("default", "linear", None):
+            found.append(f"rope scaling of type {kind!r} (only linear)")
+        if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
+            found.append("rotary embedding on a part of each head (partial_rotary_factor)")
+    if (raw.get("partial_rotary_factor") or 1.0) != 1.0:
         found.append("rotary embedding on a part of each head (partial_rotary_factor)")
-    return [_cannot(target, what) for what in found]
+    return [*(_cannot(target, what) for what in dict.fromkeys(found)), *malformed]
 
 
 def _cannot(target: Dialect, what: str) -> str:
@@ -225,7 +230,7 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     `dtype` is the name of the written weights' type ("bfloat16"). Rope theta and scaling are written in both
     spellings, since each release ignores the other's.
     """
-    result = dict(base)
+    result = _renamed(base) if config.family == "falcon" else dict(base)
     result.setdefault("architectures", [ARCHITECTURE_CLASSES[config.family]])
     result.setdefault("model_type", MODEL_TYPES[config.family][0])
     for name, keys in keys_of(config.family).items():
@@ -249,6 +254,16 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     return result
 
 
+def _renamed(base: Mapping[str, Any]) -> dict[str, Any]:
+    """A falcon config without the names of its first release (RefinedWeb), which needed code of its own."""
+    if base.get("model_type", "falcon") == "falcon":
+        return dict(base)
+    gone = ("architectures", "auto_map", "model_type", "n_layer", "n_head", "n_head_kv")
+    result = {key: value for key, value in base.items() if key not in gone}
+    result.setdefault("new_decoder_architecture", base["model_type"] == "RefinedWeb")
+    return result
+
+
 def _write_falcon(config: ModelConfig, result: dict[str, Any]) -> None:
     base = dict(result)
     grouped = base.get("new_decoder_architecture", config.num_query_groups > 1)
@@ -256,7 +271,7 @@ def _write_falcon(config: ModelConfig, result: dict[str, Any]) -> None:
     result["ffn_hidden_size"] = config.ffn_hidden_size
     result["max_position_embeddings"] = config.max_position_embeddings
     result["num_ln_in_parallel_attn"] = config.num_layernorms if grouped else base.get("num_ln_in_parallel_attn")
-    if "num_kv_heads" not in base and "n_head_kv" not in base:
+    if "num_kv_heads" not in base:
         result["num_kv_heads"] = config.num_query_groups if grouped else config.num_attention_heads
     result.setdefault("multi_query", config.num_query_groups == 1 or grouped)
     for key, value in (("parallel_attn", True), ("alibi", False), ("bias", False)):

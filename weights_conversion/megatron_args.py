@@ -141,6 +141,29 @@ def from_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def foreign(family: str, args: Mapping[str, Any]) -> list[str]:
+    """Args that ask for a forward pass that no model of `family` has, and that no weight's shape betrays: sentences."""
+    falcon = family == "falcon"
+    expected = {
+        "glu_activation": None if falcon else "swiglu",
+        "use_rms_norm": not falcon,
+        "parallel_attn": falcon,
+        "use_bias": False,
+        "use_post_ln": False,
+        "apply_residual_connection_post_layernorm": False,
+    }
+    problems = [
+        f"the checkpoint's args say {name} {args[name]!r}, but {family} models have {value!r}"
+        for name, value in expected.items()
+        if name in args and args[name] != value and not (args[name] is None and value is False)
+    ]
+    position = args.get("position_embedding_type")
+    if position not in (None, "rotary", "PositionEmbeddingType.rotary", "rope") and getattr(position, "value", 0) != 1:
+        shown = getattr(position, "value", position)
+        problems.append(f"the checkpoint's args say position_embedding_type {shown!r}, but {family} models have 'rotary'")
+    return problems
+
+
 def resolve(
     family: str, args: Mapping[str, Any], manifest: Mapping[str, Any] | None, flags: Mapping[str, Any], vocabulary: int
 ) -> Resolved:
@@ -178,11 +201,18 @@ def resolve(
                 warnings.append(f"{sentence}; {values[name]} is used, --{NAMES[name]} overrides it")
             else:
                 problems.append(f"{sentence}, so the manifest belongs to another model; remove conversion_manifest.json")
-        if reset and name in RESET_BY_RESHARDING and name in stated and stated[name] != values[name]:
-            warnings.append(
-                f"{NAMES[name]} is {stated[name]} in the args, which the resharding tool has reset; "
-                f"{values[name]} of the {origins[name]} is used, --{NAMES[name]} overrides it"
-            )
+        if reset and name in RESET_BY_RESHARDING:
+            said_there = args.get(NAMES[name])
+            if origins[name] == "family" and (name in FAMILY_DEFAULTS[family] or said_there not in (values[name], None)):
+                warnings.append(
+                    f"{NAMES[name]} is lost: the args say {said_there}, but the resharding tool has reset them; "
+                    f"{values[name]}, as usual for {family}, is used, --{NAMES[name]} overrides it"
+                )
+            elif origins[name] == "manifest" and said_there != values[name]:
+                warnings.append(
+                    f"{NAMES[name]} is {said_there} in the args, which the resharding tool has reset, and "
+                    f"{values[name]} in the manifest, which is used"
+                )
     if problems:
         raise ConversionError(*problems)
     return Resolved(ModelConfig(**values), origins, tuple(warnings))

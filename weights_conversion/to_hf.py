@@ -56,6 +56,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         architecture, config, sources, Side(opened.files.dialect, megatron=True), Side(HF, megatron=False),
         options.num_output_shards, dtype,
     )  # fmt: skip
+    assembly.check_apart(out, plan)
     targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
     files: dict[str, bytes | Path] = {}
@@ -117,8 +118,8 @@ def _differences(source: Mapping[str, Any], exported: Mapping[str, Any]) -> list
     """Fields whose meaning differs from the source's config.json (keys written for other readers do not count)."""
     return [
         f"config     {key}: {source[key]!r} in the source, {exported[key]!r} here"
-        for key in sorted(source)
-        if key not in ("torch_dtype", "dtype", "rope_scaling", "rope_parameters") and source[key] != exported.get(key)
+        for key in sorted(set(source) & set(exported))
+        if key not in ("rope_scaling", "rope_parameters") and source[key] != exported[key]
     ]
 
 

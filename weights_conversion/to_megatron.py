@@ -94,6 +94,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         )  # fmt: skip
         args = _rank_args(config, parallel, dialect, written, divisible_by, vocabulary) | dict(opened.kept_args)
         targets = rank_targets(plan, args, "release" if dialect is MEGATRON_LLM else 0, flat=dialect is MEGATRON_CORE)
+    assembly.check_apart(out, plan)
     report.training_flags = _training_flags(config, dialect, ckpt_format, out, vocabulary, divisible_by, parallel, written)
     if vocabulary != config.vocab_size:
         report.notes.append(
@@ -108,9 +109,17 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}), options)
 
 
-def megatron_to_megatron(options: ImportOptions) -> Report:
-    """Another layout, or the other Megatron's dialect, of the checkpoint at `options.model_path`: one pass, no HF files."""
-    return hf_to_megatron(options)
+def megatron_to_megatron(
+    source: Path, out: Path, model: str, parallel: Parallelism = Parallelism(), target: str = "megatron-llm",
+    **options: Any,
+) -> Report:  # fmt: skip
+    """Writes the Megatron checkpoint at `source` in another layout or dialect: merged and cut in one pass, no HF files.
+
+    `options` are further fields of ImportOptions.
+    """
+    return hf_to_megatron(
+        ImportOptions(model=model, model_path=str(source), out=out, parallel=parallel, target=target, **options)
+    )
 
 
 def _with_virtual(options: ImportOptions, config: ModelConfig) -> Parallelism:

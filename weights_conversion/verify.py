@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.option(parser, "--workers", type=cli.positive, default=cli.cores(), help="threads (default: cores, at most 4)")
     cli.option(parser, "--exact-only", action="store_true", help="compare configs and weights, and run no forward pass")
     cli.option(
-        parser, "--load-iters", type=cli.positive, metavar="N", help="iteration of Megatron sides (default: the tracker's)"
+        parser, "--load-iters", type=cli.positive, metavar="N", help="iteration of Megatron sides (default: tracker's)"
     )  # fmt: skip
     cli.option(
         parser, "--allow-inconsistent", action="store_true",

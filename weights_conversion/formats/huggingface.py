@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -43,7 +44,11 @@ WEIGHT_FILES = (
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or an error that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_HEADER_BYTES + 1)
+        if len(text) > MAX_HEADER_BYTES:
+            raise ValueError(f"it has more than {MAX_HEADER_BYTES} bytes")
+        content = json.loads(text.decode("utf-8"))
     except FileNotFoundError as error:
         raise ConversionError(f"{path} does not exist") from error
     except (ValueError, OSError, RecursionError) as error:
@@ -65,7 +70,7 @@ def read_safetensors(path: Path) -> dict[str, TensorRef]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise damaged(f"its header claims {length} bytes, the file has {size}")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_once)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -98,9 +103,19 @@ def read_safetensors(path: Path) -> dict[str, TensorRef]:
     return {ref.name: ref for ref in refs}
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return content
+
+
 def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
     """The index (if any) and the weight files of an HF folder."""
     present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not present and (parts := _parts_without_index(folder)):
+        return None, parts
     if not present:
         raise ConversionError(
             f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)}; "
@@ -122,6 +137,23 @@ def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
             f"{folder} lacks {', '.join(missing)}, which {present[0].name} names; download the missing files"
         )
     return present[0], [folder / name for name in files]
+
+
+def _parts_without_index(folder: Path) -> list[Path]:
+    """model-00001-of-00003.safetensors and so on: their names say whether all are there."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        found = [re.fullmatch(rf"{stem}-(\d+)-of-(\d+)\.{suffix}", path.name) for path in sorted(folder.iterdir())]
+        numbers = {int(match[1]): match[0] for match in found if match}
+        counts = {int(match[2]) for match in found if match}
+        if not numbers:
+            continue
+        if len(counts) != 1 or set(numbers) != set(range(1, max(counts) + 1)):
+            raise ConversionError(
+                f"{folder} has no index, and of its {stem}-*-of-*.{suffix} files only {', '.join(numbers.values())}; "
+                "download the missing files"
+            )
+        return [folder / name for _, name in sorted(numbers.items())]
+    return []
 
 
 def read_hf(folder: Path) -> dict[str, Placed]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from weights_conversion import core_args
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
 from weights_conversion.dialects import CORE_LOCAL_NORMS, MEGATRON_CORE, MEGATRON_LLM, Dialect
-from weights_conversion.formats import torch_files
+from weights_conversion.formats import pickles, torch_files
 from weights_conversion.mapping import Architecture
 from weights_conversion.placement import Placed, TensorRef, chunk_key, rank_folder
 from weights_conversion.plan import source_megatron
@@ -40,6 +44,15 @@ _SHARED = (
     "rope_theta",
     "iteration",
 )
+# What args must be where they are there at all: counts, and positive numbers.
+_COUNTS = (
+    *("num_layers", "encoder_num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+    *("num_attention_heads_kv", "num_query_groups", "max_position_embeddings", "seq_length", "padded_vocab_size"),
+    *("make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("virtual_pipeline_model_parallel_size", "sliding_window_size"),
+)
+_NUMBERS = ("layernorm_epsilon", "norm_epsilon", "rope_theta", "rotary_base", "rope_scaling_factor")
+_TEXTS = ("model_name", "tokenizer_type", "vocab_file", "load", "vocab_extra_ids_list")
 
 
 def find_iteration(root: Path, load_iters: int | None) -> tuple[Path, int | str]:
@@ -51,12 +64,13 @@ def find_iteration(root: Path, load_iters: int | None) -> tuple[Path, int | str]
         iteration: int | str = load_iters
     else:
         try:
-            text = tracker.read_text(encoding="utf-8").strip()
+            with tracker.open("rb") as file:
+                text = file.read(100).decode("utf-8").strip()
         except (OSError, ValueError) as error:
             raise ConversionError(
                 f"{tracker} cannot be read; --input_dir names the folder that holds it, --load_iters replaces it"
             ) from error
-        if text != "release" and not (re.fullmatch(r"\d{1,12}", text) and int(text) > 0):
+        if text != "release" and not (re.fullmatch(r"[0-9]{1,12}", text) and int(text) > 0):
             raise ConversionError(f"{tracker} says {text[:80]!r}, where 'release' or a positive number was expected")
         iteration = text if text == "release" else int(text)
     folder = root / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
@@ -87,7 +101,7 @@ class RankFiles:
         name = "embedding.word_embeddings.weight"
         name = name if self.dialect is MEGATRON_CORE else f"language_model.{name}"
         ref = self.ranks[0, 0].get(f"{chunk_key(0, self.parallel)}.{name}")
-        if ref is None:
+        if ref is None or not ref.shape:
             raise ConversionError(f"{self.folder} has no {name} on its first stage")
         return ref.shape[0] * self.parallel.tensor
 
@@ -96,10 +110,18 @@ class RankFiles:
         names = self.ranks[0, self.parallel.pipeline - 1]
         return any(name.endswith((".lm_head", ".output_layer.weight")) for name in names)
 
-    def sources(self, architecture: Architecture, config: ModelConfig) -> dict[tuple[str, int | None], tuple[Placed, ...]]:
+    def sources(
+        self, architecture: Architecture, config: ModelConfig
+    ) -> dict[tuple[str, int | None], tuple[Placed, ...]]:
         """Places every parameter; missing, misshapen and unexpected tensors are errors."""
         problems: list[str] = []
         used: set[tuple[int, int, str]] = set()
+        count, stages = sum(map(len, self.ranks.values())), self.parallel.pipeline * self.parallel.virtual
+        if config.num_layers > count or config.num_layers % stages:
+            raise ConversionError(
+                f"the args of {self.folder} say {config.num_layers} layers, which {count} tensors in {stages} stages "
+                "cannot be"
+            )
 
         def find(tp: int, pp: int, name: str, shape: tuple[int, ...]) -> TensorRef:
             where = self.folder.name + "/" + rank_folder(tp, pp, self.parallel)
@@ -148,11 +170,11 @@ def open_rank_files(folder: Path, iteration: int | str) -> RankFiles:
         content = opened[rank].content
         if not isinstance(content, dict) or not any(str(key).startswith("model") for key in content):
             raise ConversionError(f"{path} is not a Megatron checkpoint: it holds no model")
-        args[rank] = _args(content, path)
-        version = content.get("checkpoint_version", 0)
-        if not isinstance(version, (int, float)) or version < 2.0:
+        args[rank] = plain_args(content.get("args"), path)
+        version = _plain(content.get("checkpoint_version", 0))
+        if not isinstance(version, (int, float)) or not version >= 2.0:
             problems.append(f"{path} has checkpoint_version {version}, whose QKV order differs; 3.0 was expected")
-        expected = content.get("iteration", iteration)
+        expected = _plain(content.get("iteration", iteration))
         if expected != iteration and not (iteration == "release" and expected == 0):
             problems.append(f"{path} is of iteration {expected}, but stands in {folder.name}")
     first = min(files)
@@ -171,23 +193,65 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     """(tp, pp) -> its file. Folders without a model file (a distributed optimizer's) do not count."""
     found: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.iterdir()):
-        match = re.fullmatch(r"mp_rank_(\d{2,})(?:_(\d{3,}))?", path.name)
-        file = next((path / name for name in MODEL_FILES if (path / name).is_file()), None)
-        if match and file:
+        match = re.fullmatch(r"mp_rank_([0-9]{2,6})(?:_([0-9]{3,6}))?", path.name)
+        present = [path / name for name in MODEL_FILES if (path / name).is_file()]
+        if match and len(present) > 1:
+            raise ConversionError(f"{path} holds {' and '.join(MODEL_FILES)}; remove the one that is out of date")
+        if match and present:
+            (file,) = present
             rank = (int(match[1]), int(match[2] or 0))
             if rank in found:
-                raise ConversionError(f"{found[rank].parent} and {path} both claim to be rank {rank}; remove the stale one")
+                raise ConversionError(f"{found[rank].parent} and {path} both are rank {rank}; remove the stale one")
             found[rank] = file
     if not found:
         raise ConversionError(f"{folder} holds no rank folder mp_rank_* with {' or '.join(MODEL_FILES)}")
     return found
 
 
-def _args(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    args = content.get("args")
+def plain_args(args: Any, path: Path) -> dict[str, Any]:
+    """A Namespace read from `path` as a dict of plain values, those that decide a shape checked for their type.
+
+    What is not plain (nested containers, objects of the training code) is left out: nothing here needs it, and to
+    compare or print it may take forever, since containers in a pickle can share their parts.
+    """
     if args is None or not hasattr(args, "__dict__"):
         raise ConversionError(f"{path} holds no args, so nothing says what model it is")
-    return dict(vars(args))
+    plain = {name: _plain(value) for name, value in vars(args).items() if isinstance(name, str)}
+    problems = []
+    for names, kind, suits in (
+        (_COUNTS, "a positive number", lambda value: type(value) is int and 0 < value < 1 << 31),
+        (_NUMBERS, "a positive number", lambda value: type(value) in (int, float) and 0 < value < math.inf),
+        (_TEXTS, "text", lambda value: isinstance(value, str)),
+    ):
+        for name in names:
+            value = plain.get(name)
+            if value is not None and not suits(value):
+                problems.append(f"the args in {path} have {name} {value!r}, where {kind} was expected")
+    if problems:
+        raise ConversionError(*problems)
+    return {name: value for name, value in plain.items() if not isinstance(value, _Other)}
+
+
+class _Other:
+    """Stands for a value that is not plain."""
+
+    def __init__(self, value: object) -> None:
+        self._kind = type(value).__name__
+
+    def __repr__(self) -> str:
+        return f"of type {self._kind}"
+
+
+def _plain(value: Any, inner: bool = False) -> Any:
+    """A scalar, enumeration member or short flat list as it is, anything else as _Other."""
+    if isinstance(value, pickles.EnumMember):
+        return _Other(value) if isinstance(_plain(value.value, True), _Other) else value
+    if isinstance(value, (list, tuple)) and not inner and len(value) <= 64:
+        parts = [_plain(part, True) for part in value]
+        return _Other(value) if any(isinstance(part, _Other) for part in parts) else parts
+    huge = (isinstance(value, int) and abs(value) >= 1 << 63) or (isinstance(value, str) and len(value) > 100_000)
+    plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+    return value if plain and not huge else _Other(value)
 
 
 def _disagreements(args: Mapping, first: tuple[int, int], files: Mapping) -> list[str]:
@@ -219,11 +283,12 @@ def _parallelism(args: Mapping[str, Any], files: Mapping, folder: Path, problems
     parallel = Parallelism(*sizes)
     if args.get("standalone_embedding_stage"):
         problems.append(f"{folder} was trained with --standalone_embedding_stage, which is not supported")
-    wanted = {(tp, pp) for tp in range(parallel.tensor) for pp in range(parallel.pipeline)}
-    for rank in sorted(wanted - set(files))[:64]:
+    wanted = product(range(parallel.tensor), range(parallel.pipeline))
+    for rank in islice((rank for rank in wanted if rank not in files), 64):
         problems.append(f"{folder / rank_folder(*rank, parallel)} is missing: its args say {parallel}")
-    for rank in sorted(set(files) - wanted):
-        problems.append(f"{files[rank].parent} is too many: its args say {parallel}")
+    for tp, pp in sorted(files):
+        if tp >= parallel.tensor or pp >= parallel.pipeline:
+            problems.append(f"{files[tp, pp].parent} is too many: its args say {parallel}")
     return parallel
 
 

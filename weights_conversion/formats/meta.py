@@ -41,10 +41,10 @@ def read_params(folder: Path) -> dict[str, Any]:
 
 def read_meta(folder: Path) -> dict[str, Placed]:
     """All tensors of a Meta folder by Meta's name, their parts joined (not copied)."""
-    found = {re.fullmatch(r"consolidated\.(\d+)\.pth", path.name): path for path in folder.iterdir()}
+    found = {re.fullmatch(r"consolidated\.([0-9]{2,4})\.pth", path.name): path for path in folder.iterdir()}
     paths = {int(match[1]): path for match, path in found.items() if match}
-    if set(paths) != set(range(len(paths))):
-        missing = sorted(set(range(max(paths) + 1)) - set(paths))
+    missing = sorted(set(range(max(paths, default=0) + 1)) - set(paths))
+    if missing:
         raise ConversionError(f"{folder} lacks part {', '.join(f'consolidated.{part:02d}.pth' for part in missing)}")
     parts: list[dict[str, TensorRef]] = []
     for number in sorted(paths):

@@ -139,7 +139,7 @@ def _content(file: BinaryIO, record: Record, path: Path) -> bytes:
     file.seek(record.offset)
     content = file.read(record.size)
     if record.crc not in (0, zlib.crc32(content)):
-        raise ConversionError(f"{path} is damaged: {record.name} has another CRC-32 than the archive says; copy it again")
+        raise ConversionError(f"{path} is damaged: {record.name} does not have the archive's CRC-32; copy it again")
     return content
 
 
@@ -151,8 +151,8 @@ def _directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
 
     def damaged(why: str) -> ConversionError:
         return ConversionError(
-            f"{path} is not a complete torch.save file: {why}; it is cut off, damaged, still being copied, or in the format "
-            "of torch before 1.6 (then load it with torch and save it again)"
+            f"{path} is not a complete torch.save file: {why}; it is cut off, damaged, still being copied, or in the "
+            "format of torch before 1.6 (then load it with torch and save it again)"
         )
 
     tail_at = max(size - (22 + 0xFFFF), 0)

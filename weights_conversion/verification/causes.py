@@ -7,6 +7,7 @@ being in memory.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from weights_conversion.execute import Scratch, Source
 from weights_conversion.mapping import ParamMapping
-from weights_conversion.verification.exact import BLOCK_VALUES, Difference, Exact, Pair, read_hf
+from weights_conversion.verification.differences import BLOCK_VALUES, INTEGERS, Difference, Exact
+from weights_conversion.verification.exact import Pair, read_hf
 from weights_conversion.verification.sides import Model
 
 MAX_LAYERS = 4  # layers whose tensors are examined; the mistakes of a writer repeat
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Examiner:
         dtypes = {m.tensors(row, layer)[0].dtype for m in (self.pair.source, self.pair.checkpoint)}
         coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         tensor = tensor.to(coarse)
-        return tensor.view(_INTEGERS[tensor.element_size()]).to(torch.int64)
+        return tensor.view(INTEGERS[tensor.element_size()]).to(torch.int64)
 
     def both(self, row: ParamMapping, layer: int | None) -> tuple[list[Prints], list[Prints]]:
         return self.prints(self.pair.source, row, layer), self.prints(self.pair.checkpoint, row, layer)
@@ -154,17 +155,18 @@ def _norm(examiner: Examiner, row: ParamMapping, layer: int | None, d: Differenc
 
 def _order(examiner: Examiner, d: Difference, a: Prints, b: Prints) -> str | None:
     """The same rows or columns in another order."""
-    config = examiner.pair.config
-    counts = _rank_counts(examiner.pair)
     rows = permutation(a.rows, b.rows)
     if rows is not None:
-        qk = "self_attention.query_key_value" in d.mapping.megatron
-        if qk and (text := _heads(rows, config.head_dim)):
-            return text
-        return _blocks(rows, counts) or _shift(rows) or "its rows are in another order"
+        qkv = "query_key_value" in d.mapping.megatron
+        heads = _heads(rows, examiner.pair.config.head_dim) if qkv else None
+        ranks = _blocks(rows, _rank_counts(examiner.pair))
+        return ranks or heads or _blocks(rows, (2, 4, 8)) or _shift(rows) or "its rows are in another order"
     columns = permutation(a.columns, b.columns)
     if columns is not None:
+        counts = (*_rank_counts(examiner.pair), 2, 4, 8)
         return _blocks(columns, counts) or "its columns are in another order"
+    if d.mapping.pads_vocabulary and (text := _padded_blocks(examiner.pair, d, a, b)):
+        return text
     for by in (1, 2):
         if torch.equal(a.rows[by:], b.rows[:-by]) or torch.equal(a.rows[:-by], b.rows[by:]):
             return f"its rows are shifted by {by}"
@@ -196,7 +198,7 @@ def _heads(order: Tensor, dim: int) -> str | None:
     return None
 
 
-def _blocks(order: Tensor, counts: list[int]) -> str | None:
+def _blocks(order: Tensor, counts: Sequence[int]) -> str | None:
     """Equal blocks exchanged: the parts of tensor ranks."""
     for count in counts:
         if order.numel() % count:
@@ -211,10 +213,30 @@ def _blocks(order: Tensor, counts: list[int]) -> str | None:
     return None
 
 
+def _padded_blocks(pair: Pair, d: Difference, a: Prints, b: Prints) -> str | None:
+    """As _blocks, for a table of which the last rank's part is partly padding."""
+    (stored,) = pair.checkpoint.tensors(d.mapping, d.layer)[:1]
+    common = pair.config.vocab_size
+    for count in _rank_counts(pair):
+        size = stored.rows // count
+        moved = []
+        for place in range(count):
+            mine = b.rows[place * size : min((place + 1) * size, common)]
+            for other in range(count):
+                theirs = a.rows[other * size : min((other + 1) * size, common)]
+                shared = min(len(mine), len(theirs))
+                if other != place and shared and torch.equal(mine[:shared], theirs[:shared]):
+                    moved.append(place)
+                    break
+        if moved:
+            return f"the parts of tensor ranks {' and '.join(map(str, moved))} (of {count}) are exchanged"
+    return None
+
+
 def _rank_counts(pair: Pair) -> list[int]:
-    """Numbers of tensor ranks that may have cut the tensor: those of the sides first."""
-    known = [model.files.parallel.tensor for model in (pair.checkpoint, pair.source) if model.files]
-    return [count for count in dict.fromkeys([*known, 2, 4, 8, 16]) if count > 1]
+    """Numbers of tensor ranks that cut a side's tensors."""
+    counts = [model.files.parallel.tensor for model in (pair.checkpoint, pair.source) if model.files]
+    return [count for count in dict.fromkeys(counts) if count > 1]
 
 
 def _shift(order: Tensor) -> str | None:

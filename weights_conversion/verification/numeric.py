@@ -188,8 +188,10 @@ class Causes:
         for one, two in list(combinations(range(count), 2))[:MAX_EXCHANGES]:
             order = list(range(count))
             order[one], order[two] = two, one
-            weights = rounded(weights_of(model, self.files, order), model, self.source)
-            yield f"tensor ranks {one} and {two} are exchanged", replace(self.theirs, weights=weights)
+            for only in ("", *_layer_names(self.theirs)):
+                weights = rounded(weights_of(model, self.files, order, only), model, self.source)
+                where = f" in {only}" if only else ""
+                yield f"tensor ranks {one} and {two} are exchanged{where}", replace(self.theirs, weights=weights)
 
     def _embedding(self, tokens: Tensor) -> str | None:
         wanted = forward.embed(self.ours.config, self.ours.convention, self.ours.weights, tokens)
@@ -239,6 +241,11 @@ def _conventions(runner: Runner) -> Iterator[tuple[str, Runner]]:
     ]
     for sentence, change in flips:
         yield sentence, replace(runner, convention=replace(convention, **change))
+
+
+def _layer_names(runner: Runner) -> tuple[str, ...]:
+    names = runner.convention.names_for(runner.config)
+    return (*names.qkv, names.dense, *names.mlp_in, names.mlp_out)
 
 
 def _norm_name(runner: Runner, stage: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weights_conversion.verification.exact import Difference, Exact
+from weights_conversion.verification.differences import Difference, Exact
 from weights_conversion.verification.numeric import Numeric
 from weights_conversion.verification.sides import Model
 

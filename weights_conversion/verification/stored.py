@@ -53,6 +53,7 @@ class RankReader:
     config: ModelConfig
     source: Source
     order: tuple[int, ...]
+    only: str = ""  # the end of the names for which `order` holds; the others are joined rank by rank
     halves: bool = True
 
     def __call__(self, name: str, rows: slice | None) -> Tensor:
@@ -100,7 +101,8 @@ class RankReader:
             chunk, stage = chunks - 1, stages - 1
         key = f"model{chunk}" if chunks > 1 else "model"
         found = []
-        for rank in self.order:
+        order = self.order if name.endswith(self.only) else range(parallel.tensor)
+        for rank in order:
             tensors = self.files.ranks[rank, stage]
             ref = tensors.get(f"{key}.{name}") or tensors.get(f"{key}.{_local_norm(name)}")
             if ref is None:
@@ -140,11 +142,13 @@ class PlacedReader:
         return tensor[:, 0] if name in self.vectors else tensor
 
 
-def weights_of(model: Model, source: Source, order: Sequence[int] | None = None, halves: bool = True) -> Weights:
+def weights_of(
+    model: Model, source: Source, order: Sequence[int] | None = None, only: str = "", halves: bool = True
+) -> Weights:
     """`forward.Weights` of one side; `order` of its tensor ranks, where they are to be joined in another one."""
     if isinstance(model.files, RankFiles):
         order = order or range(model.files.parallel.tensor)
-        return RankReader(model.files, model.config, source, tuple(order), halves)
+        return RankReader(model.files, model.config, source, tuple(order), only, halves)
     placed: dict[str, Placed] = {}
     vectors = set()
     dialect = model.side.dialect

@@ -1,0 +1,156 @@
+"""Kills conversions with SIGKILL at random moments, and looks at what is left: `python -m tests.robustness.kill_runs`.
+
+After every kill: OUT is not there, or is complete, or is still the old one (--overwrite). Then the same command is run to its end, with
+further kills now and then on the way, and every file must equal that of an undisturbed run. A converter in which Python
+and torch are loaded already is forked for each run, so that the kills meet the conversion and not the start-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from tests.robustness import sources
+from tests.robustness.sources import Command, clear, tree
+
+SYNC_BYTES = 4 << 20  # instead of a gigabyte, so that a short run notes its progress many times
+
+
+def start(line: list[str], log: Path) -> int:
+    """Forks a process that runs a script; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        import importlib
+
+        from weights_conversion import assembly
+
+        os.setpgid(0, 0)
+        assembly.SYNC_BYTES = SYNC_BYTES
+        with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+            code = importlib.import_module(Path(line[0]).stem).main(line[1:])
+    finally:
+        os._exit(code)
+
+
+def finish(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Killer:
+    """Runs of one seed; `counts` tells where the kills fell."""
+
+    def __init__(self, root: Path, seed: int, model: sources.tm.Tiny) -> None:
+        self.root, self.random = root, random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            self.commands = sources.commands(root, model)
+        self.expected: dict[str, dict[str, str]] = {}
+        self.seconds: dict[str, float] = {}
+        for command in self.commands:
+            out, began = root / "undisturbed", time.monotonic()
+            self._end(command, out)
+            self.seconds[command.name] = time.monotonic() - began
+            self.expected[command.name] = tree(out)
+            clear(out)
+        self.old = {"mine.txt": "0" * 64}
+
+    def _end(self, command: Command, out: Path, *further: str) -> str:
+        log = self.root / "log"
+        code = finish(start(command.line(out, *further), log))
+        text = log.read_text()
+        if code:
+            raise AssertionError(f"{command.name}: exit {code}\n{text}")
+        return text
+
+    def run(self) -> int:
+        """One output, until it is complete; returns the number of kills."""
+        command = self.random.choice(self.commands)
+        out, kills = self.root / "out", 0
+        clear(out, out.with_name("out.partial"))
+        overwrite = self.random.random() < 0.4
+        options = ["--overwrite"] if overwrite else []
+        old = None
+        if overwrite:
+            out.mkdir()
+            (out / "mine.txt").write_text("an older output")
+            old = tree(out)
+        while True:
+            child = start(command.line(out, *options), self.root / "log")
+            # Half of the kills at any moment, half near the end, where files get their last bytes and are renamed.
+            late = self.random.random() < 0.5
+            seconds = self.seconds[command.name]
+            time.sleep(self.random.uniform(0.6 if late else 0.0, 1.1 if late else 1.0) * seconds)
+            os.kill(child, signal.SIGKILL)
+            code = finish(child)
+            partial = out.with_name("out.partial")
+            if code == 0:
+                self._check(command, out, partial, "done before the kill")
+                return kills
+            if code != -signal.SIGKILL:
+                raise AssertionError(f"{command.name}: exit {code}\n{(self.root / 'log').read_text()}")
+            kills += 1
+            there = tree(out) if out.exists() else None
+            if there == self.expected[command.name]:
+                self.counts["after OUT appeared"] += 1
+            elif there not in (None, old):
+                raise AssertionError(f"{command.name}: OUT is there and incomplete: {sorted(there or ())}")
+            elif old is not None and there is None:
+                raise AssertionError(f"{command.name}: the old OUT is gone before the new one is there")
+            else:
+                written = sum(1 for path in (partial / "journal").glob("chunks.*"))
+                self.counts["with parts noted" if written else "before any part was noted"] += 1
+            if self.random.random() < 0.7:  # else killed once more
+                if there == self.expected[command.name] and not partial.exists():
+                    return kills  # nothing was left to do but to exit
+                text = self._end(command, out, *options)
+                if "continued an interrupted run" in text:
+                    self.counts["reruns that continued"] += 1
+                self._check(command, out, partial, text)
+                return kills
+            if there == self.expected[command.name]:
+                return kills
+
+    def _check(self, command: Command, out: Path, partial: Path, text: str) -> None:
+        if tree(out) != self.expected[command.name]:
+            different = {name for name, sha in tree(out).items() if self.expected[command.name].get(name) != sha}
+            raise AssertionError(f"{command.name}: other bytes in {sorted(different)}\n{text}")
+        if partial.exists():
+            raise AssertionError(f"{command.name}: {partial} is left over")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=200, help="kills (default: 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="a model of 5 MB instead of 270 MB")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    options = parser.parse_args()
+    import torch._subclasses.fake_tensor  # noqa: F401 before the forks
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        killer = Killer(Path(folder), options.seed, sources.SMALL if options.small else sources.MEDIUM)
+        kills = outputs = 0
+        began = time.monotonic()
+        while kills < options.runs:
+            kills += killer.run()
+            outputs += 1
+            sys.stderr.write(f"\r{kills} kills, {outputs} outputs, {time.monotonic() - began:.0f} s  ")
+    places = ", ".join(f"{count} {place}" for place, count in killer.counts.most_common())
+    sys.stdout.write(f"\n{kills} kills ({places}); {outputs} outputs, all complete and equal to undisturbed runs\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

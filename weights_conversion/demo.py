@@ -1,0 +1,234 @@
+"""The whole round on this machine, without a network: a tiny Llama-2, through both scripts, and back bit for bit.
+
+Writes a random model with a tokenizer trained on the spot into a temporary folder, imports it for four ranks (TP 2 x
+PP 2), writes that in Megatron-Core's format, exports both to Hugging Face folders, and proves every one of them against
+the first. The commands are shown, and are what a user would type. Nothing is left behind.
+
+Exit codes: 0 everything is the same, 1 something differs or failed, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from weights_conversion import cli
+from weights_conversion.config import ConversionError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FAMILY = "llama2"
+LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCABULARY = 4, 256, 688, 8, 4, 1000
+WEIGHTS = (".safetensors", ".pt", ".distcp")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the table. `seconds` are those of the whole command, start-up included."""
+
+    name: str
+    tensors: int
+    nbytes: int
+    seconds: float
+    equal: bool
+
+
+def write_model(folder: Path) -> None:
+    """A Hugging Face folder: bfloat16 weights with grouped queries, configs, and a sentencepiece tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+
+    kv = HIDDEN // HEADS * GROUPS
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.input_layernorm.weight": (HIDDEN,),
+            f"{prefix}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+            f"{prefix}.self_attn.k_proj.weight": (kv, HIDDEN),
+            f"{prefix}.self_attn.v_proj.weight": (kv, HIDDEN),
+            f"{prefix}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+            f"{prefix}.post_attention_layernorm.weight": (HIDDEN,),
+            f"{prefix}.mlp.gate_proj.weight": (FFN, HIDDEN),
+            f"{prefix}.mlp.up_proj.weight": (FFN, HIDDEN),
+            f"{prefix}.mlp.down_proj.weight": (HIDDEN, FFN),
+        }
+    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator).mul_(0.05).bfloat16() for name, shape in shapes.items()}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": GROUPS,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "add_bos_token": True,
+            "add_eos_token": False,
+        },
+    )
+    train_tokenizer(folder / "tokenizer.model")
+
+
+def train_tokenizer(path: Path) -> None:
+    """Llama's kind of tokenizer.model (BPE, byte fallback), trained on this package's own source text."""
+    import sentencepiece
+
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    lines = [line for source in sources for line in source.read_text("utf-8").splitlines() if line.strip()]
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=VOCABULARY, model_type="bpe",
+            byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, minloglevel=2,
+        )  # fmt: skip
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def run_script(script: str, *arguments: object) -> float:
+    """Shows and runs one of the two scripts, its report on this process's own output; returns its seconds."""
+    command = [str(REPOSITORY / script), *map(str, arguments)]
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    started = time.monotonic()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    code = subprocess.run([sys.executable, *command], env=environment, check=False).returncode
+    if code:
+        raise ConversionError(f"{script} ended with exit code {code}")
+    return time.monotonic() - started
+
+
+def prove(source: Path, checkpoint: Path) -> tuple[int, bool]:
+    """The number of tensors compared, and whether every bit and every config value is the same."""
+    from weights_conversion.verify import verify
+
+    print(f"\n$ python -m weights_conversion.verify {shlex.join([str(source), str(checkpoint)])}", flush=True)
+    found = verify(source, checkpoint, FAMILY)
+    print(found.text(), flush=True)
+    return found.exact.tensors if found.exact else 0, found.same
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in WEIGHTS)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two Hugging Face folders hold the same names, types and bits, read by safetensors alone."""
+    from safetensors import safe_open
+
+    def stored(folder: Path) -> dict[str, tuple[str, bytes]]:
+        import torch
+
+        tensors = {}
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 the file is no mapping
+                    tensor = file.get_tensor(name)
+                    tensors[name] = (f"{tensor.dtype} {tuple(tensor.shape)}", tensor.view(torch.uint8).numpy().tobytes())
+        return tensors
+
+    return stored(one) == stored(other)
+
+
+def play() -> list[Stage]:
+    """The whole round in the working folder, one stage after the other."""
+    source, ranks, core = Path("llama2-tiny"), Path("megatron-tp2-pp2"), Path("megatron-core")
+    started = time.monotonic()
+    write_model(source)
+    print(f"a random Llama-2 with {LAYERS} layers and a tokenizer is in {source.absolute()}", flush=True)
+    stages = [Stage("random model, Hugging Face", 9 * LAYERS + 3, weight_bytes(source), time.monotonic() - started, True)]
+
+    def converted(name: str, out: Path, script: str, *arguments: object) -> None:
+        seconds = run_script(script, *arguments)
+        tensors, equal = prove(source, out)
+        if script == "megatron_to_hf.py":
+            tokenizer = (out / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+            equal = equal and tokenizer and same_weights(source, out)
+        stages.append(Stage(name, tensors, weight_bytes(out), seconds, equal))
+
+    layout = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+    converted(
+        "-> Megatron-LLM, TP 2 x PP 2", ranks,
+        "hf_to_megatron.py", FAMILY, "--model-path", source, "--out", ranks, *layout,
+    )  # fmt: skip
+    converted(
+        "-> Megatron-Core, torch_dist", core,
+        "hf_to_megatron.py", FAMILY, "--model-path", ranks, "--out", core, "--target", "megatron-core",
+    )  # fmt: skip
+    for name, checkpoint, shards in (("Megatron-LLM -> HF, 3 files", ranks, 3), ("Megatron-Core -> HF, 1 file", core, 1)):
+        out = Path(f"hf-from-{checkpoint}")
+        converted(
+            name, out,
+            "megatron_to_hf.py", "--model", FAMILY, "--input_dir", checkpoint, "--output_dir", out,
+            "--num_output_shards", shards,
+        )  # fmt: skip
+    return stages
+
+
+def table(stages: Sequence[Stage]) -> str:
+    width = max(len(stage.name) for stage in stages)
+    lines = [f"{'':{width}}  {'tensors':>7}  {'bytes':>12}  {'seconds':>7}  equal"]
+    lines += [
+        f"{stage.name:{width}}  {stage.tensors:7}  {stage.nbytes:12,}  {stage.seconds:7.1f}  {'yes' if stage.equal else 'NO'}"
+        for stage in stages
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m weights_conversion.demo", description=__doc__, formatter_class=cli.Formatter
+    )
+    parser.parse_args(argv)
+    stages: list[Stage] = []
+
+    def work() -> str:
+        before = Path.cwd()
+        with tempfile.TemporaryDirectory(prefix="weights-conversion-demo-") as folder:
+            os.chdir(folder)
+            try:
+                stages.extend(play())
+            finally:
+                os.chdir(before)
+        same = all(stage.equal for stage in stages)
+        verdict = "Every tensor came through bit for bit, and so did the tokenizer." if same else "SOMETHING DIFFERS."
+        return f"\n{table(stages)}\n{verdict}"
+
+    return cli.run(work) or (0 if all(stage.equal for stage in stages) else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
