@@ -1,7 +1,7 @@
 """Many ranks: the same bytes as one process, and an end with a reason for every rank, whatever happens to one of them.
 
-Real torchrun launches are few, for their start-up. The other jobs are SLURM-like: a small launcher imports torch once and
-forks the ranks, each with the variables that srun sets; nothing is shared between them but the filesystem and the port.
+Real torchrun launches are few, for their start-up. The other jobs are SLURM-like: a small launcher imports torch once
+and forks the ranks, each with the variables that srun sets; they share nothing but the filesystem and a port.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny_models as tm
 from conftest import REPOSITORY
 
 from weights_conversion import distributed
@@ -31,41 +30,42 @@ BOUND = 60.0  # seconds after which every rank has ended
 LIMITS = {"join": 8.0, "silence": 5.0, "beat": 0.2, "nudge": 2.0, "exit": 6.0, "farewell": 4.0}
 
 LAUNCHER = """
-import importlib, json, os, sys, time
-job = json.loads(sys.argv[1])
-sys.path.insert(0, job["repository"])
+import importlib, json, os, sys, time, traceback
 import torch
 import torch._subclasses.fake_tensor, torch.utils.serialization
+sys.path.insert(0, sys.argv[1])
 from weights_conversion import distributed, execute, to_hf, to_megatron
-distributed.LIMITS = distributed.Limits(**job["limits"])
-main = importlib.import_module(job["script"]).main
-if not job["started"]:
-    job["started"] = list(range(job["size"]))
-running, ended = {}, {}
-begin = time.monotonic()
-for rank in job["started"]:
-    child = os.fork()
-    if child == 0:
-        os.environ |= job["variables"] | {"SLURM_PROCID": str(rank)}
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{job['logs']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-        code = 70
-        try:
-            exec(job["faults"].get(str(rank), ""))
-            code = main(job["arguments"])
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 1
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    running[child] = rank
-while running:
-    child, status = os.wait()
-    ended[running.pop(child)] = (os.waitstatus_to_exitcode(status), time.monotonic() - begin)
-print(json.dumps(ended))
+
+def be(rank, job, group):
+    os.setpgid(0, group)
+    os.environ |= job["variables"] | {"SLURM_PROCID": str(rank)}
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{job['logs']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    distributed.LIMITS = distributed.Limits(**job["limits"])
+    code = 1
+    try:
+        exec(job["faults"].get(str(rank), ""), globals())
+        code = importlib.import_module(job["script"]).main(job["arguments"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+for line in sys.stdin:
+    job, running, ended, begin = json.loads(line), {}, {}, time.monotonic()
+    for rank in job["started"]:
+        group = next(iter(running), 0)
+        child = os.fork()
+        if child == 0:
+            be(rank, job, group)
+        os.setpgid(child, group or child)
+        running[child] = rank
+    while running:
+        child, status = os.wait()
+        ended[running.pop(child)] = (os.waitstatus_to_exitcode(status), time.monotonic() - begin)
+    print(json.dumps(ended), flush=True)
 """
 
 # Faults, as code that one rank runs before the conversion.
@@ -81,9 +81,9 @@ execute.convert_chunk = failing
 DIES = FAULT.format(what="import signal; os.kill(os.getpid(), signal.SIGKILL)")
 DISK_FULL = FAULT.format(what="raise OSError(28, os.strerror(28), 'some/file')")
 DEFECT = FAULT.format(what="raise RuntimeError('a defect')")
-TERMINATED = FAULT.format(what="import signal; os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)")
-TERMINATES_ALL = FAULT.format(what="import signal; os.killpg(0, signal.SIGTERM); time.sleep(30)")
-STUCK = "convert_chunk = execute.convert_chunk\nexecute.convert_chunk = lambda *a: time.sleep(3600)"
+TERMINATED = FAULT.format(what="import signal; os.kill(os.getpid(), signal.SIGTERM); time.sleep(1)")
+TERMINATES_ALL = FAULT.format(what="import signal; os.killpg(0, signal.SIGTERM); time.sleep(1)")
+STUCK = "execute.convert_chunk = lambda *arguments: time.sleep(3600)"
 OTHER_CONFIG = """
 from weights_conversion.formats import huggingface
 read = huggingface.read_json
@@ -105,36 +105,49 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def srun(
-    size: int, script: str, *arguments: object, logs: Path, faults: Mapping[int, str] | None = None,
-    started: Sequence[int] = (),
-) -> dict[int, Ended]:  # fmt: skip
-    """A job of `size` tasks as srun starts them; `started`: the ranks that really start (default: all)."""
-    logs.mkdir(parents=True, exist_ok=True)
-    variables = {
-        "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(size), "SLURM_STEP_NUM_TASKS": str(size),
-        "SLURM_STEP_NODELIST": "127.0.0.[1-2]", "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
-    job = {
-        "repository": str(REPOSITORY), "size": size, "script": script, "arguments": [str(a) for a in arguments],
-        "logs": str(logs), "faults": faults or {}, "started": list(started), "variables": variables, "limits": LIMITS,
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, json.dumps(job)], env=environment(), capture_output=True, text=True,
-        timeout=3 * BOUND, start_new_session=True,
-    )  # fmt: skip
-    if not done.stdout.strip():  # the whole group was signalled
-        return {}
-    ended = json.loads(done.stdout)
-    return {
-        int(rank): Ended(code, seconds, (logs / f"{rank}.out").read_text(), (logs / f"{rank}.err").read_text())
-        for rank, (code, seconds) in ended.items()
-    }
+Job = Callable[..., dict[int, Ended]]
+
+
+@pytest.fixture(scope="module")
+def srun() -> Iterator[Job]:
+    """srun(size, script, *arguments, logs=..., faults={rank: code}, started=ranks): a job of `size` tasks."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(REPOSITORY)], env=environment(), stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, bufsize=1,
+    ) as launcher:  # fmt: skip
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
+        lines, answers = launcher.stdin, launcher.stdout
+
+        def start(
+            size: int, script: str, *arguments: object, logs: Path, faults: Mapping[int, str] | None = None,
+            started: Sequence[int] = (),
+        ) -> dict[int, Ended]:  # fmt: skip
+            logs.mkdir(parents=True, exist_ok=True)
+            variables = {
+                "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(size),
+                "SLURM_STEP_NUM_TASKS": str(size), "SLURM_STEP_NODELIST": "127.0.0.[1-2]",
+                "MASTER_PORT": str(free_port()),
+            }  # fmt: skip
+            job = {
+                "script": script, "arguments": [str(word) for word in arguments], "logs": str(logs),
+                "faults": faults or {}, "started": list(started or range(size)), "variables": variables,
+                "limits": LIMITS,
+            }  # fmt: skip
+            lines.write(json.dumps(job) + "\n")
+            return {
+                int(rank): Ended(code, seconds, (logs / f"{rank}.out").read_text(), (logs / f"{rank}.err").read_text())
+                for rank, (code, seconds) in json.loads(answers.readline()).items()
+            }
+
+        yield start
+        lines.close()
 
 
 def environment() -> dict[str, str]:
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "TORCHEL"))}
-    return {name: value for name, value in keep.items() if name not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    launchers = ("SLURM_", "MASTER_", "TORCHELASTIC_", "RANK", "WORLD_SIZE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    return kept | {"OMP_NUM_THREADS": "1"}
 
 
 def torchrun(nodes: int, per_node: int, script: object, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
@@ -201,7 +214,7 @@ def assert_ended(ranks: Mapping[int, Ended], code: int, *reason: str, speaker: i
 
 
 @pytest.mark.parametrize(("size", "cut"), [(2, ()), (3, CUT), (8, CUT), (8, ())], ids=str)
-def test_import_on_ranks(size: int, cut: tuple, sources, imported, tmp_path: Path) -> None:
+def test_import_on_ranks(size: int, cut: tuple, sources, imported, tmp_path: Path, srun: Job) -> None:
     out = tmp_path / "out"
     ranks = srun(size, "hf_to_megatron", *importing(sources(MODEL), out, *cut), logs=tmp_path / "logs")
     assert {rank: ended.code for rank, ended in ranks.items()} == dict.fromkeys(range(size), 0), ranks
@@ -211,12 +224,23 @@ def test_import_on_ranks(size: int, cut: tuple, sources, imported, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("size", "cut", "shards"), [(2, CUT, 3), (3, (), 1), (4, CUT, 1)], ids=str)
-def test_export_on_ranks(size: int, cut: tuple, shards: int, imported, to_hf, tmp_path: Path) -> None:
+def test_export_on_ranks(size: int, cut: tuple, shards: int, imported, to_hf, tmp_path: Path, srun: Job) -> None:
     checkpoint, options = imported(MODEL, *cut), ("--num_output_shards", shards)
     to_hf(*exporting(checkpoint, tmp_path / "one", *options)).succeeded()
     ranks = srun(size, "megatron_to_hf", *exporting(checkpoint, tmp_path / "out", *options), logs=tmp_path / "logs")
     assert {rank: ended.code for rank, ended in ranks.items()} == dict.fromkeys(range(size), 0), ranks
     assert_same(tmp_path / "out", tmp_path / "one")
+
+
+def test_layout_to_layout_on_ranks(imported, to_megatron, tmp_path: Path, srun: Job) -> None:
+    """And into torch_dist files, of which ranks write parts as of any other."""
+    source, into = imported(MODEL, *CUT), ("--target", "megatron-core", "--ckpt-format", "torch_dist")
+    for name, options in (("merged", ()), ("core", into)):
+        to_megatron(*importing(source, tmp_path / f"{name}-one", *options)).succeeded()
+        out = tmp_path / name
+        ranks = srun(3, "hf_to_megatron", *importing(source, out, *options), logs=tmp_path / "logs")
+        assert {rank: ended.code for rank, ended in ranks.items()} == dict.fromkeys(range(3), 0), ranks
+        assert_same(out, tmp_path / f"{name}-one")
 
 
 def test_torchrun_on_two_nodes(sources, imported, tmp_path: Path) -> None:
@@ -228,7 +252,7 @@ def test_torchrun_on_two_nodes(sources, imported, tmp_path: Path) -> None:
     assert_same(out, imported(MODEL, *CUT))
 
 
-def test_torchrun_with_one_rank_connects_to_nothing(sources, imported, to_megatron, tmp_path: Path, monkeypatch) -> None:
+def test_one_rank_connects_to_nothing(sources, imported, to_megatron, tmp_path: Path, monkeypatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     to_megatron(*importing(sources(MODEL), tmp_path / "out", *CUT)).succeeded()
@@ -248,7 +272,7 @@ def test_torchrun_with_one_rank_connects_to_nothing(sources, imported, to_megatr
     ],
     ids=["disk full", "killed", "disk full on rank 0", "terminated"],
 )
-def test_one_rank_ends_all(fault, rank, words, sources, imported, to_megatron, tmp_path: Path) -> None:
+def test_one_rank_ends_all(fault, rank, words, sources, imported, to_megatron, tmp_path: Path, srun: Job) -> None:
     """And the same command, on other numbers of ranks, completes what was begun."""
     out, arguments = tmp_path / "out", importing(sources(MODEL), tmp_path / "out", *CUT)
     ranks = srun(3, "hf_to_megatron", *arguments, logs=tmp_path / "logs", faults={rank: fault})
@@ -264,7 +288,17 @@ def test_one_rank_ends_all(fault, rank, words, sources, imported, to_megatron, t
     assert_same(out, imported(MODEL, *CUT))
 
 
-def test_rank_zero_is_killed(sources, imported, tmp_path: Path) -> None:
+def test_all_ranks_are_terminated(sources, imported, to_megatron, tmp_path: Path, srun: Job) -> None:
+    """As a scheduler does at the end of the time: said once, and continued by the next job."""
+    out, arguments = tmp_path / "out", importing(sources(MODEL), tmp_path / "out", *CUT)
+    ranks = srun(3, "hf_to_megatron", *arguments, logs=tmp_path / "logs", faults={1: TERMINATES_ALL})
+    assert_ended(ranks, 143, "terminated", "continues")
+    assert_unfinished(out)
+    to_megatron(*arguments).succeeded()
+    assert_same(out, imported(MODEL, *CUT))
+
+
+def test_rank_zero_is_killed(sources, imported, tmp_path: Path, srun: Job) -> None:
     """Nobody is left to speak for all: each of the others says why it ends."""
     out, arguments = tmp_path / "out", importing(sources(MODEL), tmp_path / "out")
     ranks = srun(3, "hf_to_megatron", *arguments, logs=tmp_path / "logs", faults={0: DIES})
@@ -275,7 +309,7 @@ def test_rank_zero_is_killed(sources, imported, tmp_path: Path) -> None:
     assert_same(out, imported(MODEL))
 
 
-def test_a_defect_leaves_its_traceback(sources, tmp_path: Path) -> None:
+def test_a_defect_leaves_its_traceback(sources, tmp_path: Path, srun: Job) -> None:
     ranks = srun(
         2, "hf_to_megatron", *importing(sources(MODEL), tmp_path / "out"), logs=tmp_path / "logs", faults={1: DEFECT}
     )
@@ -284,9 +318,9 @@ def test_a_defect_leaves_its_traceback(sources, tmp_path: Path) -> None:
     assert ranks[1].code == 1
 
 
-def test_a_stuck_rank_is_ended(sources, tmp_path: Path) -> None:
+def test_a_stuck_rank_is_ended(sources, tmp_path: Path, srun: Job) -> None:
     """It lives, but does not come back from its work to hear that another one has failed."""
-    faults = {0: STUCK, 1: DISK_FULL}
+    faults = {2: STUCK, 1: DISK_FULL}
     ranks = srun(
         3, "hf_to_megatron", *importing(sources(MODEL), tmp_path / "out"), logs=tmp_path / "logs", faults=faults
     )
@@ -295,7 +329,7 @@ def test_a_stuck_rank_is_ended(sources, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("absent", [0, 2])
-def test_a_rank_never_starts(absent: int, sources, tmp_path: Path) -> None:
+def test_a_rank_never_starts(absent: int, sources, tmp_path: Path, srun: Job) -> None:
     started = [rank for rank in range(3) if rank != absent]
     ranks = srun(
         3, "hf_to_megatron", *importing(sources(MODEL), tmp_path / "out"), logs=tmp_path / "logs", started=started
@@ -308,7 +342,7 @@ def test_a_rank_never_starts(absent: int, sources, tmp_path: Path) -> None:
     assert list(tmp_path.glob("out*")) == []
 
 
-def test_ranks_see_different_sources(sources, tmp_path: Path) -> None:
+def test_ranks_see_different_sources(sources, tmp_path: Path, srun: Job) -> None:
     ranks = srun(
         3, "hf_to_megatron", *importing(sources(MODEL), tmp_path / "out"), logs=tmp_path / "logs",
         faults={1: OTHER_CONFIG},
@@ -317,7 +351,7 @@ def test_ranks_see_different_sources(sources, tmp_path: Path) -> None:
     assert list(tmp_path.glob("out*")) == []
 
 
-def test_bad_input_is_said_once(sources, tmp_path: Path) -> None:
+def test_bad_input_is_said_once(sources, tmp_path: Path, srun: Job) -> None:
     ranks = srun(
         3, "hf_to_megatron", *importing(sources(MODEL), tmp_path / "out", "--tensor-model-parallel-size", 3),
         logs=tmp_path / "logs",
@@ -426,7 +460,7 @@ def test_share(size: int) -> None:
     parts = distributed.share(range(len(sizes)), sizes, size)
     assert len(parts) == size
     assert [number for part in parts for number in part] == list(range(len(sizes)))
-    assert max(sum(sizes[number] for number in part) for part in parts) <= max(sum(sizes) / size + max(sizes), max(sizes))
+    assert max(sum(sizes[number] for number in part) for part in parts) <= sum(sizes) / size + max(sizes)
 
 
 def test_share_of_little() -> None:
@@ -453,6 +487,3 @@ def test_dry_run_predicts(sources, to_megatron, tmp_path: Path) -> None:
     assert "on 4 ranks" in text
     assert "1.5 GB/s" in text
     assert list(tmp_path.glob("out*")) == []
-
-
-assert tm.MODELS[MODEL].layers % 2 == 0

@@ -599,7 +599,7 @@ def test_truncated_distcp(keep: float, copied: Path, to_hf) -> None:
 
 
 def test_missing_distcp(copied: Path, to_hf) -> None:
-    path = next(iteration_folder(copied).glob("*.distcp"))
+    path = max(iteration_folder(copied).glob("*.distcp"), key=lambda file: file.stat().st_size)
     path.unlink()
     refuse(to_hf, copied, path.name)
 

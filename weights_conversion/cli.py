@@ -128,25 +128,36 @@ def run(work: Callable[[], str]) -> int:
     try:
         with _Signals():
             report = work()
-        print(report)
+        print(printable(report))
         return 0
     except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
+        _say("interrupted: the same command continues where this one stopped")
         return 130
     except Terminated:
-        print("terminated: the same command continues where this one stopped", file=sys.stderr)
+        _say("terminated: the same command continues where this one stopped")
         return 143
     except MemoryError:
-        print("error: there is not enough memory; fewer --workers need less", file=sys.stderr)
+        _say("error: there is not enough memory; fewer --workers need less")
         return 1
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        print(
+        _say(
             f"error: {error.strerror or error}{place}; nothing that was there is changed, and once the cause is mended "
-            "the same command continues where this one stopped",
-            file=sys.stderr,
+            "the same command continues where this one stopped"
         )
         return 1
+
+
+def _say(text: str) -> None:
+    print(printable(text), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text in which names from a file cannot steer a terminal, nor fail to be encoded."""
+    if text.isprintable() and text.isascii():
+        return text
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return shown.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8")

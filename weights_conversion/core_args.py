@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from weights_conversion import manifest, megatron_args
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
-from weights_conversion.megatron_args import virtual_stages
+
+RUN_CONFIG = "run_config.yaml"  # Megatron-Bridge's, in an iteration's folder
 
 # Globals that a common.pt of Megatron-LM may name, beside those of any checkpoint; all become inert.
 _COMMON = {
@@ -47,15 +51,39 @@ _FOREIGN: tuple[tuple[str, Any, str], ...] = (
     ("add_bias_linear", False, "biases of linear layers"),
     ("qk_layernorm", False, "norms of q and k"),
     ("apply_layernorm_1p", False, "norm weights around zero"),
+    ("layernorm_zero_centered_gamma", False, "norm weights around zero"),
+    ("apply_residual_connection_post_layernorm", False, "residual connections behind the norms"),
+    ("attention_output_gate", False, "gated attention"),
+    ("softmax_type", "vanilla", "a softmax with an offset"),
+    ("window_attn_skip_freq", None, "windows on some layers only"),
+    ("no_rope_freq", None, "layers without rotary embedding"),
     ("rotary_interleaved", False, "interleaved rotary embedding"),
     ("use_rope_scaling", False, "Llama 3's rope scaling"),
+    ("rope_scaling", False, "Llama 3's rope scaling"),
+    ("scale_factor", None, "Llama 3's rope scaling"),
+    ("mtp_num_layers", None, "multi-token prediction"),
     ("squared_relu", False, "squared ReLU"),
     ("swiglu", True, "an MLP without SwiGLU"),
     ("gated_linear_unit", True, "an MLP without SwiGLU"),
+    ("activation_func", "silu", "an MLP without SwiGLU"),
     ("normalization", "RMSNorm", "LayerNorm"),
     ("rotary_percent", 1.0, "rotary embedding on a part of each head"),
     ("position_embedding_type", "rope", "position embeddings other than rotary"),
     ("hybrid_override_pattern", None, "state-space layers"),
+    ("is_hybrid_model", False, "state-space layers"),
+)
+_ZERO_IS_NONE = ("num_experts", "num_moe_experts", "no_rope_freq", "mtp_num_layers")
+# What the names of tensors betray, where args are silent.
+_FOREIGN_TENSORS = (
+    (re.compile(r"\.(experts|shared_experts|router)\."), "mixture of experts"),
+    (re.compile(r"\.linear_(q|kv)_(down|up)_proj\.|self_attention\.linear_q_proj\."), "multi-latent attention"),
+    (re.compile(r"\.[qk]_layernorm\."), "norms of q and k"),
+    (re.compile(r"\.mixer\."), "state-space layers"),
+    (re.compile(r"^mtp\."), "multi-token prediction"),
+    (re.compile(r"\.(adapter|lora_[ab])\.", re.IGNORECASE), "LoRA adapters, which are merged before an export,"),
+    (re.compile(r"position_embeddings\.weight$"), "learned position embeddings"),
+    (re.compile(r"layer_?norm(_|\.)bias$"), "LayerNorm"),
+    (re.compile(r"\.bias$"), "biases of linear layers"),
 )
 
 
@@ -101,7 +129,7 @@ def write_args(
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "expert_model_parallel_size": 1,
-        **virtual_stages(config, parallel),
+        **megatron_args.virtual_stages(config, parallel),
         "num_experts": None,
         "ckpt_format": ckpt_format,
         "no_save_optim": True,
@@ -140,13 +168,38 @@ def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
     return flags
 
 
+def foreign_tensors(names: Iterable[str], folder: Path) -> list[str]:
+    """Sentences on tensors that none of the five families has, one for each kind."""
+    kinds: dict[str, str] = {}
+    for name in sorted(names):
+        what = next((what for pattern, what in _FOREIGN_TENSORS if pattern.search(name)), None)
+        if what is not None:
+            kinds.setdefault(what, name)
+    return [
+        f"{folder} holds a model with {what} (it has a tensor {name}), which is none of the supported families"
+        for what, name in kinds.items()
+    ]
+
+
+def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> list[str]:
+    """Sentences on normalised args that `family` cannot have, and that no shape would betray."""
+    window = args.get("sliding_window_size")
+    if family == "mistral" or window is None:
+        return []
+    return [
+        f"{folder} holds a model with a sliding window of {window} tokens, which {family} does not have; if it is a "
+        "mistral, say --model mistral"
+    ]
+
+
 def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Args in Megatron-LLM's names. A model that is none of the five families is refused by name."""
+    """Plain args in Megatron-LLM's names. A model that is none of the five families is refused by name."""
     problems = [
         f"{folder} holds a model with {what} ({name} is {args[name]!r}), which is none of the supported families"
         for name, plain, what in _FOREIGN
-        if args.get(name) is not None and args[name] != plain and not (name == "num_experts" and args[name] in (0, 1))
+        if args.get(name) is not None and args[name] != plain and not (name in _ZERO_IS_NONE and args[name] in (0, 1))
     ]
+    factor, window = _factor(args, folder, problems), _left(args, folder, problems)
     if problems:
         raise ConversionError(*dict.fromkeys(problems))
     result = dict(args)
@@ -157,36 +210,83 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         result["num_attention_heads_kv"] = args.get("num_attention_heads")
     if args.get("norm_epsilon") is not None:
         result["layernorm_epsilon"] = args["norm_epsilon"]
-    if "rope_theta" in result:
+    if result.get("rope_theta") is not None:
         result["rope_theta"] = float(result["rope_theta"])
-    result["rope_scaling_factor"] = float(
-        args.get("rotary_seq_len_interpolation_factor") or args.get("seq_len_interpolation_factor") or 1.0
-    )
-    window = args.get("window_size")
-    result["sliding_window_size"] = window[0] + 1 if window else None
-    if "untie_embeddings_and_output_weights" in args:
+    result["rope_scaling_factor"] = factor
+    result["sliding_window_size"] = None if window is None else window + 1
+    if args.get("untie_embeddings_and_output_weights") is not None:
         result["tie_embed_logits"] = not args["untie_embeddings_and_output_weights"]
-    elif "share_embeddings_and_output_weights" in args:
+    elif args.get("share_embeddings_and_output_weights") is not None:
         result["tie_embed_logits"] = bool(args["share_embeddings_and_output_weights"])
     if result.get("max_position_embeddings") is None:
         result["max_position_embeddings"] = args.get("seq_length")
     return result
 
 
-def from_run_config(folder: Path) -> dict[str, Any]:
-    """Megatron-Bridge stores no args; its run_config.yaml has the model under `model`."""
-    path = folder / "run_config.yaml"
-    if not path.is_file():
-        raise ConversionError(
-            f"{folder} holds no args and no run_config.yaml, so nothing says what model it is; copy run_config.yaml there"
-        )
-    import yaml  # huggingface_hub requires it
+def _factor(args: Mapping[str, Any], folder: Path, problems: list[str]) -> float:
+    """Linear scaling of positions."""
+    for name in ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"):
+        value = args.get(name)
+        if value is not None:
+            if type(value) in (int, float) and 0 < value < math.inf:
+                return float(value)
+            problems.append(f"the args of {folder} have {name} {value!r}, where a positive number was expected")
+    return 1.0
 
+
+def _left(args: Mapping[str, Any], folder: Path, problems: list[str]) -> int | None:
+    """Tokens that attention sees to the left of its own, None: all."""
+    window = args.get("window_size")
+    if window is None:
+        return None
+    if isinstance(window, (list, tuple)) and len(window) == 2 and all(type(side) is int for side in window):
+        left, right = window
+        if right in (0, -1) and -1 <= left < 1 << 31:  # a causal mask cuts the right side off anyway
+            return None if left == -1 else left
+    problems.append(f"the args of {folder} have window_size {window!r}, where (tokens to the left, 0) was expected")
+    return None
+
+
+def without_args(folder: Path) -> tuple[dict[str, Any], Path]:
+    """What stands for the args of a checkpoint that stores none, and the file that says so.
+
+    That is Megatron-Bridge's run_config.yaml, or the manifest that an import left beside the tracker.
+    """
+    path = folder / RUN_CONFIG
+    if path.is_file():
+        return read_run_config(path), path
+    found = manifest.find([folder.parent])
+    if found is None:
+        raise ConversionError(
+            f"{folder} holds no args, no {RUN_CONFIG} and no {manifest.NAME} beside it, so nothing says what model it "
+            f"is; copy {RUN_CONFIG} there"
+        )
+    path, said = found
+    try:
+        config = ModelConfig(family=said["family"], vocab_size=1, **manifest.model_fields(said))
+        args = write_args(
+            config, Parallelism(), dtype=torch.bfloat16, divisible_by=1, ckpt_format="torch_dist", vocabulary=None
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConversionError(f"{path} does not describe a model ({error})") from error
+    return args, path
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """The `model` section of Megatron-Bridge's run_config.yaml as plain values. What it names is never called."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise ConversionError(f"{path} cannot be read without PyYAML; pip install pyyaml") from error
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} cannot be read ({error})") from error
+        raise ConversionError(f"{path} cannot be read ({str(error)[:300]})") from error
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise ConversionError(f"{path} has no section `model`")
-    return {str(key): value for key, value in model.items() if not isinstance(value, dict)}
+    stated = {str(key): value for key, value in model.items() if not isinstance(value, dict)}
+    activation = model.get("activation_func")
+    if isinstance(activation, dict):
+        stated["activation_func"] = str(activation.get("_target_")).rpartition(".")[2]
+    return stated

@@ -146,21 +146,16 @@ def weight_bytes(folder: Path) -> int:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two Hugging Face folders hold the same names, types and bits, read by safetensors alone."""
-    from safetensors import safe_open
+    """Whether two Hugging Face folders hold the same names, types and bits, as safetensors itself reads them."""
+    import torch
+    from safetensors.torch import load_file
 
-    def stored(folder: Path) -> dict[str, tuple[str, bytes]]:
-        import torch
-
-        tensors = {}
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 the file is no mapping
-                    tensor = file.get_tensor(name)
-                    tensors[name] = (f"{tensor.dtype} {tuple(tensor.shape)}", tensor.view(torch.uint8).numpy().tobytes())
-        return tensors
-
-    return stored(one) == stored(other)
+    first, second = ({k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+                     for folder in (one, other))  # fmt: skip
+    return first.keys() == second.keys() and all(
+        tensor.dtype == second[name].dtype and torch.equal(tensor.view(torch.uint8), second[name].view(torch.uint8))
+        for name, tensor in first.items()
+    )
 
 
 def play() -> list[Stage]:
@@ -169,7 +164,8 @@ def play() -> list[Stage]:
     started = time.monotonic()
     write_model(source)
     print(f"a random Llama-2 with {LAYERS} layers and a tokenizer is in {source.absolute()}", flush=True)
-    stages = [Stage("random model, Hugging Face", 9 * LAYERS + 3, weight_bytes(source), time.monotonic() - started, True)]
+    seconds = time.monotonic() - started
+    stages = [Stage("random model, Hugging Face", 9 * LAYERS + 3, weight_bytes(source), seconds, True)]
 
     def converted(name: str, out: Path, script: str, *arguments: object) -> None:
         seconds = run_script(script, *arguments)
@@ -188,7 +184,8 @@ def play() -> list[Stage]:
         "-> Megatron-Core, torch_dist", core,
         "hf_to_megatron.py", FAMILY, "--model-path", ranks, "--out", core, "--target", "megatron-core",
     )  # fmt: skip
-    for name, checkpoint, shards in (("Megatron-LLM -> HF, 3 files", ranks, 3), ("Megatron-Core -> HF, 1 file", core, 1)):
+    exports = (("Megatron-LLM -> HF, 3 files", ranks, 3), ("Megatron-Core -> HF, 1 file", core, 1))
+    for name, checkpoint, shards in exports:
         out = Path(f"hf-from-{checkpoint}")
         converted(
             name, out,
@@ -202,7 +199,8 @@ def table(stages: Sequence[Stage]) -> str:
     width = max(len(stage.name) for stage in stages)
     lines = [f"{'':{width}}  {'tensors':>7}  {'bytes':>12}  {'seconds':>7}  equal"]
     lines += [
-        f"{stage.name:{width}}  {stage.tensors:7}  {stage.nbytes:12,}  {stage.seconds:7.1f}  {'yes' if stage.equal else 'NO'}"
+        f"{stage.name:{width}}  {stage.tensors:7}  {stage.nbytes:12,}  {stage.seconds:7.1f}  "
+        + ("yes" if stage.equal else "NO")
         for stage in stages
     ]
     return "\n".join(lines)

@@ -238,13 +238,16 @@ class Group(Ranks):
     def leave(self) -> None:
         """Gives the other ranks a moment to hear how it ended."""
         self._noticed = True
+        if self._failure is not None:
+            _ignore_termination()
         if self._store is not None:
             if self.rank:
                 self._post({f"left/{self.rank}": ""})
                 self._wait(lambda: not (self._out or self._sending) or self._store is None, 2.0)
             else:
                 self._post({"said": ""})
-                others = [rank for rank in range(1, self.size) if self._failure is None or rank != self._failure.rank]
+                dead = self._silent(2.5 * self._limits.beat)
+                others = [rank for rank in range(1, self.size) if rank not in dead]
                 self._settled = True
                 self._try([f"left/{rank}" for rank in others], self._limits.farewell)
         self._closed.set()
@@ -263,7 +266,7 @@ class Group(Ranks):
             _ignore_termination()  # the launcher ends all when one has ended; the reason must still get out
         if own and self.rank == 0:
             return error
-        code = 1 if not interrupted or not own else 130 if isinstance(error, KeyboardInterrupt) else 143
+        code = 1 if not interrupted or self._nudged else 130 if isinstance(error, KeyboardInterrupt) else 143
         assert failure is not None
         if self.rank == 0:
             silent = [rank for rank in self._silent(4 * self._limits.beat) if rank != failure.rank]

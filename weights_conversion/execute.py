@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import logging
 import mmap
 import os
@@ -95,6 +96,11 @@ class Source:
             if count == 0:
                 raise ConversionError(f"{ref.file} ends in the middle of {ref.name}; it was cut off while it was read")
             left, position = left[count:], position + count
+
+    def prefetch(self, ref: TensorRef, start: int, length: int) -> None:
+        """Ask the kernel to begin reading these bytes; where it cannot be asked, nothing is lost."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._open(ref.file), ref.offset + start, length, os.POSIX_FADV_WILLNEED)
 
     def _open(self, file: str) -> int:
         with self._lock:
@@ -193,6 +199,20 @@ def read_source(plan: Plan, step: Step, start: int, stop: int, source: Source, s
     ranges = plan.rows(plan.source, step, start, stop)
     placed = step.source * len(ranges) if plan.source.megatron else step.source
     return [read_rows(tensor, rows, source, scratch) for tensor, rows in zip(placed, ranges, strict=True)]
+
+
+def prefetch_chunk(plan: Plan, chunk: Chunk, source: Source) -> None:
+    """Begin reading a chunk's source while others are being written: on a cold cache reads and writes then overlap."""
+    if chunk.adds:
+        return
+    step = plan.steps[chunk.step]
+    ranges = plan.rows(plan.source, step, chunk.start, chunk.stop)
+    placed = step.source * len(ranges) if plan.source.megatron else step.source
+    for tensor, (first, last) in zip(placed, ranges, strict=True):
+        for block in tensor.copies[0]:
+            start, stop = max(first, block.rows[0]), min(last, block.rows[1])
+            if start < stop:
+                source.prefetch(block.ref, block.byte(start), block.byte(stop) - block.byte(start))
 
 
 def as_hf(op: Op, units: int, tensors: list[Tensor], ctx: Context, scratch: Scratch) -> list[Tensor]:
@@ -298,18 +318,19 @@ def execute(
 ) -> None:
     """Converts `chunks` (number, chunk) on `workers` threads. `done` is called as each is finished, from its thread."""
     stop = stop or Stop()
-    pending = iter(chunks)
-    lock = threading.Lock()
+    taken = itertools.count()
 
     def work() -> None:
         scratch = Scratch()
         while not stop.event.is_set():
-            with lock:
-                item = next(pending, None)
-            if item is None:
+            index = next(taken)
+            if index >= len(chunks):
                 return
+            number, chunk = chunks[index]
             try:
-                done(*item, convert_chunk(plan, item[1], source, target, scratch))
+                if index + workers < len(chunks):
+                    prefetch_chunk(plan, chunks[index + workers][1], source)
+                done(number, chunk, convert_chunk(plan, chunk, source, target, scratch))
             except BaseException:
                 stop.event.set()
                 raise

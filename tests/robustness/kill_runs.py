@@ -1,8 +1,11 @@
 """Kills conversions with SIGKILL at random moments, and looks at what is left: `python -m tests.robustness.kill_runs`.
 
-After every kill: OUT is not there, or is complete, or is still the old one (--overwrite). Then the same command is run to its end, with
-further kills now and then on the way, and every file must equal that of an undisturbed run. A converter in which Python
-and torch are loaded already is forked for each run, so that the kills meet the conversion and not the start-up.
+After every kill: OUT is not there, or is complete, or is still the old one (--overwrite). Then the same command is run
+to its end, with further kills now and then on the way, and every file must equal that of an undisturbed run. Python and
+torch are loaded already when a run is forked, so that the kills meet the conversion and not the start-up.
+
+Half of the kills come from outside at a random time. The others fall between two operations on files (by Python's audit
+events: open, mkdir, rename, remove ...), which meets the short moments in which an output is put in place.
 """
 
 from __future__ import annotations
@@ -25,8 +28,28 @@ from tests.robustness.sources import Command, clear, tree
 SYNC_BYTES = 4 << 20  # instead of a gigabyte, so that a short run notes its progress many times
 
 
-def start(line: list[str], log: Path) -> int:
-    """Forks a process that runs a script; returns its id."""
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir", "os.listdir")
+
+
+def count_events(last: int, log: Path) -> None:
+    """Kills this process at its file event number `last`; writes the number of events to `log` as they come."""
+    seen = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event in FILE_EVENTS and arguments and "out" in str(arguments[0]):
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not last:
+                os.pwrite(descriptor, f"{seen:9}".encode(), 0)
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    sys.addaudithook(hook)
+
+
+def start(line: list[str], log: Path, last: int | None = None, exchange: bool = True) -> int:
+    """Forks a process that runs a script, and dies at file event `last`; returns its id."""
     child = os.fork()
     if child:
         return child
@@ -38,6 +61,10 @@ def start(line: list[str], log: Path) -> int:
 
         os.setpgid(0, 0)
         assembly.SYNC_BYTES = SYNC_BYTES
+        if not exchange:  # as on filesystems that cannot
+            assembly._exchange = lambda one, two: False
+        if last is not None:
+            count_events(last, log.with_name("events"))
         with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
             code = importlib.import_module(Path(line[0]).stem).main(line[1:])
     finally:
@@ -58,13 +85,15 @@ class Killer:
             self.commands = sources.commands(root, model)
         self.expected: dict[str, dict[str, str]] = {}
         self.seconds: dict[str, float] = {}
+        self.events: dict[str, int] = {}
         for command in self.commands:
             out, began = root / "undisturbed", time.monotonic()
             self._end(command, out)
             self.seconds[command.name] = time.monotonic() - began
             self.expected[command.name] = tree(out)
             clear(out)
-        self.old = {"mine.txt": "0" * 64}
+            finish(start(command.line(root / "out"), root / "log", 0))
+            self.events[command.name] = int((root / "events").read_text())
 
     def _end(self, command: Command, out: Path, *further: str) -> str:
         log = self.root / "log"
@@ -87,12 +116,16 @@ class Killer:
             (out / "mine.txt").write_text("an older output")
             old = tree(out)
         while True:
-            child = start(command.line(out, *options), self.root / "log")
-            # Half of the kills at any moment, half near the end, where files get their last bytes and are renamed.
-            late = self.random.random() < 0.5
-            seconds = self.seconds[command.name]
-            time.sleep(self.random.uniform(0.6 if late else 0.0, 1.1 if late else 1.0) * seconds)
-            os.kill(child, signal.SIGKILL)
+            between, exchange = self.random.random() < 0.5, self.random.random() < 0.5
+            if between:
+                events = self.events[command.name] + (8 if overwrite else 0)
+                # Most of the events come at the end.
+                last = self.random.randint(1, events)
+                child = start(command.line(out, *options), self.root / "log", last, exchange)
+            else:
+                child = start(command.line(out, *options), self.root / "log", exchange=exchange)
+                time.sleep(self.random.uniform(0, 1.1) * self.seconds[command.name])
+                os.kill(child, signal.SIGKILL)
             code = finish(child)
             partial = out.with_name("out.partial")
             if code == 0:
@@ -107,13 +140,21 @@ class Killer:
             elif there not in (None, old):
                 raise AssertionError(f"{command.name}: OUT is there and incomplete: {sorted(there or ())}")
             elif old is not None and there is None:
-                raise AssertionError(f"{command.name}: the old OUT is gone before the new one is there")
+                if exchange or tree(partial / "replaced") != old:
+                    raise AssertionError(f"{command.name}: the old OUT is gone before the new one is there")
+                self.counts["between two renames"] += 1
             else:
                 written = sum(1 for path in (partial / "journal").glob("chunks.*"))
                 self.counts["with parts noted" if written else "before any part was noted"] += 1
             if self.random.random() < 0.7:  # else killed once more
                 if there == self.expected[command.name] and not partial.exists():
                     return kills  # nothing was left to do but to exit
+                if there == self.expected[command.name] and not overwrite:
+                    # Complete, and its leftovers too far gone to tell by which command: it may be refused as existing.
+                    finish(start(command.line(out), self.root / "log"))
+                    clear(partial)
+                    self._check(command, out, partial, "rerun of a complete output")
+                    return kills
                 text = self._end(command, out, *options)
                 if "continued an interrupted run" in text:
                     self.counts["reruns that continued"] += 1

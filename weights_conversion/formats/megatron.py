@@ -115,6 +115,12 @@ class RankFiles:
     ) -> dict[tuple[str, int | None], tuple[Placed, ...]]:
         """Places every parameter; missing, misshapen and unexpected tensors are errors."""
         problems: list[str] = []
+        if self.dialect is MEGATRON_CORE:
+            names = {name for tensors in self.ranks.values() for name in tensors}
+            problems = core_args.foreign_tensors(names, self.folder)
+            problems += core_args.foreign_to_family(self.args, config.family, self.folder)
+            if problems:
+                raise ConversionError(*problems)
         used: set[tuple[int, int, str]] = set()
         count, stages = sum(map(len, self.ranks.values())), self.parallel.pipeline * self.parallel.virtual
         if config.num_layers > count or config.num_layers % stages:
@@ -204,6 +210,8 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
                 raise ConversionError(f"{found[rank].parent} and {path} both are rank {rank}; remove the stale one")
             found[rank] = file
     if not found:
+        if any(folder.glob("*.distcp")):
+            raise ConversionError(f"{folder} holds *.distcp files but not their index, .metadata; copy it there")
         raise ConversionError(f"{folder} holds no rank folder mp_rank_* with {' or '.join(MODEL_FILES)}")
     return found
 

@@ -1,4 +1,4 @@
-"""Megatron-Core's `torch_dist` checkpoints: torch.distributed.checkpoint files, read and written without a process group.
+"""Megatron-Core's `torch_dist` checkpoints: torch.distributed.checkpoint's files, without a process group.
 
 `.metadata` names every stored tensor, the chunks that it was cut into, and for each chunk a run of bytes in a `.distcp`
 file. Such an item is a whole torch.save archive. Layers are stacked along a leading axis, so that neither tensor nor
@@ -11,8 +11,8 @@ import argparse
 import io
 import json
 import pickle
-import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +23,16 @@ import torch
 from weights_conversion import core_args
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
 from weights_conversion.dialects import MEGATRON_CORE, Dialect
-from weights_conversion.formats import pickles, torch_files
+from weights_conversion.formats import torch_files
+from weights_conversion.formats.dist_index import METADATA, Items, Stored, StoredChunk, read_metadata, uncovered
+from weights_conversion.formats.megatron import plain_args
 from weights_conversion.mapping import Architecture, ParamMapping
 from weights_conversion.placement import Block, Placed, TensorRef, two_dimensional
 from weights_conversion.plan import PAGE, instances, megatron_shape
 
-METADATA = ".metadata"
+COMMON = "common.pt"
 EXTRA_STATES = "__0_0.distcp"  # holds nothing else
-
-# What a checkpoint holds beside its parameters: optimizer, random and fault-tolerance state, Transformer-Engine's state.
-_IGNORED = re.compile(r"^(chained_\d+\.)?optimizer\.|^(rng_state|rerun_state_machine_state|common_state)\b|\._extra_state")
+_EMBEDDING = "embedding.word_embeddings.weight"
 _EXTRA_STATE_MODULES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -45,118 +45,6 @@ _EXTRA_STATE_MODULES = (
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _Record:
-    """Stands for an object of torch.distributed.checkpoint: keeps what it was built from."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-        if isinstance(state, dict):
-            self.__dict__.update((key, value) for key, value in state.items() if isinstance(key, str))
-
-
-_CHECKPOINT = "torch.distributed.checkpoint"
-_METADATA_GLOBALS = {
-    **{
-        (f"{_CHECKPOINT}.metadata", name): name
-        for name in (
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    },
-    **{
-        (f"{_CHECKPOINT}.planner", name): name
-        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesWriteData", "BytesIOWriteData")
-    },
-    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"): "_StorageInfo",
-    ("torch.serialization", "_get_layout"): "layout",
-    ("pathlib", "PosixPath"): "PosixPath",
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): "Metadata",
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): "SavePlan",
-}
-
-
-@dataclass(frozen=True)
-class StoredChunk:
-    """A part of a stored tensor: where it begins in it, its sizes, and the item that holds it."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A stored tensor, by `.metadata`."""
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    chunks: tuple[StoredChunk, ...]
-
-
-def read_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk]]:
-    """The model's tensors, and the byte entries, by key."""
-    stubs = {name: type(name, (_Record,), {}) for name in set(_METADATA_GLOBALS.values())}
-    further = {key: stubs[name] for key, name in _METADATA_GLOBALS.items()}
-    try:
-        content = pickles.load(path.read_bytes(), str(path), further)
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
-    try:
-        items: dict[tuple[str, tuple[int, ...] | None], Any] = {}
-        for index, info in content.storage_data.items():
-            offset = getattr(index, "offset", None)  # left out where there is none
-            items[index.fqn, None if offset is None else _numbers(offset)] = info
-        tensors, others = {}, {}
-        for key, entry in content.state_dict_metadata.items():
-            if not hasattr(entry, "chunks"):
-                if (key, None) in items:
-                    others[key] = _chunk(key, (), (), items[key, None], path)
-            elif not _IGNORED.search(key):
-                chunks = tuple(
-                    _chunk(key, _numbers(chunk.offsets), _numbers(chunk.sizes), items[key, _numbers(chunk.offsets)], path)
-                    for chunk in entry.chunks
-                )
-                tensors[key] = Stored(_dtype(entry.properties), _numbers(entry.size), chunks)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConversionError(f"{path} is not the index of a checkpoint ({type(error).__name__}: {error})") from error
-    return tensors, others
-
-
-def _numbers(values: Any) -> tuple[int, ...]:
-    numbers = tuple(values)
-    if not all(type(value) is int and value >= 0 for value in numbers):
-        raise ValueError(f"sizes {numbers!r}")
-    return numbers
-
-
-def _dtype(properties: Any) -> torch.dtype:
-    dtype = properties.dtype if hasattr(properties, "dtype") else properties.state[0]
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype {dtype!r}")
-    return dtype
-
-
-def _chunk(key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any, path: Path) -> StoredChunk:
-    if getattr(info, "transform_descriptors", None):
-        raise ConversionError(f"{path}: {key} is compressed ({info.transform_descriptors}), which is not supported")
-    name = info.relative_path
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ConversionError(f"{path} names {name!r}, which is not a file of its own folder")
-    start, length = _numbers((info.offset, info.length))
-    return StoredChunk(offsets, sizes, name, start, length)
-
-
 @dataclass(frozen=True)
 class DistCheckpoint:
     """A torch_dist checkpoint. `args` are in Megatron-LLM's names (core_args.normalise)."""
@@ -166,136 +54,160 @@ class DistCheckpoint:
     args: Mapping[str, Any]
     stored: Mapping[str, Stored] = field(repr=False)
     dialect: Dialect = MEGATRON_CORE
-    parallel: Parallelism = Parallelism()
+    parallel: Parallelism = field(default_factory=Parallelism)
 
     @property
     def vocabulary(self) -> int:
-        stored = self.stored.get("embedding.word_embeddings.weight")
-        if stored is None:
-            raise ConversionError(f"{self.folder} has no embedding.word_embeddings.weight")
+        stored = self.stored.get(_EMBEDDING)
+        if stored is None or len(stored.size) != 2:
+            raise ConversionError(
+                f"{self.folder} has no {_EMBEDDING} of Megatron-Core's torch_dist format; it has "
+                f"{', '.join(sorted(self.stored)[:4]) or 'no parameter'}{' ...' * (len(self.stored) > 4)}"
+            )
         return stored.size[0]
 
     def has_head(self) -> bool:
         return "output_layer.weight" in self.stored
 
-    def sources(self, architecture: Architecture, config: ModelConfig) -> dict[tuple[str, int | None], tuple[Placed, ...]]:
+    def sources(
+        self, architecture: Architecture, config: ModelConfig
+    ) -> dict[tuple[str, int | None], tuple[Placed, ...]]:
         """Places every parameter; missing, misshapen and unexpected tensors are errors."""
-        problems: list[str] = []
+        problems = core_args.foreign_tensors(self.stored, self.folder)
+        problems += core_args.foreign_to_family(self.args, config.family, self.folder)
+        lengths = [stored.size[0] for stored in self.stored.values() if stored.size]
+        if config.num_layers > max([len(self.stored), *lengths]):
+            problems.append(f"{self.folder} has fewer tensors than the {config.num_layers} layers of its args need")
+        if problems:
+            raise ConversionError(*problems)
         used: set[str] = set()
         placed: dict[tuple[str, int | None], tuple[Placed, ...]] = {}
-        for row, layer in instances(architecture.parameters(config), config.num_layers):
-            shape = megatron_shape(row, config, self.vocabulary)
-            found = self._find(row, layer, shape, config.num_layers, used, problems)
-            if found:
-                placed[row.megatron, layer] = (found,)
+        with Items(self.folder) as items:
+            parts = _Parts(self.stored, items)
+            for row, layer in instances(architecture.parameters(config), config.num_layers):
+                shape = megatron_shape(row, config, self.vocabulary)
+                found = self._find(row, layer, shape, config.num_layers, parts, used, problems)
+                if found:
+                    placed[row.megatron, layer] = (found,)
         problems += [
             f"{self.folder.name} has a tensor {key} that a {config.family} model does not have"
             for key in sorted(set(self.stored) - used)
         ]
         if problems:
-            raise ConversionError(*problems)
+            raise ConversionError(*dict.fromkeys(problems))
         return placed
 
     def _find(
-        self, row: ParamMapping, layer: int | None, shape: Sequence[int], layers: int, used: set[str], problems: list[str]
-    ) -> Placed | None:
+        self, row: ParamMapping, layer: int | None, shape: Sequence[int], layers: int, parts: _Parts, used: set[str],
+        problems: list[str],
+    ) -> Placed | None:  # fmt: skip
         """A parameter: in a stacked tensor, in one of its own (layers that differ), or in a GLU's two halves."""
         name = MEGATRON_CORE.spell(row.megatron)
         rows, columns = two_dimensional(shape)
         full = row.megatron if layer is None else row.megatron.format(layer)
-        if layer is None:
-            tries = [(name, tuple(shape), ((name, 0),))]
-        else:
+        # where it may be: the keys that hold it, each with the row at which it begins, and the shape of each
+        tries: list[tuple[tuple[tuple[str, int], ...], tuple[int, ...]]] = [(((name, 0),), tuple(shape))]
+        if layer is not None:
             own = name.format(layer)
-            stacked = name.replace("layers.{}.", "layers.")
             halves = ((f"{own}_w", 0), (f"{own}_v", rows // 2))
-            tries = [(stacked, (layers, *shape), ((stacked, 0),)), (own, tuple(shape), ((own, 0),))]
-            if f"{own}_w" in self.stored:
-                tries.append((f"{own}_w", (rows // 2, *shape[1:]), halves))
-        for key, expected, parts in tries:
+            tries = [(((name.replace("layers.{}.", "layers."), 0),), (layers, *shape)), (((own, 0),), tuple(shape))]
+            if row.shard and row.shard.blocks == 2:
+                tries.append((halves, (rows // 2, *shape[1:])))
+        found = [(keys, expected) for keys, expected in tries if any(key in self.stored for key, _ in keys)]
+        if len(found) != 1:
+            stored = ", ".join(keys[0][0] for keys, _ in found)
+            problems.append(
+                f"{self.folder.name} holds {full} several times: {stored}" if found else
+                f"{self.folder.name} has no tensor {tries[0][0][0][0]}, which should have shape {list(tries[0][1])}"
+            )  # fmt: skip
+            return None
+        ((keys, expected),) = found
+        blocks: list[Block] = []
+        for key, first in keys:
             stored = self.stored.get(key)
-            if stored is None:
-                continue
-            if any(part not in self.stored for part, _ in parts):
-                continue
-            used.update(part for part, _ in parts)
-            if stored.size != expected:
-                problems.append(f"{key} has shape {list(stored.size)}, the args say {list(expected)}")
+            used.add(key)
+            if stored is None or stored.size != expected:
+                shown = f"shape {list(stored.size)}" if stored else "no such tensor"
+                problems.append(f"{self.folder.name}: {key}: {shown}, the args say {list(expected)}")
                 return None
-            blocks: list[Block] = []
-            for part, first in parts:
-                blocks += self._blocks(part, layer if len(expected) > len(shape) else None, first)
-            if sum((b.rows[1] - b.rows[0]) * (b.columns[1] - b.columns[0]) for b in blocks) != rows * columns:
-                problems.append(f"the chunks of {key} do not cover its shape {list(stored.size)}")
-                return None
-            return Placed(full, stored.dtype, rows, columns, (tuple(blocks),))
-        problems.append(f"{self.folder.name} has no tensor {tries[0][0]}, which should have shape {list(tries[0][1])}")
-        return None
+            blocks += parts.blocks(key, layer if len(expected) > len(shape) else None, first)
+        if wrong := uncovered(blocks, rows, columns):
+            problems.append(f"the parts of {keys[0][0]} {wrong} in its shape {list(expected)}, by {METADATA}")
+            return None
+        return Placed(full, self.stored[keys[0][0]].dtype, rows, columns, (tuple(blocks),))
 
-    def _blocks(self, key: str, layer: int | None, first: int) -> Iterator[Block]:
-        """Chunks of `key` (those that hold stacked `layer`), as blocks of a tensor in which they begin at row `first`."""
-        for chunk in self.stored[key].chunks:
+
+class _Parts:
+    """The chunks of stored tensors as blocks, found by layer."""
+
+    def __init__(self, stored: Mapping[str, Stored], items: Items) -> None:
+        self._stored, self._items = stored, items
+        self._by_layer: dict[str, dict[int, list[StoredChunk]]] = {}
+        self._refs: dict[StoredChunk, TensorRef] = {}
+
+    def blocks(self, key: str, layer: int | None, first: int) -> Iterator[Block]:
+        """Chunks of `key` (those that hold stacked `layer`), as blocks of a tensor whose row `first` is their first."""
+        stored = self._stored[key]
+        for chunk in stored.chunks if layer is None else self._stacked(key).get(layer, ()):
             offsets, sizes, start = chunk.offsets, chunk.sizes, 0
             if layer is not None:
-                if not offsets[0] <= layer < offsets[0] + sizes[0]:
-                    continue
                 height, width = two_dimensional(sizes[1:])
                 start = (layer - offsets[0]) * height * width
                 offsets, sizes = offsets[1:], sizes[1:]
             height, width = two_dimensional(sizes)
             row, column = (offsets[0], 0) if len(offsets) == 1 else offsets
-            ref = self._ref(key, chunk)
-            yield Block(ref, start, (first + row, first + row + height), (column, column + width))
+            if chunk not in self._refs:
+                self._refs[chunk] = self._items.ref(key, chunk, stored.dtype)
+            yield Block(self._refs[chunk], start, (first + row, first + row + height), (column, column + width))
 
-    def _ref(self, key: str, chunk: StoredChunk) -> TensorRef:
-        path = self.folder / chunk.file
-        if not path.is_file():
-            raise ConversionError(f"{self.folder} lacks {chunk.file}, which holds a part of {key}; copy it again")
-        item = torch_files.read_torch_file(path, chunk.start, chunk.length)
-        if not isinstance(item.content, pickles.StoredTensor):
-            raise ConversionError(f"{path} holds a {type(item.content).__name__} at byte {chunk.start}, not {key}")
-        ref = item.ref(item.content, f"{key} {list(chunk.offsets)}")
-        if ref.shape != chunk.sizes or ref.dtype != self.stored[key].dtype:
-            raise ConversionError(f"{path}: the part of {key} at byte {chunk.start} has shape {list(ref.shape)}, "
-                                  f"{METADATA} says {list(chunk.sizes)}")  # fmt: skip
-        return ref
+    def _stacked(self, key: str) -> dict[int, list[StoredChunk]]:
+        if key not in self._by_layer:
+            self._by_layer[key] = defaultdict(list)
+            for chunk in self._stored[key].chunks:
+                for layer in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                    self._by_layer[key][layer].append(chunk)
+        return self._by_layer[key]
 
 
 def open_dist(folder: Path, iteration: int | str) -> DistCheckpoint:
     """Opens a torch_dist checkpoint: its index and args, no tensors."""
-    tensors, others = read_metadata(folder / METADATA)
+    stored, others = read_metadata(folder / METADATA)
     common = _common(folder, others)
-    args = common.get("args")
-    if args is not None and not hasattr(args, "__dict__"):
-        raise ConversionError(f"{folder / 'common.pt'} holds args that are a {type(args).__name__}")
-    stated = dict(vars(args)) if args is not None else core_args.from_run_config(folder)
-    stated = core_args.normalise(stated, folder)
-    missing = sorted({c.file for s in tensors.values() for c in s.chunks if not (folder / c.file).is_file()})
+    if common.get("args") is not None:
+        args, said_by = common["args"], folder / COMMON
+    else:
+        stated, said_by = core_args.without_args(folder)
+        args = argparse.Namespace(**stated)
+    args = core_args.normalise(plain_args(args, said_by), folder)
+    files = {chunk.file for tensor in stored.values() for chunk in tensor.chunks}
+    missing = sorted(name for name in files if not (folder / name).is_file())
     if missing:
-        raise ConversionError(f"{folder} lacks {', '.join(missing)}, which {METADATA} names; copy the missing files")
-    return DistCheckpoint(folder, iteration, stated, tensors)
+        shown = ", ".join(missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
+        raise ConversionError(f"{folder} lacks {shown}, which {METADATA} names; copy the missing files")
+    return DistCheckpoint(folder, iteration, args, stored)
 
 
-def _common(folder: Path, others: Mapping[str, StoredChunk]) -> dict[str, Any]:
+def _common(folder: Path, others: Mapping[str, StoredChunk]) -> Mapping[str, Any]:
     """The common state: common.pt, or the entry that newer releases put among the tensors."""
-    path = folder / "common.pt"
+    path, entry = folder / COMMON, next((item for _, item in sorted(others.items())), None)
     if path.is_file():
         content = torch_files.read_torch_file(path, further=core_args.COMMON_GLOBALS).content
+    elif entry is not None:
+        path = folder / entry.file
+        if not path.is_file():
+            raise ConversionError(f"{folder} lacks {entry.file}, which holds the common state; copy it again")
+        content = torch_files.read_torch_file(path, entry.start, entry.length, core_args.COMMON_GLOBALS).content
+        if isinstance(content, list) and len(content) == 1:
+            (content,) = content
+    elif (folder / core_args.RUN_CONFIG).is_file():
+        return {}
     else:
-        entry = next((item for key, item in others.items() if key.startswith("common_state")), None)
-        if entry is None:
-            if (folder / "run_config.yaml").is_file():
-                return {}
-            raise ConversionError(
-                f"{folder} has neither common.pt nor run_config.yaml, so nothing says what model it is; copy them from "
-                "where the checkpoint was saved"
-            )
-        item = torch_files.read_torch_file(
-            folder / entry.file, entry.start, entry.length, further=core_args.COMMON_GLOBALS
+        raise ConversionError(
+            f"{folder} has neither {COMMON} nor {core_args.RUN_CONFIG}, so nothing says what model it is; copy them "
+            "from where the checkpoint was saved"
         )
-        content = item.content
     if not isinstance(content, dict):
-        raise ConversionError(f"the common state of {folder} is a {type(content).__name__}, not a dict")
+        raise ConversionError(f"the common state in {path} is a {type(content).__name__}, not a dict")
     return content
 
 
@@ -435,4 +347,4 @@ def small_files(args: Mapping[str, Any], iteration: int) -> dict[str, bytes]:
         "common_backend": "torch",
         "common_backend_version": 1,
     }
-    return {"common.pt": buffer.getvalue(), "metadata.json": json.dumps(kinds).encode()}
+    return {COMMON: buffer.getvalue(), "metadata.json": json.dumps(kinds).encode()}

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import mmap
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,6 +119,9 @@ def read_torch_file(
             if len(pickled) != 1:
                 raise ConversionError(f"{path} is not a torch.save file (its archive has {len(pickled)} data.pkl)")
             prefix = pickled[0].removesuffix("data.pkl")
+            stray = next((name for name in records if not name.startswith(prefix) or ".." in name.split("/")), None)
+            if stray is not None:
+                raise ConversionError(f"{path} is not a torch.save file: {stray!r} is not in its folder {prefix}")
             order = records.get(prefix + "byteorder")
             if order is not None and _content(file, order, path) != b"little":
                 raise ConversionError(f"{path} was saved on a big-endian machine; save it again on a little-endian one")
@@ -261,26 +266,43 @@ class TorchFileTarget:
             patch_crcs(file, 0, path.stat().st_size, at)
 
 
+class _Blank:
+    """Tensors whose data nobody will touch, all in one read-only mapping, which costs no memory.
+
+    (Under FakeTensorMode torch.save does the same, after a second spent on importing what fake tensors need.)
+    """
+
+    def __init__(self) -> None:
+        self._regions: dict[torch.dtype, list[mmap.mmap]] = {}
+
+    def tensor(self, ref: TensorRef) -> torch.Tensor:
+        regions = self._regions.setdefault(ref.dtype, [])  # torch.save wants one type of data at an address
+        if not regions or len(regions[-1]) < ref.nbytes:
+            regions.append(mmap.mmap(-1, ref.nbytes, prot=mmap.PROT_READ))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+            return torch.frombuffer(regions[-1], dtype=ref.dtype, count=prod(ref.shape)).view(ref.shape)
+
+
 def write_without_data(path: Path, content: Any, resume: bool = False) -> dict[TensorRef, int]:
     """torch.save with holes for the data of every TensorRef in `content`; returns where each one's data begin."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.serialization import skip_data
     from torch.utils.serialization import config
 
     order: list[TensorRef] = []
+    blank = _Blank()
 
-    def fake(tree: Any) -> Any:
+    def stand_in(tree: Any) -> Any:
         if isinstance(tree, TensorRef):
             order.append(tree)
-            return torch.empty(tree.shape, dtype=tree.dtype)
-        return {key: fake(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+            return blank.tensor(tree)
+        return {key: stand_in(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
-    with FakeTensorMode():
-        faked = fake(content)
+    stood_in = stand_in(content)
     if not resume:
         try:
-            with config.patch("save.storage_alignment", PAGE), skip_data(materialize_fake_tensors=True):
-                torch.save(faked, path)
+            with config.patch({"save.storage_alignment": PAGE}), skip_data():
+                torch.save(stood_in, path)
         except RuntimeError as error:  # torch does not say which error it was
             raise OSError(errno.EIO, f"torch cannot write it (no space left?): {error}", str(path)) from error
     written = read_torch_file(path)

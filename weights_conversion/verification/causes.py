@@ -82,15 +82,14 @@ def _numbers(start: int, count: int) -> Tensor:
     return (mixed ^ (mixed >> 31)) | 1
 
 
-def explain(pair: Pair, exact: Exact) -> list[str]:
-    """Sets the `cause` of differences, and returns what is true of all of them together."""
+def explain(pair: Pair, exact: Exact) -> tuple[list[str], list[str]]:
+    """Sets the `cause` of differences, and returns (causes of all of them together, where they stand)."""
     if not exact.differences:
-        return []
-    examiner, found = Examiner(pair), []
+        return [], []
+    examiner = Examiner(pair)
     try:
         layers = sorted({d.layer for d in exact.differences if d.layer is not None})
-        exchanged = _layers(examiner, exact, layers)
-        found += exchanged
+        found = _layers(examiner, exact, layers)
         examined = {None, *layers[:MAX_LAYERS]}
         groups: dict[tuple[str, int | None], list[Difference]] = defaultdict(list)
         for difference in exact.differences:
@@ -100,8 +99,8 @@ def explain(pair: Pair, exact: Exact) -> list[str]:
             _explain(examiner, group)
     finally:
         examiner.files.close()
-    found += _files(pair, exact)
-    return found
+    guilty, stale = _files(pair, exact)
+    return (found + guilty, []) if stale else (found, guilty)
 
 
 def _explain(examiner: Examiner, group: list[Difference]) -> None:
@@ -281,8 +280,8 @@ def _layers(examiner: Examiner, exact: Exact, layers: list[int]) -> list[str]:
     ]  # fmt: skip
 
 
-def _files(pair: Pair, exact: Exact) -> list[str]:
-    """Files that hold everything that differs, where others hold nothing of it."""
+def _files(pair: Pair, exact: Exact) -> tuple[list[str], bool]:
+    """Files that hold everything that differs, where others hold nothing of it; and whether one may be stale."""
     guilty: set[str] = set()
     for d in exact.differences:
         guilty |= set(d.files)
@@ -291,8 +290,8 @@ def _files(pair: Pair, exact: Exact) -> list[str]:
         for group in pair.checkpoint.placed.values() for placed in group for copy in placed.copies for block in copy
     }  # fmt: skip
     if len(held) == 1 or not guilty or guilty == held:
-        return []
+        return [], False
     names = ", ".join(sorted(guilty)[:4]) + (f" and {len(guilty) - 4} more" if len(guilty) > 4 else "")
     whole = len(exact.differences) > 4 and len(guilty) == 1
     hint = ": it may be stale, of another iteration or another checkpoint" if whole else ""
-    return [f"all that differs stands in {names}, of {len(held)} files{hint}"]
+    return [f"all that differs stands in {names}, of {len(held)} files{hint}"], whole

@@ -62,7 +62,6 @@ class Exact:
     copies: list[str] = field(default_factory=list)  # the checkpoint's ranks that disagree
     source_copies: list[str] = field(default_factory=list)
     padding: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def same(self) -> bool:

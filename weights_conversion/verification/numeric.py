@@ -40,6 +40,8 @@ class Numeric:
     def sentence(self) -> str:
         at = f"layer {self.layer} {self.stage}" if self.layer is not None else self.stage
         prompts = f"{self.prompts[0]} prompts of {self.prompts[1]} tokens"
+        if self.same and self.error == 0:
+            return f"all stages are bit for bit the same on {prompts}"
         if self.same:
             return (
                 f"all stages agree on {prompts}; largest error {self.error:.1e} of the values' spread ({at}): rounding"

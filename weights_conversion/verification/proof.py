@@ -64,7 +64,8 @@ def _compare_weights(result: Verification, workers: int, exact_only: bool, allow
             result.notes += [f"{name}: {sentence}" for sentence in problems]
     if any(ours and theirs for ours, theirs in found.nonfinite.values()):
         result.notes.append("both sides hold NaN or infinities; the models may be broken alike")
-    result.causes = causes.explain(pair, found)
+    result.causes, places = causes.explain(pair, found)
+    result.notes += places
     if not exact_only:
         result.numeric = numeric.compare(result.source, result.checkpoint, pair.config.vocab_size, workers)
 

@@ -74,7 +74,9 @@ class Model:
         return self.placed["embedding.word_embeddings.weight", None]
 
     def file_name(self, file: str) -> str:
+        """Short: below the checkpoint's folder, and a rank's folder instead of its only file."""
         path = Path(file)
+        path = path.parent if path.name in megatron.MODEL_FILES else path
         return str(path.relative_to(self.path)) if path.is_relative_to(self.path) else file
 
 
@@ -116,8 +118,8 @@ def family_of(path: Path, load_iters: int | None) -> tuple[str | None, str | Non
         raw = meta.read_params(folder)
         return None, _llama(raw.get("rope_theta"), raw.get("norm_eps"))
     folder, iteration = megatron.find_iteration(path, load_iters)
-    dist = (folder / torch_dist.METADATA).is_file()
-    args = (torch_dist.open_dist if dist else megatron.open_rank_files)(folder, iteration).args
+    ranks = any(folder.glob("mp_rank_*"))
+    args = (megatron.open_rank_files if ranks else torch_dist.open_dist)(folder, iteration).args
     found = manifest.find([path, *trained_from(args)])
     said = found[1].get("family") if found else None
     if said in FAMILIES:
@@ -147,6 +149,16 @@ def choose_family(source: Path, checkpoint: Path, model: str | None, load_iters:
 
 def open_model(path: Path, family: str, load_iters: int | None = None) -> Model:
     """Opens one side: headers, configs and args are read and checked, no data."""
+    model = _open(path, family, load_iters)
+    integers = [placed for group in model.placed.values() for placed in group if not placed.dtype.is_floating_point]
+    if integers:
+        raise ConversionError(
+            f"{integers[0].name} in {path} is stored as {integers[0].dtype}, where a floating-point type was expected"
+        )
+    return model
+
+
+def _open(path: Path, family: str, load_iters: int | None) -> Model:
     if is_huggingface(path):
         raw = huggingface.read_json(path / "config.json")
         # The dialect that can express most, since nothing is to be written.
