@@ -45,8 +45,8 @@ def import_model(source: Path, out: Path) -> None:
         k = interleave(weights[f"{old}.self_attn.k_proj.weight"], head_dim)
         v = weights[f"{old}.self_attn.v_proj.weight"]
         fused = torch.cat([part.view(groups, -1, part.shape[1]) for part in (q, k, v)], dim=1)
-        encoder[f"{new}.attention.query_key_value.weight"] = fused.reshape(-1, fused.shape[2])
-        encoder[f"{new}.attention.dense.weight"] = weights[f"{old}.self_attn.o_proj.weight"]
+        encoder[f"{new}.self_attention.query_key_value.weight"] = fused.reshape(-1, fused.shape[2])
+        encoder[f"{new}.self_attention.dense.weight"] = weights[f"{old}.self_attn.o_proj.weight"]
         glu = [weights[f"{old}.mlp.{name}_proj.weight"] for name in ("up", "gate")]
         encoder[f"{new}.mlp.dense_h_to_4h.weight"] = torch.cat(glu)
         encoder[f"{new}.mlp.dense_4h_to_h.weight"] = weights[f"{old}.mlp.down_proj.weight"]
@@ -68,32 +68,28 @@ def export_model(source: Path, out: Path) -> None:
     args, language_model = content["args"], content["model"]["language_model"]
     heads, groups = args.num_attention_heads, args.num_attention_heads_kv
     head_dim = args.hidden_size // heads
-    encoder = {name.replace(".self_attention.", ".attention."): value for name, value in language_model["encoder"].items()}
+    encoder = language_model["encoder"]
     weights: dict[str, Tensor] = {
-        "model.embed_tokens.weight": _embedding(language_model["embedding"]),
+        "model.embed_tokens.weight": language_model["embedding"]["word_embeddings"]["weight"],
         "model.norm.weight": encoder["final_layernorm.weight"],
         "lm_head.weight": language_model["lm_head"],
     }
     for layer in range(args.num_layers):
         old, new = f"layers.{layer}", f"model.layers.{layer}"
-        fused = encoder[f"{old}.attention.query_key_value.weight"]
+        fused = encoder[f"{old}.self_attention.query_key_value.weight"]
         fused = fused.view(groups, heads // groups + 2, head_dim, fused.shape[1])
         q, k, v = (part.reshape(-1, part.shape[-1]) for part in fused.split([heads // groups, 1, 1], dim=1))
         weights[f"{new}.self_attn.q_proj.weight"] = halve(q, head_dim)
         weights[f"{new}.self_attn.k_proj.weight"] = halve(k, head_dim)
         weights[f"{new}.self_attn.v_proj.weight"] = v
-        weights[f"{new}.self_attn.o_proj.weight"] = encoder[f"{old}.attention.dense.weight"]
+        weights[f"{new}.self_attn.o_proj.weight"] = encoder[f"{old}.self_attention.dense.weight"]
         up, gate = encoder[f"{old}.mlp.dense_h_to_4h.weight"].chunk(2)
-        weights[f"{new}.mlp.up_proj.weight"], weights[f"{new}.mlp.gate_proj.weight"] = up.contiguous(), gate.contiguous()
+        weights |= {f"{new}.mlp.up_proj.weight": up.contiguous(), f"{new}.mlp.gate_proj.weight": gate.contiguous()}
         weights[f"{new}.mlp.down_proj.weight"] = encoder[f"{old}.mlp.dense_4h_to_h.weight"]
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{new}.{name}.weight"] = encoder[f"{old}.{name}.weight"]
     out.mkdir()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-
-
-def _embedding(embedding: dict[str, Any]) -> Tensor:
-    return embedding["word_embeddings"]["weight"] if "word_embeddings" in embedding else embedding["word_embeddings.weight"]
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def run(command: Sequence[str]) -> Cost:
     ended.set()
     sampler.join()
     if child.returncode:
-        raise Failed(f"{' '.join(command)} ended with exit code {child.returncode}:\n{said.decode(errors='replace')[-2000:]}")
+        end = said.decode(errors="replace")[-2000:]
+        raise Failed(f"{' '.join(command)} ended with exit code {child.returncode}:\n{end}")
     after, read_after = resource.getrusage(resource.RUSAGE_CHILDREN), _io()
     moved = {name: read_after[name] - read_before[name] for name in read_after}
     return Cost(
@@ -141,7 +142,7 @@ def machine(folder: Path) -> dict[str, object]:
         "filesystem": filesystem,
         "device": device,
         "direct_writes": takes_direct_writes(folder),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "safetensors")}},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in ("torch", "safetensors")},
     }
 
 

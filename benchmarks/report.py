@@ -88,7 +88,8 @@ def text(session: Mapping[str, Any]) -> str:
     ]
     for name, row in summarise(session).items():
         if "times_faster_than_baseline" in row:
-            lines.append(f"\n{TITLES[name]}: {row['times_faster_than_baseline']:.1f} x faster than the whole-model way.")
+            faster = row["times_faster_than_baseline"]
+            lines.append(f"\n{TITLES[name]}: {faster:.1f} x faster than the whole-model way.")
     for name, start in session.get("start", {}).items():
         lines.append(
             f"\n{name}: {start['seconds']:.2f} s, {start['reference']} {start['reference_seconds']:.2f} s "
@@ -99,10 +100,10 @@ def text(session: Mapping[str, Any]) -> str:
 
 def plot(sessions: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bars of seconds beside the copy's, and of memory. Needs matplotlib."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     sessions = [session for session in sessions if session["pairs"]]
     figure, axes = pyplot.subplots(

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """How a conversion scales with ranks, and how well `--dry-run --ranks` predicts it.
 
-Makes a random Hugging Face model of --gigabytes, measures an import (TP 1: all ranks write one file) under torchrun with
-1, 2 and 4 ranks of one thread each, once as fast as the disk goes and once with a cap on the bandwidth that all ranks
-share, and compares each time with the scale model
+Makes a random Hugging Face model of --gigabytes, measures an import (TP 1: all ranks write one file) under torchrun
+with 1, 2 and 4 ranks of one thread each, once as fast as the disk goes and once with a cap on the bandwidth that all
+ranks share, and compares each time with the scale model
 
     seconds = start-up + bytes / min(ranks x one rank's rate, bandwidth)
 
@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -44,7 +44,8 @@ write = execute.Target.write
 def limited(self, ref, start, data):
     cost = data.numel() * data.element_size() / {rate!r}
     fcntl.lockf(bucket, fcntl.LOCK_EX)
-    spent = max(struct.unpack("d", os.pread(bucket, 8, 0))[0], time.time()) + cost
+    now, before = time.time(), struct.unpack("d", os.pread(bucket, 8, 0))[0]
+    spent = max(before or now, now - 0.5) + cost  # what was left unused for half a second may be caught up with
     os.pwrite(bucket, struct.pack("d", spent), 0)
     fcntl.lockf(bucket, fcntl.LOCK_UN)
     write(self, ref, start, data)
@@ -148,28 +149,28 @@ def main() -> int:
 
     model, out = args.folder / "model", args.folder / "out"
     try:
-        nbytes = make_model(model, args.gigabytes)
+        with ProcessPoolExecutor(1) as pool:  # a process counts its parent's memory at its start as its own peak
+            nbytes = pool.submit(make_model, model, args.gigabytes).result()
         bucket, capped = args.folder / "bucket", args.folder / "capped.py"
         bucket.write_bytes(bytes(8))
         capped.write_text(CAPPED.format(repository=str(REPOSITORY), bucket=str(bucket), rate=args.cap * 1e9))
         plain = REPOSITORY / "hf_to_megatron.py"
         start_up = {
-            ranks: min(convert(plain, model, out, ranks, "--dry-run")[0] for _ in range(2)) for ranks in args.ranks
+            ranks: min(convert(plain, model, out, ranks, "--dry-run")[0] for _ in range(args.repeat))
+            for ranks in args.ranks
         }
-        bandwidth = max(
-            copy_rate(model / "model.safetensors", args.folder / "copy", threads)
-            for threads in args.ranks
-            for _ in "ab"
-        )
+        weights, copy = model / "model.safetensors", args.folder / "copy"
+        bandwidth = max(copy_rate(weights, copy, threads) for threads in args.ranks for _ in range(args.repeat))
         print(f"{nbytes / 1e9:.2f} GB, {os.cpu_count()} cores, copy {bandwidth / 1e9:.2f} GB/s\n")
-        print(
-            "| bandwidth GB/s | ranks | start-up s | measured s | predicted s | measured / predicted | peak GB, rank 0 |"
-        )
-        print("|---|---|---|---|---|---|---|")
+        print("| GB/s at most | ranks | start-up s | measured s | predicted s | measured / predicted | peak GB |")
+        print("|---|---|---|---|---|---|---|", flush=True)
         rate = 0.0
         for script, limit in ((plain, bandwidth), (capped, args.cap * 1e9)):
             for ranks in args.ranks:
-                runs = [convert(script, model, out, ranks) for _ in range(args.repeat)]
+                runs = []
+                for _ in range(args.repeat):
+                    bucket.write_bytes(bytes(8))
+                    runs.append(convert(script, model, out, ranks))
                 wall, inside, peak = min(runs)
                 if ranks == args.ranks[0] and script == plain:
                     rate = nbytes / max(inside, wall - start_up[ranks]) / ranks

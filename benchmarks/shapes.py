@@ -133,7 +133,8 @@ def _write_file(path: Path, content: list[tuple[str, tuple[int, ...]]], sparse: 
         for _, dims in content:
             left = prod(dims)
             while left:
-                bits = torch.empty(min(left, 8 << 20), dtype=torch.int16).random_(-(1 << 15), 1 << 15, generator=generator)
+                bits = torch.empty(min(left, 8 << 20), dtype=torch.int16)
+                bits.random_(-(1 << 15), 1 << 15, generator=generator)
                 # Random signs and mantissas with exponents that no sum overflows: 0.0078 to 0.031.
                 file.write(bits.bitwise_and_(-0x7F01).bitwise_or_(0x3C00).numpy().data)
                 left -= bits.numel()

@@ -2,6 +2,10 @@
 
     python tests/megatron_core.py save --hf-config HF/config.json --out ROOT [--format torch_dist|torch] [--tp N] [...]
     python tests/megatron_core.py load --hf-config HF/config.json --checkpoint ROOT --out RESULT.pt [--norms ...] [...]
+    python tests/megatron_core.py run JOBS.json
+
+`run` does many of the former in one set of processes, since importing megatron-core takes longest: JOBS.json is a list
+of argument lists. A job that fails leaves its traceback in ERROR-N.txt beside JOBS.json, N being its number.
 
 Neither action imports the package under test: the conversion between HF and Megatron-Core tensors below is a second,
 naive one.
@@ -27,10 +31,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +72,7 @@ class Sizes:
     epsilon: float
     theta: float
     rope_factor: float | None
+    window: int | None
     tied: bool
     dtype: torch.dtype
 
@@ -89,6 +96,7 @@ class Sizes:
             epsilon=config["rms_norm_eps"],
             theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
             rope_factor=float(rope["factor"]) if rope_type == "linear" else None,
+            window=config.get("sliding_window") if config["model_type"] == "mistral" else None,
             tied=bool(config.get("tie_word_embeddings", False)),
             dtype=getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32"),
         )
@@ -171,6 +179,8 @@ def cpu_shims() -> None:
     torch.cuda.current_device = lambda: cpu
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    ones = torch.ones
+    torch.ones = lambda *args, **kwargs: ones(*args, **(kwargs | {"device": "cpu"}))  # the mask of a window
 
     @contextlib.contextmanager
     def fork(self: Any, name: str = "") -> Iterator[None]:
@@ -190,7 +200,7 @@ class Chunk:
     last: bool
 
 
-def build_chunks(sizes: Sizes, options: Namespace) -> list[Chunk]:
+def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | None = None) -> list[Chunk]:
     """GPTModels of this rank in the local layer spec, one per virtual stage."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -224,6 +234,7 @@ def build_chunks(sizes: Sizes, options: Namespace) -> list[Chunk]:
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         attention_softmax_in_fp32=True,
+        window_size=window,
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     chunks = []
@@ -339,7 +350,7 @@ def training_args(sizes: Sizes, options: Namespace) -> Namespace:
         apply_query_key_layer_scaling=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        window_size=None,
+        window_size=None if sizes.window is None else (sizes.window - 1, 0),
         make_vocab_size_divisible_by=options.divisible_by,
         padded_vocab_size=sizes.padded_vocab(options.divisible_by, options.tp),
         tokenizer_type="HuggingFaceTokenizer",
@@ -536,7 +547,8 @@ def load(sizes: Sizes, options: Namespace) -> None:
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, sizes.vocab, (2, 16), generator=generator)
     # a second model in float32: bfloat16 arithmetic would hide what the logits are to show
-    exact = build_chunks(replace(sizes, dtype=torch.float32), options)
+    window = getattr(state["args"], "window_size", None)
+    exact = build_chunks(replace(sizes, dtype=torch.float32), options, window and tuple(window))
     for chunk, loaded in zip(exact, chunks, strict=True):
         chunk.model.load_state_dict(loaded.model.state_dict())
     logits = forward(exact, tokens, options)
@@ -559,14 +571,13 @@ def load(sizes: Sizes, options: Namespace) -> None:
 
 
 def run_rank(options: Namespace, rank: int, store: str) -> None:
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    """One job on one of its ranks."""
     world = options.tp * options.pp
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=90)
+    )
     from megatron.core import parallel_state
 
-    cpu_shims()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=options.tp,
         pipeline_model_parallel_size=options.pp,
@@ -575,10 +586,33 @@ def run_rank(options: Namespace, rank: int, store: str) -> None:
     sizes = Sizes.from_hf(options.hf_config)
     {"save": save, "load": load}[options.action](sizes, options)
     torch.distributed.barrier()
+    parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 
-def launch(arguments: list[str], world: int, timeout: float = 300.0) -> int:
+def run_jobs(jobs: list[list[str]], errors: Path, rank: int, store: str) -> None:
+    """Rank `rank`'s part of every job that has such a rank."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    cpu_shims()
+    for number, arguments in enumerate(jobs):
+        options = parse(arguments)
+        if rank >= options.tp * options.pp:
+            continue
+        try:
+            run_rank(options, rank, f"{store}-{number}")
+        except BaseException:
+            with open(errors / f"ERROR-{number}.txt", "a") as file:
+                file.write(f"rank {rank}: {' '.join(arguments)}\n{traceback.format_exc()}\n")
+            if torch.distributed.is_initialized():
+                from megatron.core import parallel_state
+
+                parallel_state.destroy_model_parallel()
+                torch.distributed.destroy_process_group()
+
+
+def launch(arguments: list[str], world: int, timeout: float = 600.0) -> int:
     """Starts one process per rank and waits; the first failure ends the others. Returns the exit code."""
     with tempfile.TemporaryDirectory() as scratch:
         store = os.path.join(scratch, "store")
@@ -602,10 +636,11 @@ def launch(arguments: list[str], world: int, timeout: float = 300.0) -> int:
 
 def parse(arguments: list[str]) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("save", "load"))
-    parser.add_argument("--hf-config", type=Path, required=True, help="HF config.json that gives the sizes")
+    parser.add_argument("action", choices=("save", "load", "run"))
+    parser.add_argument("jobs", type=Path, nargs="?", help="run: the file of jobs")
+    parser.add_argument("--hf-config", type=Path, help="HF config.json that gives the sizes")
     parser.add_argument("--checkpoint", type=Path, help="load: checkpoint root, or one iteration's folder")
-    parser.add_argument("--out", type=Path, required=True, help="save: checkpoint root; load: result file")
+    parser.add_argument("--out", type=Path, help="save: checkpoint root; load: result file")
     parser.add_argument("--format", choices=("torch_dist", "torch"), default="torch_dist")
     parser.add_argument("--norms", choices=("local", "te", "both"), default="local", help="load --format torch only")
     parser.add_argument("--tp", type=int, default=1)
@@ -626,14 +661,24 @@ def parse(arguments: list[str]) -> Namespace:
     )
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--errors", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    if options.rank is None:
-        return launch(arguments, options.tp * options.pp)
-    run_rank(options, options.rank, options.store)
+    jobs = json.loads(options.jobs.read_text()) if options.action == "run" else [arguments]
+    with tempfile.TemporaryDirectory() as scratch:
+        errors = options.jobs.parent if options.action == "run" else Path(scratch)
+        if options.rank is None:
+            parsed = [parse(job) for job in jobs]
+            code = launch([*arguments, "--errors", str(errors)], max(job.tp * job.pp for job in parsed))
+            if options.action != "run":
+                for path in errors.glob("ERROR-*.txt"):
+                    sys.stderr.write(path.read_text())
+                    code = 1
+            return code
+    run_jobs(jobs, options.errors, options.rank, options.store)
     return 0
 
 

@@ -147,7 +147,7 @@ def srun() -> Iterator[Job]:
 def environment() -> dict[str, str]:
     launchers = ("SLURM_", "MASTER_", "TORCHELASTIC_", "RANK", "WORLD_SIZE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    return kept | {"OMP_NUM_THREADS": "1"}
+    return kept | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def torchrun(nodes: int, per_node: int, script: object, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
@@ -213,7 +213,7 @@ def assert_ended(ranks: Mapping[int, Ended], code: int, *reason: str, speaker: i
 # --- the same bytes
 
 
-@pytest.mark.parametrize(("size", "cut"), [(2, ()), (3, CUT), (8, CUT), (8, ())], ids=str)
+@pytest.mark.parametrize(("size", "cut"), [(2, ()), (3, CUT), (4, ()), (8, CUT)], ids=str)
 def test_import_on_ranks(size: int, cut: tuple, sources, imported, tmp_path: Path, srun: Job) -> None:
     out = tmp_path / "out"
     ranks = srun(size, "hf_to_megatron", *importing(sources(MODEL), out, *cut), logs=tmp_path / "logs")

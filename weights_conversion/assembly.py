@@ -270,13 +270,23 @@ _held: dict[Path, int] = {}
 def find_layout(out: Path, targets: Sequence[TargetFile], plan_digest: str) -> dict[TensorRef, int]:
     """What `lay_out` returned to rank 0, on another rank; a network filesystem may show the files a little late."""
     deadline = time.monotonic() + VISIBLE_SECONDS
+    partial = partial_folder(out)
     while True:
         try:
-            return lay_out(out, targets, plan_digest, resume=True)
-        except (OSError, ConversionError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
+            if (partial / "journal" / "digest").read_text() == plan_digest:
+                offsets = lay_out(out, targets, plan_digest, resume=True)
+                root = out if published(out) else partial / "checkpoint"
+                for target in targets:
+                    os.close(os.open(root / target.file, os.O_RDONLY))
+                return offsets
+        except (OSError, ConversionError) as error:
+            logger.debug("%s is not to be seen yet: %s", partial, error)
+        if time.monotonic() > deadline:
+            raise ConversionError(
+                f"{partial.absolute()}, which rank 0 has made, is not to be seen here; the output must be on a filesystem "
+                "that all nodes share"
+            )
+        time.sleep(0.5)
 
 
 def lock(out: Path) -> int:

@@ -15,10 +15,11 @@ import torch
 
 from weights_conversion import __version__, assembly, distributed, progress
 from weights_conversion.config import ConversionError
-from weights_conversion.execute import Source, Stop, Target, Written, execute, inconsistencies
+from weights_conversion.execute import Stop, Written, execute, inconsistencies
 from weights_conversion.placement import Placed, TensorRef
 from weights_conversion.plan import CHUNK_BYTES, Chunk, Plan
 from weights_conversion.progress import Report
+from weights_conversion.streams import Source, Target
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASE_BYTES = 300 << 20  # an interpreter that has imported torch
@@ -63,7 +64,7 @@ def run(job: Job, options: RunOptions) -> Report:
     report.planned(job.out, needed, [target.file for target in job.targets], memory(options.workers))
     if ranks.size > 1:
         report.notes.append(
-            f"{ranks.size} ranks on {ranks.hosts} hosts share the work; the memory is that of each rank"
+            f"{ranks.size} ranks on {ranks.hosts} host{'s' * (ranks.hosts > 1)} share the work; the memory is that of each"
         )
     source = Source()
     try:
@@ -183,7 +184,7 @@ def _write(
         ranks.hear("finished")
         return
     ranks.settle()
-    if ranks.size > 1:
+    if ranks.size > 1 and remaining:
         done = journal.load_all(len(chunks))
     written = [write for writes in done.values() for write in writes]
     assembly.finish(job.out, job.targets, output.offsets, written, job.files, job.last, options.overwrite)

@@ -6,30 +6,21 @@ threads' buffers, whatever the size of the model.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import itertools
-import logging
-import mmap
-import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from weights_conversion.config import ConversionError
 from weights_conversion.dialects import HF
 from weights_conversion.ops import Context, Op, Range, to_hf, to_megatron
 from weights_conversion.placement import Placed, TensorRef
-from weights_conversion.plan import CHUNK_BYTES, PAGE, Chunk, Plan, Step
-
-logger = logging.getLogger(__name__)
+from weights_conversion.plan import CHUNK_BYTES, Chunk, Plan, Step
+from weights_conversion.streams import Scratch, Source, Target, bytes_of
 
 
 @dataclass(frozen=True)
@@ -40,140 +31,6 @@ class Written:
     start: int
     length: int
     crc: int
-
-
-class Scratch:
-    """Page-aligned memory of one worker, handed out piece by piece and reused for every chunk."""
-
-    def __init__(self) -> None:
-        self._regions: list[tuple[mmap.mmap, Tensor]] = []
-        self._used = 0
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor that starts on a page; valid until `reset`."""
-        size = prod(shape) * dtype.itemsize
-        pages = -(-max(size, 1) // PAGE) * PAGE
-        if not self._regions or self._used + pages > len(self._regions[-1][0]):
-            self._add(max(pages, CHUNK_BYTES))
-        _, tensor = self._regions[-1]
-        piece = tensor[self._used : self._used + size].view(dtype).view(tuple(shape))
-        self._used += pages
-        return piece
-
-    def reset(self) -> None:
-        if len(self._regions) > 1:  # one region next time, so that the pieces of a chunk follow each other
-            total = sum(len(region) for region, _ in self._regions)
-            self._regions = []
-            self._add(total)
-        self._used = 0
-
-    def _add(self, size: int) -> None:
-        region = mmap.mmap(-1, size)
-        self._regions.append((region, torch.frombuffer(region, dtype=torch.uint8)))
-        self._used = 0
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, which must outlive the view."""
-    size = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
-
-
-class Source:
-    """Positioned reads from any number of files, by path; descriptors stay open until `close`."""
-
-    def __init__(self, root: Path | None = None) -> None:
-        self._root = root
-        self._files: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, ref: TensorRef, start: int, into: Tensor) -> None:
-        """Fill the contiguous tensor `into` from byte `start` of `ref` on."""
-        descriptor = self._open(ref.file)
-        left, position = bytes_of(into), ref.offset + start
-        while left:
-            count = os.preadv(descriptor, [left], position)
-            if count == 0:
-                raise ConversionError(f"{ref.file} ends in the middle of {ref.name}; it was cut off while it was read")
-            left, position = left[count:], position + count
-
-    def prefetch(self, ref: TensorRef, start: int, length: int) -> None:
-        """Ask the kernel to begin reading these bytes; where it cannot be asked, nothing is lost."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._open(ref.file), ref.offset + start, length, os.POSIX_FADV_WILLNEED)
-
-    def _open(self, file: str) -> int:
-        with self._lock:
-            if file not in self._files:
-                self._files[file] = os.open(self._root / file if self._root else file, os.O_RDONLY | os.O_CLOEXEC)
-            return self._files[file]
-
-    def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
-
-
-class Target:
-    """Positioned writes into files that exist with their final size.
-
-    Whole pages bypass the page cache (O_DIRECT), which on a local disk doubles the speed of a conversion; what does
-    not fill a page, and filesystems that refuse O_DIRECT, go through the page cache.
-    """
-
-    def __init__(self, root: Path, offsets: Mapping[TensorRef, int], direct: bool = True) -> None:
-        self._root, self._offsets, self._direct = root, offsets, direct
-        self._files: dict[str, tuple[int, int | None]] = {}
-        self._lock = threading.Lock()
-
-    def write(self, ref: TensorRef, start: int, data: Tensor) -> None:
-        """Write the contiguous tensor `data` at byte `start` of `ref`."""
-        cached, direct = self._open(ref.file)
-        view, position = bytes_of(data), self._offsets[ref] + start
-        if direct is not None and position % PAGE == 0 and data.data_ptr() % PAGE == 0:
-            pages = len(view) // PAGE * PAGE
-            try:
-                _write_all(direct, view[:pages], position)
-                view, position = view[pages:], position + pages
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._files[ref.file] = (cached, None)
-        _write_all(cached, view, position)
-
-    def _open(self, file: str) -> tuple[int, int | None]:
-        with self._lock:
-            if file not in self._files:
-                path = self._root / file
-                cached = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-                direct = None
-                if self._direct and hasattr(os, "O_DIRECT"):
-                    try:
-                        direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-                    except OSError:
-                        logger.debug("%s: no direct writes here", path)
-                self._files[file] = (cached, direct)
-            return self._files[file]
-
-    def sync(self) -> None:
-        """Make everything that was written survive a power cut."""
-        with self._lock:
-            descriptors = [cached for cached, _ in self._files.values()]
-        for descriptor in descriptors:
-            os.fsync(descriptor)
-
-    def close(self) -> None:
-        for cached, direct in self._files.values():
-            os.close(cached)
-            if direct is not None:
-                os.close(direct)
-        self._files.clear()
-
-
-def _write_all(descriptor: int, view: memoryview, position: int) -> None:
-    while view:
-        count = os.pwrite(descriptor, view, position)
-        view, position = view[count:], position + count
 
 
 def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, copy: int = 0) -> Tensor:
@@ -249,8 +106,10 @@ def transform(plan: Plan, op: Op, units: int, tensors: list[Tensor], scratch: Sc
     return tensors
 
 
-def write_rows(placed: Placed, rows: Range, tensor: Tensor, target: Target, scratch: Scratch) -> Iterable[Written]:
-    """Writes rows (rows, columns) to every block of every copy that holds some of them."""
+def write_rows(
+    placed: Placed, rows: Range, tensor: Tensor, target: Target, scratch: Scratch, crc: bool
+) -> Iterable[Written]:
+    """Writes rows (rows, columns) to every block of every copy that holds some of them; takes their CRC-32 if asked."""
     first, last = rows
     if tensor.dtype != placed.dtype:
         cast = scratch.take(tensor.shape, placed.dtype)
@@ -264,7 +123,8 @@ def write_rows(placed: Placed, rows: Range, tensor: Tensor, target: Target, scra
             if not part.is_contiguous():
                 part = scratch.take(part.shape, part.dtype).copy_(part)
             target.write(block.ref, block.byte(start), part)
-            yield Written(block.ref, block.byte(start), part.numel() * part.element_size(), zlib.crc32(bytes_of(part)))
+            data = bytes_of(part)
+            yield Written(block.ref, block.byte(start), len(data), zlib.crc32(data) if crc else 0)
 
 
 def added_rows(plan: Plan, step: Step, count: int, source: Source, scratch: Scratch) -> Tensor:
@@ -287,16 +147,17 @@ def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Target, scra
     scratch.reset()
     step = plan.steps[chunk.step]
     written: list[Written] = []
+    crc = plan.target.megatron  # torch.save archives keep one of every record, safetensors has none
     if chunk.adds:
         rows = added_rows(plan, step, chunk.stop - chunk.start, source, scratch)
-        written += write_rows(step.target[0], (chunk.start, chunk.stop), rows, target, scratch)
+        written += write_rows(step.target[0], (chunk.start, chunk.stop), rows, target, scratch, crc)
         return written
     tensors = read_source(plan, step, chunk.start, chunk.stop, source, scratch)
     tensors = transform(plan, step.mapping.op, chunk.stop - chunk.start, tensors, scratch)
     ranges = plan.rows(plan.target, step, chunk.start, chunk.stop)
     placed = step.target * len(ranges) if plan.target.megatron else step.target
     for tensor, place, rows in zip(tensors, placed, ranges, strict=True):
-        written += write_rows(place, rows, tensor, target, scratch)
+        written += write_rows(place, rows, tensor, target, scratch, crc)
     return written
 
 

@@ -177,6 +177,10 @@ def read_rope(raw: Mapping[str, Any]) -> tuple[float, float]:
 
 def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Placed]) -> ModelConfig:
     """The ModelConfig of Meta's params.json; what it leaves out comes from the tensors' own shapes."""
+    if family not in META_CONTEXT:
+        raise ConversionError(f"the folder holds Meta's Llama files, and no {family} model was published in them")
+    if family == "codellama" and not raw.get("rope_theta"):
+        raise ConversionError("its params.json has no rope_theta, which differs among the Code Llama models; add it")
     embedding, first = tensors.get("tok_embeddings.weight"), tensors.get("layers.0.feed_forward.w1.weight")
     if embedding is None or first is None:
         raise ConversionError("the consolidated files hold no tok_embeddings.weight and layers.0.feed_forward.w1.weight")
@@ -197,6 +201,9 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConversionError(f"its params.json lacks or garbles a field ({type(error).__name__}: {error})") from error
+    stated = raw.get("vocab_size", -1)
+    if stated not in (-1, None, embedding.rows):
+        raise ConversionError(f"its params.json says vocab_size {stated}, tok_embeddings.weight has {embedding.rows} rows")
     _check_heads(config, own_head_dim=False)
     return config
 

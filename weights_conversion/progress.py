@@ -69,6 +69,8 @@ class Report:
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
+        if nbytes > free:
+            self.warnings.append(f"the disk has {free / 1e9:.3f} GB free, {nbytes / 1e9:.3f} GB are needed")
         shown = files if len(files) <= 8 else [*files[:4], f"... {len(files) - 5} more ...", files[-1]]
         self._plan = [
             f"output      {out}: {nbytes / 1e9:.3f} GB in {len(files)} file{'s' * (len(files) > 1)}",

@@ -57,6 +57,9 @@ class TorchFile:
         record = self.records.get(tensor.storage.key)
         if record is None:
             raise ConversionError(f"{self.path} has no data for {name} (record data/{tensor.storage.key} is missing)")
+        stored = tensor.storage.numel * (tensor.storage.dtype.itemsize if tensor.storage.dtype else 1)
+        if stored != record.size:
+            raise ConversionError(f"{name} in {self.path} has a storage of {stored} bytes, its record has {record.size}")
         contiguous, expected = True, 1
         for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):
             contiguous &= size == 1 or stride == expected
