@@ -124,13 +124,14 @@ def plot(sessions: Sequence[Mapping[str, Any]], path: Path) -> None:
         shape = session["shape"]
         left.set_title(f"{shape['name']}, {session['bytes'] / 1e9:.1f} GB, {session['cache']} cache", fontsize=9)
         left.set_xlabel("seconds (median), and ratio to the copy", fontsize=8)
-        left.legend(fontsize=7)
+        left.margins(x=0.12)
+        left.legend(fontsize=7, loc="lower right")
         right.barh(places, [summary[n]["private"] / 1e9 for n in names], 0.4, label="private", color="#1f6f8b")
         resident = [summary[n]["resident"] / 1e9 for n in names]
         right.barh(beside, resident, 0.4, label="resident", color="#8bbf9f")
         right.set_yticks([])
         right.set_xlabel("peak memory, GB", fontsize=8)
-        right.legend(fontsize=7)
+        right.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

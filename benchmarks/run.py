@@ -43,7 +43,7 @@ def contenders(shape: shapes.Shape, workers: int | None) -> list[Contender]:
     threads = () if workers is None else ("--workers", str(workers))
     importing = ("llama2", *threads)
     exporting = ("--model", "llama2", "--no_tokenizer", *threads)
-    shards = max(3, -(-shape.nbytes // SHARD_BYTES)) if shape.name != "405b" else -(-shape.nbytes // SHARD_BYTES)
+    shards = max(2, -(-shape.nbytes // SHARD_BYTES))
     layout = ("--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4")
     page_cache = (PYTHON, "-m", "benchmarks.through_page_cache")
     baseline = (PYTHON, "-m", "benchmarks.baseline")
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     shape = shapes.find_shape(args.shape, args.layers)
     if shape.layers % 4:
-        parser.error("--layers must be a multiple of 4, since one contender has 4 pipeline stages")
+        parser.error(f"--layers must be a multiple of 4 (one contender has 4 pipeline stages), not {shape.layers}")
     chosen = args.only.split(",") if args.only else [*report.TITLES, "start"]
     if unknown := set(chosen) - {*report.TITLES, "start"}:
         parser.error(f"--only: no such contender: {', '.join(sorted(unknown))}")

@@ -1,13 +1,15 @@
 """Megatron-Core checkpoints: the real megatron-core loads what we write, and we export what it writes, bit for bit.
 
-The tests that need megatron-core run it in processes of its own (`megatron_core.py`). Install it next to the tests with
-`pip install --no-deps megatron-core==0.16.1` and `pip install packaging numpy einops psutil`, or name an interpreter
-that has it in MEGATRON_CORE_PYTHON; without it they are skipped. The others need nothing but the converter.
+The tests that need megatron-core run it in processes of its own (`megatron_core.py`), all jobs of a session at once.
+Install it next to the tests with `pip install --no-deps megatron-core==0.16.1` and `pip install
+packaging numpy einops psutil`, or name an interpreter that has it in MEGATRON_CORE_PYTHON; without it they are skipped.
+The others need nothing but the converter.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import json
 import os
@@ -16,7 +18,8 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,25 +50,70 @@ def without_megatron_core() -> str:
     return "" if probe.returncode == 0 else f"{PYTHON}: {probe.stderr.strip().splitlines()[-1]}"
 
 
+@dataclass(frozen=True)
+class Job:
+    """One load or save by megatron-core: of what, in which layout, and (load) by which conversion it came about."""
+
+    action: str
+    model: str
+    layout: tuple[Any, ...] = ()
+    conversion: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join(str(part).removeprefix("--") for part in (self.model, *self.layout)) or "plain"
+
+
+def loads(model: str, tp: int = 1, pp: int = 1, vpp: int = 1, conversion: Sequence[Any] = (), norms: str = "") -> Job:
+    layout = [*(["--norms", norms, "--format", "torch"] if norms else []), "--tp", tp, "--pp", pp, "--vpp", vpp]
+    return Job("load", model, tuple(layout), tuple(conversion))
+
+
+def saves(model: str, *layout: Any) -> Job:
+    return Job("save", model, layout)
+
+
 @pytest.fixture(scope="session")
-def megatron_core() -> Callable[..., None]:
-    """Runs one action of the harness."""
+def ran(request: pytest.FixtureRequest, tmp_path_factory, core, huggingface) -> Callable[[Job], Path]:
+    """What a job left behind. All jobs of the session's tests run in one go, once for all its worker processes."""
     if reason := without_megatron_core():
         pytest.skip(f"megatron-core cannot be imported ({reason})")
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    jobs = list(dict.fromkeys(value for each in parameters for value in each.values() if isinstance(value, Job)))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "megatron-core-jobs"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "jobs.json").exists():
+            run_jobs(folder, jobs, core, huggingface)
 
-    def run(*arguments: Any) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(
-            [PYTHON, HARNESS, *map(str, arguments)],
+    def result(job: Job) -> Path:
+        number = jobs.index(job)
+        error = folder / f"ERROR-{number}.txt"
+        assert not error.exists(), error.read_text()
+        assert (folder / str(number)).exists(), (folder / "stderr").read_text()[-4000:]
+        return folder / str(number)
+
+    return result
+
+
+def run_jobs(folder: Path, jobs: Sequence[Job], core: Callable[..., Path], huggingface: Callable[[str], Path]) -> None:
+    """Starts megatron-core once; job N leaves FOLDER/N or FOLDER/ERROR-N.txt."""
+    lines = []
+    for number, job in enumerate(jobs):
+        line = [job.action, "--hf-config", huggingface(job.model) / "config.json", "--out", folder / str(number)]
+        checkpoint = ["--checkpoint", core(job.model, *job.conversion)] if job.action == "load" else []
+        lines.append([str(word) for word in (*line, *checkpoint, *job.layout)])
+    (folder / "jobs.json").write_text(json.dumps(lines))
+    with open(folder / "stderr", "wb") as output:
+        subprocess.run(
+            [PYTHON, HARNESS, "run", folder / "jobs.json"],
             check=False,
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=400,
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            timeout=900,
         )
-        assert done.returncode == 0, f"megatron-core failed\n{done.stderr[-4000:]}"
-
-    return run
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -91,6 +139,7 @@ MODELS: dict[str, tm.Tiny] = tm.MODELS | {
         Llama("mqa", "llama2", layers=2, heads=4, groups=1, vocab=331, dtype=F32),
         Llama("tied", "llama2", layers=4, heads=8, groups=4, head_dim=8, vocab=250, dtype=F32, tied_head=True),
         Llama("tied-bf16", "llama2", layers=2, heads=4, groups=2, tied_head=True),
+        tm.Tiny("window", "mistral", layers=2, heads=4, groups=2, max_positions=64, dtype=F32, window=5),
     )
 }
 
@@ -172,59 +221,59 @@ def assert_same_model(result_file: Path, huggingface: Path, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "pp"),
+    "job",
     [
-        ("mha", 1, 1),
-        ("mha", 2, 1),
-        ("gqa", 1, 1),
-        ("gqa", 2, 2),
-        ("mqa", 1, 1),
-        ("mqa", 2, 1),  # fewer groups than ranks
-        ("tied", 1, 1),
-        ("tied", 2, 2),
-        ("tied-bf16", 2, 1),
-        ("llama2-wide-heads", 2, 1),
-        ("llama2-linear", 1, 1),
-        ("codellama", 1, 1),
-        ("mistral-v0.3", 2, 1),
+        loads("mha", 1, 1),
+        loads("mha", 2, 1),
+        loads("gqa", 1, 1),
+        loads("gqa", 2, 2),
+        loads("gqa", 1, 2, 2),
+        loads("mqa", 1, 1),
+        loads("mqa", 2, 1),  # fewer groups than ranks
+        loads("tied", 1, 1),
+        loads("tied", 2, 2),
+        loads("tied-bf16", 2, 1),
+        loads("llama2-wide-heads", 2, 1),
+        loads("llama2-linear", 1, 1),
+        loads("codellama", 1, 1),
+        loads("mistral-v0.3", 2, 1),
+        loads("window", 1, 1),
     ],
+    ids=str,
 )
-def test_torch_dist_loads(name, tp, pp, core, huggingface, megatron_core, tmp_path: Path) -> None:
+def test_torch_dist_loads(job: Job, ran, huggingface) -> None:
     """The same files for every layout, under megatron-core's default strictness."""
-    config = huggingface(name) / "config.json"
-    result = tmp_path / "result.pt"
-    megatron_core("load", "--hf-config", config, "--checkpoint", core(name), "--tp", tp, "--pp", pp, "--out", result)
-    found = assert_same_model(result, huggingface(name), MODELS[name].dtype)
-    assert_training_args(found["args"], MODELS[name])
+    found = assert_same_model(ran(job), huggingface(job.model), MODELS[job.model].dtype)
+    assert_training_args(found["args"], MODELS[job.model])
 
 
-def test_torch_dist_loads_in_virtual_stages(core, huggingface, megatron_core, tmp_path: Path) -> None:
-    config = huggingface("gqa") / "config.json"
-    layout = ["--tp", 1, "--pp", 2, "--vpp", 2]
-    megatron_core("load", "--hf-config", config, "--checkpoint", core("gqa"), *layout, "--out", tmp_path / "result.pt")
-    assert_same_model(tmp_path / "result.pt", huggingface("gqa"), MODELS["gqa"].dtype)
-
-
-@pytest.mark.parametrize(("name", "tp", "pp"), [("gqa", 2, 2), ("mha", 1, 1), ("tied", 2, 2), ("mqa", 2, 1)])
-@pytest.mark.parametrize("norms", ["local", "te"])
-def test_torch_loads_strictly(name, tp, pp, norms, core, huggingface, megatron_core, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "job",
+    [
+        loads(name, tp, pp, conversion=cut(tp, pp), norms=norms)
+        for name, tp, pp in (("gqa", 2, 2), ("mha", 1, 1), ("tied", 2, 2), ("mqa", 2, 1))
+        for norms in ("local", "te")
+    ],
+    ids=str,
+)
+def test_torch_loads_strictly(job: Job, ran, huggingface) -> None:
     """Rank files, one norm spelling chosen, strict=True."""
-    layout = ["--format", "torch", "--norms", norms, "--tp", tp, "--pp", pp]
-    config = huggingface(name) / "config.json"
-    checkpoint = core(name, *cut(tp, pp))
-    megatron_core("load", "--hf-config", config, "--checkpoint", checkpoint, *layout, "--out", tmp_path / "result.pt")
-    found = assert_same_model(tmp_path / "result.pt", huggingface(name), MODELS[name].dtype)
-    assert_training_args(found["args"], MODELS[name])
+    found = assert_same_model(ran(job), huggingface(job.model), MODELS[job.model].dtype)
+    assert_training_args(found["args"], MODELS[job.model])
 
 
-@pytest.mark.parametrize(("tp", "pp", "vpp"), [(1, 1, 1), (2, 2, 1), (1, 2, 2)])
-def test_torch_loads_with_both_spellings(tp, pp, vpp, core, huggingface, megatron_core, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "job",
+    [
+        loads("gqa", 1, 1, conversion=cut(), norms="both"),
+        loads("gqa", 2, 2, conversion=cut(2, 2), norms="both"),
+        loads("gqa", 1, 2, 2, conversion=cut(1, 2, 1), norms="both"),
+    ],
+    ids=str,
+)
+def test_torch_loads_with_both_spellings(job: Job, ran, huggingface) -> None:
     """As Megatron-LM retries a failed strict load: nothing may stay unfilled, only the other spelling is left."""
-    checkpoint = core("gqa", *cut(tp, pp, MODELS["gqa"].layers // (pp * vpp) if vpp > 1 else None))
-    layout = ["--format", "torch", "--norms", "both", "--tp", tp, "--pp", pp, "--vpp", vpp]
-    config = huggingface("gqa") / "config.json"
-    megatron_core("load", "--hf-config", config, "--checkpoint", checkpoint, *layout, "--out", tmp_path / "result.pt")
-    found = assert_same_model(tmp_path / "result.pt", huggingface("gqa"), MODELS["gqa"].dtype)
+    found = assert_same_model(ran(job), huggingface("gqa"), MODELS["gqa"].dtype)
     assert found["missing"] == []
     assert found["unexpected"]
     for name in found["unexpected"]:
@@ -387,7 +436,9 @@ def assert_same_config(found: Path, expected: Path) -> None:
 
     one, two = (transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in (found, expected))
     sizes = "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size"
-    rest = "model_type max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings hidden_act"
+    rest = (
+        "model_type sliding_window max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings hidden_act"
+    )
     keys = f"{sizes} {rest}".split()
     assert {key: one.get(key) for key in keys} == {key: two.get(key) for key in keys}
 
@@ -420,64 +471,56 @@ def test_core_to_megatron_llm_is_golden(case: str, tp: int, pp: int, to_megatron
 # --- what megatron-core writes, exported by us -----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory, megatron_core, huggingface) -> Callable[..., Path]:
-    """Checkpoints that megatron-core wrote, once for each set of options. Not to be changed by a test."""
-    done: dict[tuple[str, ...], Path] = {}
-
-    def save(name: str, *options: Any) -> Path:
-        key = (name, *map(str, options))
-        if key not in done:
-            out = tmp_path_factory.mktemp("saved") / name
-            megatron_core("save", "--hf-config", huggingface(name) / "config.json", "--out", out, *options)
-            done[key] = out
-        return done[key]
-
-    return save
-
-
 def assert_exports(root: Path, name: str, huggingface: Path, to_hf: Script, out: Path, *options: Any) -> None:
     """Bit for bit with the true rows, and with all rows where no one says how many are true."""
     expected = load_file(root / "expected.safetensors")
     rows = ["--true_vocab_size", MODELS[name].vocab]
-    trimmed = export(to_hf, root, out / "trimmed", *rows, *options)
+    family = MODELS[name].family
+    trimmed = export(to_hf, root, out / "trimmed", *rows, *options, model=family)
     assert_same_tensors(tm.read_huggingface(trimmed), expected)
     assert_same_config(trimmed, huggingface)
-    whole = export(to_hf, root, out / "whole", *options)
+    whole = export(to_hf, root, out / "whole", *options, model=family)
     assert_same_tensors(tm.read_huggingface(whole), expected | load_file(root / "padded.safetensors"))
 
 
+TRAINED = saves("gqa", "--tp", 2, "--training-state")
+with_trained = pytest.mark.parametrize("job", [TRAINED], ids=str)
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
+    "job",
     [
-        ("mha", []),
-        ("gqa", ["--tp", 2, "--training-state"]),
-        ("mqa", ["--tp", 2]),
-        ("tied", ["--tp", 2, "--pp", 2]),
-        ("gqa", ["--pp", 2, "--vpp", 2]),
-        ("gqa", ["--tp", 2, "--layers", "apart"]),
-        ("gqa", ["--tp", 2, "--layers", "singleton"]),
-        ("gqa", ["--common", "inside"]),
-        ("gqa", ["--format", "torch", "--tp", 2, "--pp", 2, "--training-state"]),
-        ("tied", ["--format", "torch", "--tp", 2, "--pp", 2]),
-        ("gqa", ["--format", "torch", "--pp", 2, "--vpp", 2]),
-        ("mqa", ["--format", "torch", "--tp", 2]),
+        saves("mha"),
+        TRAINED,
+        saves("mqa", "--tp", 2),
+        saves("tied", "--tp", 2, "--pp", 2),
+        saves("window", "--tp", 2),
+        saves("gqa", "--pp", 2, "--vpp", 2),
+        saves("gqa", "--tp", 2, "--layers", "apart"),
+        saves("gqa", "--tp", 2, "--layers", "singleton"),
+        saves("gqa", "--common", "inside"),
+        saves("gqa", "--format", "torch", "--tp", 2, "--pp", 2, "--training-state"),
+        saves("tied", "--format", "torch", "--tp", 2, "--pp", 2),
+        saves("gqa", "--format", "torch", "--pp", 2, "--vpp", 2),
+        saves("mqa", "--format", "torch", "--tp", 2),
     ],
-    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)) or "plain",
+    ids=str,
 )
-def test_export_of_megatron_core(name, options, saved, huggingface, to_hf, tmp_path: Path) -> None:
-    assert_exports(saved(name, *options), name, huggingface(name), to_hf, tmp_path)
+def test_export_of_megatron_core(job: Job, ran, huggingface, to_hf, tmp_path: Path) -> None:
+    assert_exports(ran(job), job.model, huggingface(job.model), to_hf, tmp_path)
 
 
-def test_secrets_stay_behind(saved, to_hf, tmp_path: Path) -> None:
-    out = export(to_hf, saved("gqa", "--tp", 2, "--training-state"), tmp_path / "out")
+@with_trained
+def test_secrets_stay_behind(job: Job, ran, to_hf, tmp_path: Path) -> None:
+    out = export(to_hf, ran(job), tmp_path / "out")
     for path in out.rglob("*"):
         assert not path.is_file() or b"do-not-copy-me" not in path.read_bytes(), path
 
 
-def test_optimizer_is_not_read(saved, huggingface, to_hf, tmp_path: Path) -> None:
+@with_trained
+def test_optimizer_is_not_read(job: Job, ran, huggingface, to_hf, tmp_path: Path) -> None:
     """The bytes of optimizer and random state are destroyed: nobody may notice."""
-    shutil.copytree(saved("gqa", "--tp", 2, "--training-state"), tmp_path / "in")
+    shutil.copytree(ran(job), tmp_path / "in")
     folder = iteration_folder(tmp_path / "in")
     destroyed = 0
     for index, info in read_metadata(tmp_path / "in").storage_data.items():
@@ -552,9 +595,10 @@ def as_bridge(root: Path) -> None:
     )
 
 
-def test_export_of_megatron_bridge(saved, huggingface, to_hf, tmp_path: Path) -> None:
+@with_trained
+def test_export_of_megatron_bridge(job: Job, ran, huggingface, to_hf, tmp_path: Path) -> None:
     """No args: the config is in run_config.yaml, whose targets are names and never called."""
-    shutil.copytree(saved("gqa", "--tp", 2, "--training-state"), tmp_path / "in")
+    shutil.copytree(ran(job), tmp_path / "in")
     as_bridge(tmp_path / "in")
     model = MODELS["gqa"]
     text = RUN_CONFIG.format_map({key: getattr(model, key) for key in model.__dataclass_fields__})
@@ -562,16 +606,11 @@ def test_export_of_megatron_bridge(saved, huggingface, to_hf, tmp_path: Path) ->
     assert_exports(tmp_path / "in", "gqa", huggingface("gqa"), to_hf, tmp_path)
 
 
-def test_no_config_anywhere(saved, to_hf, tmp_path: Path) -> None:
-    shutil.copytree(saved("gqa", "--tp", 2, "--training-state"), tmp_path / "in")
+@with_trained
+def test_no_config_anywhere(job: Job, ran, to_hf, tmp_path: Path) -> None:
+    shutil.copytree(ran(job), tmp_path / "in")
     as_bridge(tmp_path / "in")
     refuse(to_hf, tmp_path / "in", "run_config.yaml")
-
-
-def test_missing_common(saved, to_hf, tmp_path: Path) -> None:
-    shutil.copytree(saved("gqa", "--tp", 2, "--training-state"), tmp_path / "in")
-    (iteration_folder(tmp_path / "in") / "common.pt").unlink()
-    refuse(to_hf, tmp_path / "in", "common.pt")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -666,31 +705,195 @@ def test_tensors_of_refused_architectures(old: str, new: str, word: str, copied:
     refuse(to_hf, copied, word)
 
 
-@pytest.mark.parametrize("change", ["gone", "rows"])
-def test_tensors_that_do_not_fit(change: str, copied: Path, to_hf) -> None:
-    name = "decoder.layers.mlp.linear_fc2.weight"
-    metadata = read_metadata(copied)
-    if change == "gone":
-        del metadata.state_dict_metadata[name]
-        metadata.storage_data = {k: v for k, v in metadata.storage_data.items() if k.fqn != name}
-    else:
-        item = metadata.state_dict_metadata[name]
-        item.size = torch.Size((item.size[0], item.size[1] + 8, item.size[2]))
-    (iteration_folder(copied) / ".metadata").write_bytes(pickle.dumps(metadata))
-    refuse(to_hf, copied, name)
+def test_tensors_of_refused_architectures_in_rank_files(core, to_hf, tmp_path: Path) -> None:
+    shutil.copytree(core("gqa", *cut()), tmp_path / "in")
+    path = iteration_folder(tmp_path / "in") / "mp_rank_00" / "model_optim_rng.pt"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, weights_only=True)
+    content["model"]["decoder.layers.0.mlp.router.weight"] = torch.zeros(4, 64)
+    torch.save(content, path)
+    refuse(to_hf, tmp_path / "in", "expert", "router")
 
 
-def test_chunks_with_a_hole(copied: Path, to_hf) -> None:
-    """One chunk's place is not in storage_data: nothing may be filled with what happens to lie in memory."""
-    name = "decoder.layers.mlp.linear_fc2.weight"
-    metadata = read_metadata(copied)
-    item = metadata.state_dict_metadata[name]
-    lost = item.chunks.pop()
+def edit_metadata(root: Path, edit: Callable[[Any], None]) -> None:
+    metadata = read_metadata(root)
+    edit(metadata)
+    (iteration_folder(root) / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+FC2 = "decoder.layers.mlp.linear_fc2.weight"
+
+
+def without_tensor(metadata: Any) -> None:
+    del metadata.state_dict_metadata[FC2]
+    metadata.storage_data = {k: v for k, v in metadata.storage_data.items() if k.fqn != FC2}
+
+
+def with_more_rows(metadata: Any) -> None:
+    item = metadata.state_dict_metadata[FC2]
+    item.size = torch.Size((item.size[0], item.size[1] + 8, item.size[2]))
+
+
+def without_chunk(metadata: Any) -> None:
+    """Nothing may be filled with what happens to lie in memory."""
+    metadata.state_dict_metadata[FC2].chunks.pop()
+
+
+def without_item(metadata: Any) -> None:
+    lost = metadata.state_dict_metadata[FC2].chunks[0]
     metadata.storage_data = {
-        k: v for k, v in metadata.storage_data.items() if k.fqn != name or tuple(k.offset) != tuple(lost.offsets)
+        k: v for k, v in metadata.storage_data.items() if k.fqn != FC2 or tuple(k.offset) != tuple(lost.offsets)
     }
-    (iteration_folder(copied) / ".metadata").write_bytes(pickle.dumps(metadata))
-    refuse(to_hf, copied, name)
+
+
+def with_overlap_and_hole(metadata: Any) -> None:
+    """Layer 0's chunk is there twice, the second time where layer 1's would be: the number of elements is right."""
+    chunks = metadata.state_dict_metadata[FC2].chunks
+    chunks[1] = chunks[0]
+
+
+def beyond_the_shape(metadata: Any) -> None:
+    chunks = metadata.state_dict_metadata[FC2].chunks
+    chunks[0] = replace(chunks[0], sizes=torch.Size((2, *chunks[0].sizes[1:])))
+    chunks[-1] = replace(chunks[-1], sizes=torch.Size((2, *chunks[-1].sizes[1:])))
+
+
+def with_other_type(metadata: Any) -> None:
+    metadata.state_dict_metadata[FC2].properties.dtype = torch.float16
+
+
+def swapped_with_proj(metadata: Any) -> None:
+    """The index places a part of linear_fc2 where a part of linear_proj stands."""
+    data, proj = metadata.storage_data, "decoder.layers.self_attention.linear_proj.weight"
+    one, two = (next(k for k in data if k.fqn == name) for name in (FC2, proj))
+    data[one], data[two] = data[two], data[one]
+
+
+def compressed(metadata: Any) -> None:
+    for index, info in metadata.storage_data.items():
+        if index.fqn == FC2:
+            info.transform_descriptors = ["zstd"]
+
+
+def outside_the_folder(metadata: Any) -> None:
+    for info in metadata.storage_data.values():
+        info.relative_path = f"../release/{info.relative_path}"
+
+
+@pytest.mark.parametrize(
+    ("edit", "word"),
+    [
+        (without_tensor, FC2),
+        (with_more_rows, FC2),
+        (without_chunk, FC2),
+        (without_item, FC2),
+        (with_overlap_and_hole, "overlap"),
+        (beyond_the_shape, FC2),
+        (with_other_type, FC2),
+        (swapped_with_proj, "linear_proj"),
+        (compressed, "zstd"),
+        (outside_the_folder, "own folder"),
+    ],
+)
+def test_index_that_does_not_fit(edit: Callable[[Any], None], word: str, copied: Path, to_hf) -> None:
+    edit_metadata(copied, edit)
+    refuse(to_hf, copied, word)
+
+
+def test_items_in_another_format(copied: Path, to_hf) -> None:
+    """torch.distributed.checkpoint can write safetensors; then no archive begins where the index says."""
+    info = next(v for k, v in read_metadata(copied).storage_data.items() if k.fqn == FC2)
+    with open(iteration_folder(copied) / info.relative_path, "r+b") as file:
+        file.seek(info.offset)
+        file.write(b"\x80\x00\x00\x00\x00\x00\x00\x00{")
+    refuse(to_hf, copied, FC2, "safetensors")
+
+
+@pytest.mark.parametrize("where", ["head", "tail"])
+def test_damaged_item_among_many(where: str, copied: Path, to_hf) -> None:
+    """All items of a shape look alike around their data. One that does not is taken apart on its own."""
+    info = [v for k, v in read_metadata(copied).storage_data.items() if k.fqn == FC2][2]
+    path = iteration_folder(copied) / info.relative_path
+    with open(path, "r+b") as file:
+        file.seek(info.offset)
+        item = file.read(info.length)
+        file.seek(info.offset + (item.index(b"BFloat16Storage") if where == "head" else info.length - 22))
+        file.write(b"\xff" * 8)
+    refuse(to_hf, copied, path.name)
+
+
+def test_metadata_of_older_releases(copied: Path, core, to_hf, tmp_path: Path) -> None:
+    """Up to Megatron-Core 0.15 the index of a training run is of a class of its own, with plans and paths inside."""
+    name = "megatron.core.dist_checkpointing.strategies.torch"
+    metadata = read_metadata(copied)
+    module = types.ModuleType(name)
+    for kind in ("MCoreMetadata", "MCoreSavePlan"):
+        setattr(module, kind, type(kind, (), {"__module__": name}))
+    older = module.MCoreMetadata()
+    vars(older).update(vars(metadata), mcore_data={"optimizer": {"nested": [1, 2]}})
+    older.all_local_plans = [module.MCoreSavePlan()]
+    older.storage_meta = Path("/where/it/was")
+    packages = [".".join(name.split(".")[:depth]) for depth in range(1, 5)]
+    with pytest.MonkeyPatch.context() as patch:
+        for package in packages:
+            patch.setitem(sys.modules, package, types.ModuleType(package))
+        patch.setitem(sys.modules, name, module)
+        (iteration_folder(copied) / ".metadata").write_bytes(pickle.dumps(older))
+    out = export(to_hf, copied, tmp_path / "back")
+    assert_same_tensors(tm.read_huggingface(out), MODELS["gqa"].tensors())
+
+
+def test_missing_common(copied: Path, to_hf) -> None:
+    (iteration_folder(copied) / "common.pt").unlink()
+    refuse(to_hf, copied, "common.pt")
+
+
+def test_without_args_the_manifest_says(copied: Path, to_hf, tmp_path: Path) -> None:
+    as_bridge(copied)
+    out = export(to_hf, copied, tmp_path / "back")
+    assert_same_tensors(tm.read_huggingface(out), MODELS["gqa"].tensors())
+    (copied / "conversion_manifest.json").unlink()
+    refuse(to_hf, copied, "run_config.yaml", "conversion_manifest.json")
+
+
+def test_run_config_without_a_reader(copied: Path, to_hf, monkeypatch) -> None:
+    as_bridge(copied)
+    (iteration_folder(copied) / "run_config.yaml").write_text("model: {}")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    refuse(to_hf, copied, "run_config.yaml", "PyYAML")
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("num_moe_experts: 8", "expert"),
+        ("rope_scaling: true", "rope scaling"),
+        ("activation_func: {_target_: torch.nn.functional.gelu}", "SwiGLU"),
+        ("window_size: {_target_: builtins.print}", "window"),
+        ("window_size: [4095, 0]", "window"),
+        ("seq_len_interpolation_factor: many", "seq_len_interpolation_factor"),
+        ("hidden_size: many", "hidden_size"),
+        ("!!python/object/apply:os.mkdir [executed]", "run_config.yaml"),
+    ],
+)
+def test_run_config_that_is_refused(line: str, word: str, copied: Path, to_hf) -> None:
+    as_bridge(copied)
+    model = MODELS["gqa"]
+    text = RUN_CONFIG.format_map({key: getattr(model, key) for key in model.__dataclass_fields__})
+    key = line.partition(":")[0]
+    kept = [other for other in text.splitlines() if not other.startswith(f"  {key}:")]
+    if key == "activation_func":
+        kept = [other for other in kept if other not in ("    _call_: false", "    _target_: torch.nn.functional.silu")]
+        kept = [other for other in kept if other != "    _target_: torch.bfloat16"]
+    (iteration_folder(copied) / "run_config.yaml").write_text("\n".join(kept).replace("model:", f"model:\n  {line}", 1))
+    refuse(to_hf, copied, word)
+    assert not Path("executed").exists()
+
+
+def test_window_of_another_family(copied: Path, to_hf) -> None:
+    """No shape would betray it."""
+    edit_common(copied, lambda common: setattr(common["args"], "window_size", (4095, 0)))
+    refuse(to_hf, copied, "window", "4096", "mistral")
 
 
 def test_falcon_is_refused(to_megatron, tmp_path: Path) -> None:

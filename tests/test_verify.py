@@ -740,6 +740,21 @@ def test_recast_that_is_wrong_in_one_place(imported, sources, to_megatron: Scrip
     assert re.search(pattern, result.out), result.out
 
 
+@pytest.mark.parametrize(("stored", "wide"), [(torch.bfloat16, "float32"), (torch.bfloat16, "float16")])
+def test_damage_to_a_widened_checkpoint(stored: torch.dtype, wide: str, to_megatron: Script, tmp_path: Path) -> None:
+    """The lowest bit, which rounding back to the source's dtype would hide."""
+    source = tm.write_huggingface(tmp_path / "hf", tm.with_dtype(tm.MODELS["llama2"], stored))
+    to_megatron("llama2", "--model-path", source, "--out", tmp_path / "mt", "--dtype", wide).succeeded()
+
+    def edit(ranks: Ranks) -> None:
+        tensor = stack(ranks, 0, 0)["layers.1.self_attention.dense.weight"]
+        tensor.view(torch.int32 if wide == "float32" else torch.int16)[8, 4] ^= 1
+
+    result = check(source, edited(tmp_path / "mt", tmp_path / "broken", edit))
+    assert result.code == 1, result.text
+    assert re.search(r"layers\.1\.self_attn\.o_proj\.weight.*: 1 of .* differ, first at row 8 column 4", result.out)
+
+
 def test_not_a_number_on_both_sides(tmp_path: Path, to_megatron: Script) -> None:
     model = tm.MODELS["llama2-gqa"]
     tensors = {name: tensor.clone() for name, tensor in model.tensors().items()}

@@ -96,13 +96,12 @@ def source_files(plan: Plan) -> list[str]:
 
 
 def digest(plan: Plan, targets: Sequence[TargetFile], extra: str) -> str:
-    """Changes with everything that decides an output byte: sources (by size and times), plan, options, releases."""
+    """Changes with everything that decides an output byte: sources (by size and time), plan, options, releases."""
     whole = (__version__, torch.__version__, extra, plan.new_rows, plan.source, plan.target, plan.config)
     sha = hashlib.sha256(repr(whole).encode())
     for file in source_files(plan):
         stat = os.stat(file)
-        # ctime too: tools that copy files set mtime back, nobody sets ctime.
-        sha.update(f"{file} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode())
+        sha.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     for step in plan.steps:
         sha.update(repr(step).encode())
     for target in targets:
@@ -159,6 +158,7 @@ class Journal:
         self._refs = refs
         self._waiting: list[str] = []
         self._bytes = 0
+        self._sync_failed = False
         self._lock = threading.Lock()
 
     def load(self) -> dict[int, list[Written]]:
@@ -201,9 +201,13 @@ class Journal:
 
     def _flush(self, sync: Callable[[], None]) -> None:
         lines, self._waiting, self._bytes = self._waiting, [], 0
-        if not lines:
+        if not lines or self._sync_failed:
             return
-        sync()
+        try:
+            sync()
+        except OSError:
+            self._sync_failed = True  # the kernel reports lost data once, so no later sync vouches for anything
+            raise
         with (self._folder / f"chunks.{self._rank}").open("a") as file:
             file.write("\n" + "\n".join(lines) + "\n")  # in front too: a kill may have left half a line
             file.flush()
@@ -283,8 +287,8 @@ def find_layout(out: Path, targets: Sequence[TargetFile], plan_digest: str) -> d
             logger.debug("%s is not to be seen yet: %s", partial, error)
         if time.monotonic() > deadline:
             raise ConversionError(
-                f"{partial.absolute()}, which rank 0 has made, is not to be seen here; the output must be on a filesystem "
-                "that all nodes share"
+                f"{partial.absolute()}, which rank 0 has made, is not to be seen here; the output must be on a "
+                "filesystem that all nodes share"
             )
         time.sleep(0.5)
 

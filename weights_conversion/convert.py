@@ -63,9 +63,8 @@ def run(job: Job, options: RunOptions) -> Report:
         ranks.agree(_view(job, plan_digest))
     report.planned(job.out, needed, [target.file for target in job.targets], memory(options.workers))
     if ranks.size > 1:
-        report.notes.append(
-            f"{ranks.size} ranks on {ranks.hosts} host{'s' * (ranks.hosts > 1)} share the work; the memory is that of each"
-        )
+        hosts = f"{ranks.hosts} host{'s' * (ranks.hosts > 1)}"
+        report.notes.append(f"{ranks.size} ranks on {hosts} share the work; the memory is that of each")
     source = Source()
     try:
         if ranks.rank == 0:

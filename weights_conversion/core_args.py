@@ -72,6 +72,7 @@ _FOREIGN: tuple[tuple[str, Any, str], ...] = (
     ("hybrid_override_pattern", None, "state-space layers"),
     ("is_hybrid_model", False, "state-space layers"),
 )
+_FACTORS = ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
 _ZERO_IS_NONE = ("num_experts", "num_moe_experts", "no_rope_freq", "mtp_num_layers")
 # What the names of tensors betray, where args are silent.
 _FOREIGN_TENSORS = (
@@ -192,6 +193,16 @@ def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> lis
     ]
 
 
+def unreadable(stated: Mapping[str, Any], plain: Mapping[str, Any], folder: Path) -> list[str]:
+    """Sentences on args that decide what model it is, but are no plain values and so were left out of `plain`."""
+    deciding = (*(name for name, _, _ in _FOREIGN), *_FACTORS, "window_size")
+    return [
+        f"the args of {folder} have {name} of type {type(stated[name]).__name__}, which is not understood"
+        for name in deciding
+        if stated.get(name) is not None and name not in plain
+    ]
+
+
 def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Plain args in Megatron-LLM's names. A model that is none of the five families is refused by name."""
     problems = [
@@ -225,7 +236,7 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _factor(args: Mapping[str, Any], folder: Path, problems: list[str]) -> float:
     """Linear scaling of positions."""
-    for name in ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"):
+    for name in _FACTORS:
         value = args.get(name)
         if value is not None:
             if type(value) in (int, float) and 0 < value < math.inf:
@@ -285,7 +296,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise ConversionError(f"{path} has no section `model`")
-    stated = {str(key): value for key, value in model.items() if not isinstance(value, dict)}
+    stated = {str(key): value for key, value in model.items()}
     activation = model.get("activation_func")
     if isinstance(activation, dict):
         stated["activation_func"] = str(activation.get("_target_")).rpartition(".")[2]

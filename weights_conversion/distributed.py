@@ -41,7 +41,7 @@ CONTINUES = "the same command, on any number of ranks, continues where this one 
 class Limits:
     """Seconds. A death is known to all ranks, and they have ended, after at most silence + exit."""
 
-    join: float = 45.0  # from the start of one rank until all have started
+    join: float = 40.0  # from the start of one rank until all have started
     silence: float = 25.0  # without a sign of life, after which a rank counts as dead
     beat: float = 1.0  # between signs of life
     nudge: float = 6.0  # after which a rank that is busy elsewhere is interrupted to hear of the end
@@ -162,6 +162,7 @@ class Group(Ranks):
         self.rank, self.size = launch.rank, launch.size
         self._launch, self._limits = launch, limits
         self._names: list[str] = []  # of the hosts, by rank
+        self._absent: list[int] = []  # ranks that have not joined
         self._host = socket.gethostname()
         self._changed = threading.Condition()
         self._out: dict[str, str] = {}
@@ -246,7 +247,7 @@ class Group(Ranks):
                 self._wait(lambda: not (self._out or self._sending) or self._store is None, 2.0)
             else:
                 self._post({"said": ""})
-                dead = self._silent(2.5 * self._limits.beat)
+                dead = [*self._absent, *self._silent(2.5 * self._limits.beat)]
                 others = [rank for rank in range(1, self.size) if rank not in dead]
                 self._settled = True
                 self._try([f"left/{rank}" for rank in others], self._limits.farewell)
@@ -428,6 +429,7 @@ class Group(Ranks):
             "their logs, start all ranks at one time, or unset WORLD_SIZE and SLURM_STEP_ID where one process is meant"
         ) if absent else "rank 0 did not begin in time"  # fmt: skip
         if self.rank == 0:
+            self._absent = absent
             store.compare_set(self._key("failed"), "", json.dumps([0, text]))
             self._store = store
             threading.Thread(target=self._talk, daemon=True, name="ranks").start()

@@ -20,7 +20,7 @@ Exit codes: 0 the same model, 1 different or not readable, 2 wrong arguments.
 #       nonfinite {tensor: source, checkpoint}, differences and recast [tensor, layer, shape, source_dtype,
 #       checkpoint_dtype, different_values, rounded_values, not_finite_on_one_side, largest_absolute_error,
 #       largest_relative_error, row, column, source_value, checkpoint_value, first [row, column], files {file: values},
-#       cause]; tensors, rows and columns are those of the Hugging Face model
+#       cause]; relative errors are of the larger value; tensors, rows, columns are those of the Hugging Face model
 #   numeric (null with --exact-only): same, stage, layer, error, logits_error, cause, prompts, prompt_tokens
 #   checksums (null without checksums.sha256): same, problems [sentence]
 

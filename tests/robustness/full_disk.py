@@ -23,7 +23,7 @@ from pathlib import Path
 from tests.robustness import sources
 from tests.robustness.sources import Command, clear, tree
 
-# What stands in for other users of the disk: with it, the run believes that there is space, and finds that there is not.
+# Where the lack of space shows. In the last two, the run is made to believe at first that there is enough.
 STAGES = ("seen before", "while laid out", "while written")
 
 
@@ -62,9 +62,9 @@ class Disk:
 
     def size(self, nbytes: int) -> None:
         if self.mounts:
-            how = ["-o", f"remount,size={nbytes}"] if self.folder.is_mount() else ["-t", "tmpfs", "-o", f"size={nbytes}"]
-            where = [str(self.folder)] if self.folder.is_mount() else ["tmpfs", str(self.folder)]
-            subprocess.run(["mount", *how, *where], check=True, capture_output=True)
+            again = "remount," if self.folder.is_mount() else ""
+            line = ["mount", "-t", "tmpfs", "-o", f"{again}size={nbytes}", "tmpfs", str(self.folder)]
+            subprocess.run(line, check=True, capture_output=True)
 
     def close(self) -> None:
         if self.mounts and self.folder.is_mount():
@@ -109,11 +109,11 @@ def point(command: Command, expected: dict[str, str], total: int, part: float, s
     return said + again
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=20)
     parser.add_argument("--no-mount", action="store_true", help="limit file sizes, even where mounting is possible")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -119,8 +119,8 @@ class Killer:
             between, exchange = self.random.random() < 0.5, self.random.random() < 0.5
             if between:
                 events = self.events[command.name] + (8 if overwrite else 0)
-                # Most of the events come at the end.
-                last = self.random.randint(1, events)
+                first = self.random.choice([1, max(events - 30, 1)])  # files are put in place at the end
+                last = self.random.randint(first, events)
                 child = start(command.line(out, *options), self.root / "log", last, exchange)
             else:
                 child = start(command.line(out, *options), self.root / "log", exchange=exchange)
@@ -171,13 +171,13 @@ class Killer:
             raise AssertionError(f"{command.name}: {partial} is left over")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=200, help="kills (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a model of 5 MB instead of 270 MB")
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     import torch._subclasses.fake_tensor  # noqa: F401 before the forks
 
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

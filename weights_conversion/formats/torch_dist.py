@@ -173,12 +173,14 @@ def open_dist(folder: Path, iteration: int | str) -> DistCheckpoint:
     """Opens a torch_dist checkpoint: its index and args, no tensors."""
     stored, others = read_metadata(folder / METADATA)
     common = _common(folder, others)
-    if common.get("args") is not None:
-        args, said_by = common["args"], folder / COMMON
-    else:
+    args, said_by = common.get("args"), folder / COMMON
+    if args is None:
         stated, said_by = core_args.without_args(folder)
         args = argparse.Namespace(**stated)
-    args = core_args.normalise(plain_args(args, said_by), folder)
+    plain = plain_args(args, said_by)
+    if lost := core_args.unreadable(vars(args), plain, folder):
+        raise ConversionError(*lost)
+    args = core_args.normalise(plain, folder)
     files = {chunk.file for tensor in stored.values() for chunk in tensor.chunks}
     missing = sorted(name for name in files if not (folder / name).is_file())
     if missing:

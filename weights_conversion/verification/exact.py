@@ -132,8 +132,12 @@ def compare(pair: Pair, workers: int) -> Exact:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-            for _ in pool.map(one, work):
-                pass
+            try:
+                for _ in pool.map(one, work):
+                    pass
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         for model, where in ((pair.source, result.source_copies), (pair.checkpoint, result.copies)):
             where += _copies(pair, model, files)
     finally:
@@ -144,6 +148,7 @@ def compare(pair: Pair, workers: int) -> Exact:
     for name in order:
         if name in found:
             found[name].shape = _whole_shape(pair, found[name])
+            found[name].settle()
             (result.differences if found[name].values else result.recast).append(found[name])
     return result
 

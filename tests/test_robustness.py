@@ -1,0 +1,541 @@
+"""Nothing lost, nothing let in: samples of the long runs in tests/robustness, and what they found, one by one.
+
+The full counts: `python -m tests.robustness.kill_runs`, `... .full_disk` and `... .fuzz`, from the repository's root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tm
+import torch
+from conftest import Script
+
+from tests.robustness import full_disk, fuzz, kill_runs, sources
+from weights_conversion import assembly
+from weights_conversion.config import ConversionError
+from weights_conversion.execute import Written
+from weights_conversion.formats import huggingface, megatron, pickles, torch_files
+from weights_conversion.placement import TensorRef
+
+GQA = tm.MODELS["llama2-gqa"]
+
+
+# --- samples of the long runs -----------------------------------------------------------------------------------------
+
+
+def test_kills(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kill_runs.main(["--runs", "8", "--small", "--seed", "7"]) == 0
+    assert "equal to undisturbed runs" in capsys.readouterr().out
+
+
+def test_full_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    assert full_disk.main(["--points", "3", "--no-mount"]) == 0
+    assert "every rerun ended right" in capsys.readouterr().out
+
+
+def test_mutated_inputs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = fuzz.main(["--inputs", "60", "--seed", "11"])
+    assert code == 0, capsys.readouterr().out
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+
+def with_pickle(path: Path, data: bytes) -> None:
+    """Puts `data` in the place of a file's pickle: inside its archive, or as all of it (.metadata)."""
+    if zipfile.is_zipfile(path):
+        fuzz.rezip(path, lambda name, content: data if name.endswith("data.pkl") else content)
+    else:
+        path.write_bytes(data)
+
+
+def hf_bin(folder: Path, _: Callable[..., Path]) -> tuple[Path, list[Any]]:
+    source = tm.write_huggingface(folder / "hf", GQA, kind="bin", tokenizer=False)
+    return source / "pytorch_model.bin", ["hf_to_megatron", "llama2", "--model-path", source, "--out"]
+
+
+def meta_pth(folder: Path, _: Callable[..., Path]) -> tuple[Path, list[Any]]:
+    tm.write_meta(folder / "meta", GQA, 1)
+    line = ["hf_to_megatron", "llama2", "--cache-dir", folder / "meta", "--out"]
+    return folder / "meta" / "consolidated.00.pth", line
+
+
+def exported(file: str, *options: str) -> Callable[[Path, Callable[..., Path]], tuple[Path, list[Any]]]:
+    """A file of a Megatron checkpoint that the import wrote with `options`."""
+
+    def make(folder: Path, imported: Callable[..., Path]) -> tuple[Path, list[Any]]:
+        root = shutil.copytree(imported("llama2-gqa", *options), folder / "mt")
+        return root / file, ["megatron_to_hf", "--no_tokenizer", "--input_dir", root, "--output_dir"]
+
+    return make
+
+
+# Every file that other loaders unpickle.
+LOADERS = {
+    ".bin": hf_bin,
+    ".pth": meta_pth,
+    ".pt": exported("release/mp_rank_00/model_optim_rng.pt"),
+    ".metadata": exported("release/.metadata", "--target", "megatron-core"),
+    "common.pt": exported("release/common.pt", "--target", "megatron-core"),
+}
+
+
+@pytest.fixture(scope="module", params=list(LOADERS))
+def loaded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, imported: Callable[..., Path]
+) -> tuple[Path, list[Any]]:
+    return LOADERS[request.param](tmp_path_factory.mktemp("loader"), imported)
+
+
+def run_script(to_megatron: Script, to_hf: Script, line: list[Any], out: Path) -> Any:
+    return {"hf_to_megatron": to_megatron, "megatron_to_hf": to_hf}[line[0]](*line[1:], out)
+
+
+def test_crafted_pickles(loaded, to_megatron, to_hf, tmp_path: Path) -> None:
+    """What would touch a file, were anything executed, is refused by name, and the file stays untouched."""
+    path, line = loaded
+    touched = tmp_path / "touched"
+    for name, data in fuzz.crafted(touched).items():
+        with_pickle(path, data)
+        run_script(to_megatron, to_hf, line, tmp_path / "out").refused(name.split()[0], path.name)
+        assert not touched.exists(), f"{name} was executed"
+        assert not (tmp_path / "out").exists()
+
+
+def test_crafted_pickles_do_what_they_say(tmp_path: Path) -> None:
+    """Were they harmless, the test above would show nothing. Each kind of call is made here, by pickle itself."""
+    for name in ("posix.system", "builtins.eval", "builtins.open", "INST", "os.system through OBJ"):
+        touched = tmp_path / name
+        subprocess.run(
+            [sys.executable, "-c", "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"],
+            input=fuzz.crafted(touched)[name], check=True, capture_output=True,
+        )  # fmt: skip
+        assert touched.exists(), name
+
+
+@pytest.mark.parametrize("name", list(fuzz.bombs()))
+def test_pickle_bombs(name: str, tmp_path: Path) -> None:
+    """Sizes that lie, deep nesting, and parts shared so often that to walk, compare, hash or print them takes forever."""
+    path = tmp_path / "model_optim_rng.pt"
+    torch.save({}, path)
+    with_pickle(path, fuzz.bombs()[name])
+    began = time.process_time()
+    try:
+        opened = torch_files.read_torch_file(path)
+        found = torch_files.tensors(opened, opened.content)
+        megatron.plain_args(opened.content.get("args"), path)
+        assert found == {}
+    except ConversionError as error:
+        assert str(path) in str(error)
+    assert time.process_time() - began < 15, "not bounded by the file's size"
+
+
+def test_what_training_pickles_is_read() -> None:
+    """Protocols 0 to 5 and the shapes of what checkpoints hold come out as pickle itself would give them."""
+    import pickle
+
+    value = {
+        "text": "grüße", "bytes": b"\0\xff", "numbers": [0, -1, 255, 65536, 2**31, -(2**70), 1.5, float("inf")],
+        "flags": (True, False, None), "nested": {"a": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)], 7: {"b": []}},
+        "sets": [{1, 2}, frozenset({"x"})],
+    }  # fmt: skip
+    shared = ["shared"]
+    for protocol in range(6):
+        plain = {key: part for key, part in value.items() if protocol >= 4 or key not in ("sets", "bytes")}
+        back = pickles.load(pickle.dumps({**plain, "one": shared, "two": shared}, protocol), "x")
+        assert {key: back[key] for key in plain} == plain
+        assert back["one"] is back["two"]
+
+
+# --- archives ---------------------------------------------------------------------------------------------------------
+
+
+def archive(path: Path) -> Path:
+    torch.save({"a": torch.arange(8), "b": torch.ones(3, 3)}, path)
+    return path
+
+
+def test_archives_are_read(tmp_path: Path) -> None:
+    opened = torch_files.read_torch_file(archive(tmp_path / "x.pt"))
+    assert {name: ref.shape for name, ref in torch_files.tensors(opened, opened.content).items()} == {
+        "a": (8,), "b": (3, 3)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/escaped", "x/data/../../escaped", "elsewhere/data/0"])
+def test_archive_names_outside(name: str, tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.pt")
+    fuzz.rezip(path, lambda _, content: content, extra=[(name, b"x")])
+    with pytest.raises(ConversionError, match="not in its folder"):
+        torch_files.read_torch_file(path)
+
+
+def directory(path: Path) -> int:
+    with zipfile.ZipFile(path) as opened:
+        return opened.start_dir
+
+
+def patched(path: Path, at: int, value: bytes) -> Path:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(value)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (10, struct.pack("<H", 8)),  # compressed
+        (8, struct.pack("<H", 1)),  # encrypted
+        (20, struct.pack("<II", 1 << 30, 1 << 30)),  # sizes beyond the file
+        (20, struct.pack("<II", 0xFFFFFFFF, 0xFFFFFFFF)),  # sizes in a field that is not there
+        (42, struct.pack("<I", 0x7FFFFFFF)),  # a header beyond the file
+        (42, struct.pack("<I", 0xFFFFFFFF)),
+        (28, struct.pack("<H", 0xFFFF)),  # a name beyond the directory
+        (16, struct.pack("<I", 0xDEADBEEF)),  # the CRC of the pickle
+    ],
+)
+def test_directories_that_lie(field: int, value: bytes, tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.pt")
+    patched(path, directory(path) + field, value)
+    with pytest.raises(ConversionError, match=r"x\.pt is"):
+        torch_files.read_torch_file(path)
+
+
+def test_records_that_overlap(tmp_path: Path) -> None:
+    """Two records in the same bytes: which tensor is it?"""
+    path = archive(tmp_path / "x.pt")
+    with zipfile.ZipFile(path) as opened:
+        infos = {info.filename.partition("/")[2]: info for info in opened.infolist()}
+        entries = path.read_bytes()[opened.start_dir :]
+    at = entries.index(b"x/data/1") - 46
+    patched(path, directory(path) + at + 42, struct.pack("<I", infos["data/0"].header_offset))
+    with pytest.raises(ConversionError, match="reaches into others"):
+        torch_files.read_torch_file(path)
+
+
+def test_records_named_twice(tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.pt")
+    with pytest.warns(UserWarning, match="Duplicate"):
+        fuzz.rezip(path, lambda _, content: content, extra=[("x/data/0", bytes(64))])
+    with pytest.raises(ConversionError, match="twice"):
+        torch_files.read_torch_file(path)
+
+
+# --- headers, indexes, trackers, ranks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":[],"shape":[4],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":[true,4],"data_offsets":[0,16]}}',
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16,32]}}',
+        b"[" * 100_000,
+    ],
+)
+def test_safetensors_headers(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(ConversionError, match="not a complete safetensors file"):
+        huggingface.read_safetensors(path)
+
+
+@pytest.mark.parametrize("length", [1 << 40, (1 << 64) - 1, 99_000_000])
+def test_header_lengths_that_lie(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{}")
+    with pytest.raises(ConversionError, match="claims"):
+        huggingface.read_safetensors(path)
+
+
+@pytest.mark.parametrize("name", ["../escaped.safetensors", "/etc/passwd", "..", "", "a/b.safetensors", "a\\b", "a\0b"])
+def test_index_entries_outside(name: str, tmp_path: Path, to_megatron: Script) -> None:
+    source = tm.write_huggingface(tmp_path / "hf", GQA, parts=2, tokenizer=False)
+    index = source / "model.safetensors.index.json"
+    shutil.copy(source / "model-00001-of-00002.safetensors", tmp_path / "escaped.safetensors")
+    content = tm.read_json(index)
+    first = next(iter(content["weight_map"]))
+    content["weight_map"][first] = name
+    tm.write_json(index, content)
+    to_megatron("llama2", "--model-path", source, "--out", tmp_path / "out").refused(index.name)
+
+
+@pytest.mark.parametrize(
+    "text", [b"../mt2", b"/tmp", b"release/..", b"iter_0000007", "\u0667".encode(), b"9" * 5000, b"7\0", b"", b"\xff"]
+)
+def test_trackers(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "release").mkdir()
+    (tmp_path / megatron.TRACKER).write_bytes(text)
+    with pytest.raises(ConversionError, match="latest_checkpointed_iteration"):
+        megatron.find_iteration(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ({"tensor_model_parallel_size": 100_000, "pipeline_model_parallel_size": 100_000}, "is missing"),
+        ({"virtual_pipeline_model_parallel_size": 99_999}, "model0"),
+        ({"num_layers": 10**8, "encoder_num_layers": 10**8}, "layers"),
+        ({"num_attention_heads": 0}, "positive"),
+        ({"hidden_size": "64"}, "positive"),
+        ({"rope_theta": float("nan")}, "positive"),
+        ({"layernorm_epsilon": []}, "positive"),
+        ({"vocab_file": 7}, "text"),
+    ],
+)
+def test_args_that_cannot_be(args: dict[str, Any], word: str, imported, tmp_path: Path, to_hf: Script) -> None:
+    root = shutil.copytree(imported("llama2-gqa"), tmp_path / "mt")
+    (root / "conversion_manifest.json").unlink()
+    path = root / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, weights_only=True)
+    vars(content["args"]).update(args)
+    torch.save(content, path)
+    to_hf("--input_dir", root, "--output_dir", tmp_path / "out", "--no_tokenizer").refused(word)
+
+
+def test_names_cannot_steer_a_terminal(tmp_path: Path, to_megatron: Script) -> None:
+    tensors = {**GQA.tensors(), "\x1b[2Jcleared\u202e": torch.zeros(4)}
+    source = tm.write_huggingface(tmp_path / "hf", GQA, tensors=tensors, tokenizer=False)
+    result = to_megatron("llama2", "--model-path", source, "--out", tmp_path / "out").refused("cleared")
+    assert "\x1b" not in result.text
+    assert "\u202e" not in result.text
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> list[sources.Command]:
+    return sources.commands(tmp_path_factory.mktemp("commands"), sources.SMALL)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(number: signal.Signals, code: int, commands: list[sources.Command], tmp_path: Path) -> None:
+    """At any moment, planning included: exit in seconds, a sentence on how to continue, and then it does."""
+    log, rng, ends = tmp_path / "log", random.Random(int(number)), []
+    for turn in range(8):
+        command, out = commands[turn % len(commands)], tmp_path / f"out{turn}"
+        child = kill_runs.start(command.line(out), log)
+        while not log.exists():
+            time.sleep(0.001)
+        time.sleep(0.02 + rng.uniform(0, 0.25))
+        os.kill(child, number)
+        began = time.monotonic()
+        ends.append(kill_runs.finish(child))
+        assert time.monotonic() - began < 10
+        said = log.read_text()
+        log.unlink()
+        assert "Traceback" not in said, said
+        if ends[-1]:
+            assert ends[-1] == code, said
+            assert "the same command continues" in said
+            assert not out.exists()
+        assert kill_runs.finish(kill_runs.start(command.line(out, "--overwrite"), log)) == 0
+        log.unlink()
+        assert not out.with_name(out.name + ".partial").exists()
+    assert code in ends, "no signal came in time"
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["source", "option", "config", "release", "nothing"])
+def test_what_starts_over(change: str, to_megatron: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted run is continued by the same command only; any other says that it starts over, and ends right."""
+    source, out = tm.write_huggingface(tmp_path / "hf", GQA, tokenizer=False), tmp_path / "out"
+    line = ["llama2", "--model-path", source, "--out", out]
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "finish", interrupted)
+        assert to_megatron(*line).code == 130
+    if change == "source":
+        tm.write_weights(source, {name: tensor + 1 for name, tensor in GQA.tensors().items()})
+    elif change == "option":
+        line += ["--dtype", "float32"]
+    elif change == "config":  # of the same shapes
+        tm.write_json(source / "config.json", GQA.config() | {"rms_norm_eps": 1e-6})
+    elif change == "release":
+        monkeypatch.setattr(assembly, "__version__", "another")
+    result = to_megatron(*line).succeeded()
+    assert ("starting over" in result.text) == (change != "nothing")
+    assert ("continued an interrupted run" in result.text) == (change == "nothing")
+    other = to_megatron(*line[:4], tmp_path / "undisturbed", *line[5:]).succeeded()
+    assert "continued" not in other.text
+    assert tree_of(out) == tree_of(tmp_path / "undisturbed")
+
+
+REF = TensorRef("x.pt", "a", torch.float32, (4, 4))
+
+
+def test_journal_follows_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part is noted after its data are on the disk, and never after a sync has failed."""
+    monkeypatch.setattr(assembly, "SYNC_BYTES", 1)
+    journal, noted = assembly.Journal(tmp_path, [REF]), []
+
+    def sync() -> None:
+        noted.append(sorted(assembly.Journal(tmp_path, [REF]).load()))
+
+    journal.add(0, [Written(REF, 0, 32, 1)], sync)
+    journal.add(1, [Written(REF, 32, 32, 2)], sync)
+    assert noted == [[], [0]]
+
+    def fails() -> None:
+        raise OSError(errno.EIO, "lost")
+
+    with pytest.raises(OSError, match="lost"):
+        journal.add(2, [Written(REF, 0, 32, 3)], fails)
+    journal.flush(sync)
+    journal.add(3, [Written(REF, 0, 32, 3)], sync)
+    assert sorted(assembly.Journal(tmp_path, [REF]).load()) == [0, 1]
+
+
+def test_journal_survives_a_line_cut_off(tmp_path: Path) -> None:
+    journal = assembly.Journal(tmp_path, [REF])
+    journal.add(0, [Written(REF, 0, 64, 1)], lambda: None)
+    journal.flush(lambda: None)
+    path = tmp_path / "chunks.0"
+    path.write_text(path.read_text() + '[1, [[0, 0, 6')
+    later = assembly.Journal(tmp_path, [REF])
+    assert sorted(later.load()) == [0]
+    later.add(2, [Written(REF, 0, 64, 1)], lambda: None)
+    later.flush(lambda: None)
+    assert sorted(later.load()) == [0, 2]
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwrite_interrupted_in_its_clean_up(
+    exchange: bool, imported, sources, to_megatron: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """OUT is complete; what was replaced is never taken for a finished output, even when OUT goes away again."""
+    out, good = tmp_path / "out", imported("llama2-gqa")
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)
+    out.mkdir()
+    (out / "mine.txt").write_text("older")
+    if not exchange:
+        monkeypatch.setattr(assembly, "_exchange", lambda one, two: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "remove", lambda partial: None)
+        to_megatron(*line, "--overwrite").succeeded()
+    expected = tree_of(good)
+    assert tree_of(out) == expected
+    assert out.with_name("out.partial").exists()
+    to_megatron(*line).succeeded()  # the same command again: nothing is left to do but to clear away
+    assert tree_of(out) == expected
+    assert not out.with_name("out.partial").exists()
+
+
+def test_replaced_output_is_not_published(imported, sources, to_megatron: Script, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)
+    out.mkdir()
+    (out / "mine.txt").write_text("older")
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "remove", lambda partial: None)
+        to_megatron(*line, "--overwrite").succeeded()
+    shutil.rmtree(out)
+    to_megatron(*line).succeeded()
+    assert tree_of(out) == tree_of(imported("llama2-gqa"))
+
+
+def test_old_output_comes_back(sources, to_megatron: Script, tmp_path: Path) -> None:
+    """A kill between the two renames of --overwrite, where folders cannot be exchanged."""
+    out = tmp_path / "out"
+    replaced = out.with_name("out.partial") / "replaced"
+    replaced.mkdir(parents=True)
+    (replaced / "mine.txt").write_text("older")
+    to_megatron("llama2", "--model-path", sources("llama2-gqa"), "--out", out).refused("--overwrite")
+    assert (out / "mine.txt").read_text() == "older"
+
+
+def tree_of(folder: Path) -> dict[str, str]:
+    return sources.tree(folder)
+
+
+def test_two_runs_at_once(sources, to_megatron: Script, tmp_path: Path) -> None:
+    """The second is refused and touches nothing of the first, whatever it was asked to write."""
+    out = tmp_path / "out"
+    assert not assembly.prepare(out, "another plan")
+    held = assembly.lock(out)
+    marker = out.with_name("out.partial") / "checkpoint" / "of the first"
+    marker.write_text("x")
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)
+    to_megatron(*line).refused("another process")
+    to_megatron(*line, "--overwrite").refused("another process")
+    assert marker.exists()
+    os.close(held)
+    to_megatron(*line).succeeded()
+
+
+def test_strange_places(sources, to_megatron: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "thesis.txt").write_text("x")
+    for place in (".", "..", "file", "link", "mine", "file/inner"):
+        to_megatron(*line, place, "--overwrite").refused()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "mine.partial", "real"]
+    assert (tmp_path / "mine.partial" / "thesis.txt").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_place(sources, to_megatron: Script, tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir(mode=0o555)
+    out = tmp_path / "place" / "out"
+    to_megatron("llama2", "--model-path", sources("llama2-gqa"), "--out", out).refused("writable")
+
+
+def test_mount_points_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(ConversionError, match="mount point"):
+        assembly.check_absent(tmp_path / "out", overwrite=False)
+
+
+# --- checksums --------------------------------------------------------------------------------------------------------
+
+
+def test_manifest(tmp_path: Path) -> None:
+    """As sha256sum writes it, and checks it."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "big").write_bytes(os.urandom(20 << 20))
+    (tmp_path / "small").write_bytes(b"")
+    text = assembly.manifest(tmp_path, ["small", "a/big"], {"tracker": b"release"}, 2)
+    assert text.decode().splitlines() == [
+        f"{hashlib.sha256((tmp_path / 'a' / 'big').read_bytes()).hexdigest()}  a/big",
+        f"{hashlib.sha256(b'').hexdigest()}  small",
+        f"{hashlib.sha256(b'release').hexdigest()}  tracker",
+    ]
+    (tmp_path / "tracker").write_bytes(b"release")
+    (tmp_path / assembly.MANIFEST).write_bytes(text)
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", assembly.MANIFEST], cwd=tmp_path, check=True)
