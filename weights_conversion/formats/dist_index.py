@@ -7,11 +7,13 @@ differently read alike. An item is a whole torch.save archive.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ class _Record:
     def __setstate__(self, state: Any) -> None:
         self.state = state
         if isinstance(state, dict):
-            self.__dict__.update((key, value) for key, value in state.items() if isinstance(key, str))
+            self.__dict__.update(state)
 
 
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -96,9 +98,26 @@ def read_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk]
     stubs = {name: type(name, (_Record,), {}) for name in set(_GLOBALS.values())}
     further = {key: stubs[name] for key, name in _GLOBALS.items()}
     try:
-        content = pickles.load(path.read_bytes(), str(path), further)
+        data = path.read_bytes()
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
+    with _without_collector():
+        return _index(pickles.load(data, str(path), further), path)
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """No search for cycles among hundreds of thousands of objects that all stay: it takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _index(content: Any, path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk]]:
     try:
         wanted = {key: entry for key, entry in content.state_dict_metadata.items() if _is_model(key, entry)}
         items: dict[tuple[str, tuple[int, ...] | None], Any] = {}
