@@ -5,7 +5,7 @@ A random model of the given shape is made in --folder (and removed at the end, u
 so that a disk whose speed drifts meets both. Both sides include the fsync of everything written. What a run wrote is
 removed before the next one begins. Caches are warm (the files were read just before) or, with --cold, empty.
 
-Results of a session are added to --json (one session for each shape and cache; a repeated one replaces the older).
+Results are added to --json, by shape and cache; what is measured again replaces what was there.
 """
 
 from __future__ import annotations
@@ -164,10 +164,18 @@ def start_up(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def store(path: Path, session: dict[str, Any]) -> list[dict[str, Any]]:
-    """Adds a session to the JSON file, or replaces the one of the same shape and cache; returns all."""
+    """Adds a session to the JSON file; returns all, this one last.
+
+    What an earlier session of the same shape, cache and machine measured, and this one has not, stays.
+    """
     sessions = json.loads(path.read_text())["sessions"] if path.is_file() else []
     key = ("shape", "cache")
     kept = [other for other in sessions if any(other[name] != session[name] for name in key)]
+    for other in sessions:
+        if other not in kept and other["machine"] == session["machine"]:
+            measured = {pair["name"] for pair in session["pairs"]}
+            pairs = [pair for pair in other["pairs"] if pair["name"] not in measured]
+            session = {**other, **session, "pairs": [*pairs, *session["pairs"]]}
     sessions = [*kept, session | {"summary": report.summarise(session)}]
     path.write_text(json.dumps({"sessions": sessions}, indent=1) + "\n")
     return sessions
@@ -183,7 +191,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=5, metavar="N", help="of each contender (default: 5)")
     parser.add_argument("--cold", action="store_true", help="empty the page cache before every run")
     names = ", ".join(report.TITLES)
-    parser.add_argument("--only", metavar="NAME,...", help=f"some of: {names}; start (default: all)")
+    parser.add_argument(
+        "--only", metavar="NAME,...", help=f"some of: {names}; start (default: all, start with warm caches only)"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="of the conversions (default: the scripts' own)")
     parser.add_argument("--keep", action="store_true", help="leave model and checkpoint for the next run")
     parser.add_argument("--json", type=Path, metavar="FILE", default=measure.REPOSITORY / "benchmarks" / "results.json")
@@ -197,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     shape = shapes.find_shape(args.shape, args.layers)
     if shape.layers % 4:
         parser.error(f"--layers must be a multiple of 4 (one contender has 4 pipeline stages), not {shape.layers}")
-    chosen = args.only.split(",") if args.only else [*report.TITLES, "start"]
+    chosen = args.only.split(",") if args.only else [*report.TITLES, *([] if args.cold else ["start"])]
     if unknown := set(chosen) - {*report.TITLES, "start"}:
         parser.error(f"--only: no such contender: {', '.join(sorted(unknown))}")
     runs = [contender for contender in contenders(shape, args.workers) if contender.name in chosen]

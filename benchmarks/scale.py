@@ -162,8 +162,8 @@ def main() -> int:
         weights, copy = model / "model.safetensors", args.folder / "copy"
         bandwidth = max(copy_rate(weights, copy, threads) for threads in args.ranks for _ in range(args.repeat))
         print(f"{nbytes / 1e9:.2f} GB, {os.cpu_count()} cores, copy {bandwidth / 1e9:.2f} GB/s\n")
-        print("| GB/s at most | ranks | start-up s | measured s | predicted s | measured / predicted | peak GB |")
-        print("|---|---|---|---|---|---|---|", flush=True)
+        print("| GB/s at most | ranks | start-up s | converting s | measured s | predicted s | ratio | peak GB |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
         rate = 0.0
         for script, limit in ((plain, bandwidth), (capped, args.cap * 1e9)):
             for ranks in args.ranks:
@@ -177,7 +177,7 @@ def main() -> int:
                 predicted = predicted_seconds(nbytes, ranks, rate, limit, start_up[ranks])
                 print(
                     f"| {limit / 1e9:.2f}{' (cap)' if script == capped else ''} | {ranks} | {start_up[ranks]:.1f} "
-                    f"| {wall:.1f} | {predicted:.1f} | {wall / predicted:.2f} | {peak:.2f} |",
+                    f"| {inside:.1f} | {wall:.1f} | {predicted:.1f} | {wall / predicted:.2f} | {peak:.2f} |",
                     flush=True,
                 )
         print(f"\none rank converts {rate / 1e9:.2f} GB/s (one thread)")

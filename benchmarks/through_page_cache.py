@@ -11,7 +11,7 @@ import importlib
 import sys
 
 from weights_conversion import convert
-from weights_conversion.execute import Target
+from weights_conversion.streams import Target
 
 if __name__ == "__main__":
     script, *arguments = sys.argv[1:]

@@ -397,14 +397,25 @@ def test_torch_files_hold_both_spellings(core) -> None:
     assert model["output_layer.weight"].shape == (128, MODELS["gqa"].hidden)  # 250 rows become 256
 
 
-def test_report_names_the_training_flags(to_megatron, huggingface, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("llama2-linear", "--norm-epsilon 1e-05 --rotary-base 10000 --rotary-seq-len-interpolation-factor 4 --bf16"),
+        ("mistral-v0.1", "--norm-epsilon 1e-05 --rotary-base 10000 --window-size 4095,0 --bf16"),
+        ("codellama", "--norm-epsilon 1e-05 --rotary-base 1000000 --bf16"),
+        ("llama", "--norm-epsilon 1e-06 --rotary-base 10000 --fp16"),
+        ("mha", "--norm-epsilon 1e-05 --rotary-base 10000"),
+    ],
+)
+@pytest.mark.parametrize("form", ["torch_dist", "torch"])
+def test_report_names_the_training_flags(form, name, flags, to_megatron, huggingface, tmp_path: Path) -> None:
     """What --use-checkpoint-args does not restore, and a line to load with."""
-    result = to_core(to_megatron, "llama2", huggingface("llama2-linear"), tmp_path / "out").succeeded()
-    for flag in ("--use-checkpoint-args", "--norm-epsilon", "--rotary-seq-len-interpolation-factor", "--bf16"):
-        assert flag in result.text, flag
-    assert f"--load {tmp_path / 'out'}" in result.text
-    result = to_core(to_megatron, "mistral", huggingface("mistral-v0.1"), tmp_path / "window").succeeded()
-    assert "--window-size" in result.text
+    result = to_core(
+        to_megatron, MODELS[name].family, huggingface(name), tmp_path / "out", "--ckpt-format", form
+    ).succeeded()
+    (line,) = [line for line in result.text.splitlines() if line.startswith("train with")]
+    load = f"--load {tmp_path / 'out'} --ckpt-format {form} --use-checkpoint-args --no-load-optim --no-load-rng"
+    assert line == f"train with  {load} {flags}"
 
 
 # --- there and back --------------------------------------------------------------------------------------------------

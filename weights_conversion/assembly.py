@@ -352,10 +352,12 @@ def combine_crcs(targets: Sequence[TargetFile], written: Iterable[Written]) -> d
 def finish(
     out: Path, targets: Sequence[TargetFile], offsets: Mapping[TensorRef, int], written: Iterable[Written],
     files: Mapping[str, bytes | Path], last: Mapping[str, bytes], overwrite: bool, manifest_workers: int = 0,
+    prove: Callable[[Path], None] | None = None,
 ) -> None:  # fmt: skip
     """CRCs, small files (`last` ones after all others are on the disk), then the rename that makes OUT appear.
 
-    `manifest_workers` > 0: a manifest of SHA-256 sums is written too, on so many threads.
+    `manifest_workers` > 0: a manifest of SHA-256 sums is written too, on so many threads. `prove` is called with the
+    finished folder just before the rename; should it raise ConversionError, the folder becomes OUT.unverified instead.
     """
     if published(out):
         remove(partial_folder(out))
@@ -374,7 +376,22 @@ def finish(
     for name, text in last.items():
         write_file(root / name, text)
     sync_path(root)
+    if prove is not None:
+        try:
+            prove(root)
+        except ConversionError as error:
+            raise ConversionError(*error.problems, f"the output is kept as {_set_aside(out)} for inspection") from error
     publish(out, overwrite)
+
+
+def _set_aside(out: Path) -> Path:
+    """Renames what has failed its proof to OUT.unverified, in place of what failed it before."""
+    aside = out.with_name(out.name + ".unverified")
+    if aside.exists():
+        shutil.rmtree(aside)
+    (partial_folder(out) / "checkpoint").rename(aside)
+    remove(partial_folder(out))
+    return aside
 
 
 def _remove_strays(root: Path, expected: set[str]) -> None:

@@ -59,6 +59,13 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
 def cores() -> int:
     """Cores that this process may use (a batch job's share, not the machine's), at most 4."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -73,6 +80,24 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     option(parser, "--dry-run", action="store_true", help="print the plan (files, bytes, memory, disk) and stop")
     option(parser, "--overwrite", action="store_true", help="replace an existing output")
     option(parser, "--workers", type=positive, default=cores(), help="threads (default: cores, at most 4)")
+    option(
+        parser, "--verify", action="store_true",
+        help="afterwards, prove the output: weights bit by bit, configs, and a forward pass, against the source; what "
+        "fails is named OUT.unverified",
+    )  # fmt: skip
+    option(parser, "--checksums", action="store_true", help="write checksums.sha256 into the output")
+    option(
+        parser, "--ranks", type=positive, metavar="R",
+        help="with --dry-run: predict the time on R ranks of torchrun or srun (default: some numbers of ranks)",
+    )  # fmt: skip
+    option(
+        parser, "--rank-rate", type=positive_rate, default=1.0, metavar="GB/s",
+        help="for the prediction: what one rank converts, as the report of a one-process run says (default: 1)",
+    )  # fmt: skip
+    option(
+        parser, "--filesystem-bandwidth", type=positive_rate, metavar="GB/s",
+        help="for the prediction: how fast the filesystem is written while as much is read from it",
+    )  # fmt: skip
     option(
         parser, "--allow-inconsistent", action="store_true",
         help="where ranks hold different values of one parameter, take rank 0's instead of refusing",
@@ -121,15 +146,26 @@ class _Signals:
 
 
 def run(work: Callable[[], str]) -> int:
-    """Runs `work`, prints the report that it returns, and turns what can go wrong into sentences and an exit code."""
+    """Runs `work`, on all ranks of a torchrun or srun job together, and says how it ended; returns the exit code."""
+    from weights_conversion import distributed
+
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     for name in ("httpx", "httpx2", "huggingface_hub", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    return distributed.run(_outcome, work)
+
+
+def _outcome(work: Callable[[], str]) -> int:
+    """Prints the report that `work` returns, and turns what can go wrong into sentences and an exit code."""
+    from weights_conversion.distributed import SaidElsewhere
+
     try:
         with _Signals():
             report = work()
         print(printable(report))
         return 0
+    except SaidElsewhere as ended:
+        return ended.code
     except ConversionError as error:
         _say(f"error: {error}")
         return 1

@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +37,8 @@ class RunOptions:
     overwrite: bool = False
     workers: int = 2
     allow_inconsistent: bool = False
+    checksums: bool = False
+    verify: bool = False
     ranks: int | None = None  # of a job whose time a dry run is to predict
     rank_rate: float = 1.0  # GB/s of output that one rank converts
     filesystem_bandwidth: float | None = None  # GB/s of output that the filesystem takes while it is read too
@@ -42,7 +46,10 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A checked plan with everything that has to be written around its tensors."""
+    """A checked plan with everything that has to be written around its tensors.
+
+    `prove` compares the finished folder with the source; it returns a report, or raises ConversionError.
+    """
 
     plan: Plan
     report: Report
@@ -50,12 +57,15 @@ class Job:
     out: Path
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
     last: Mapping[str, bytes] = field(default_factory=dict)
+    prove: Callable[[Path], str] | None = None
 
 
 def run(job: Job, options: RunOptions) -> Report:
     """Executes a job (this rank's part of it, under a launcher), or only describes it where a dry run was asked for."""
     report = job.report
     ranks = distributed.current()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a save of 512 ranks has more files than the usual limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     needed = assembly.output_bytes(job.targets)
     chunks = job.plan.chunks()
     plan_digest = assembly.digest(job.plan, job.targets, options.dtype)
@@ -156,6 +166,20 @@ def _write(
     refs = [ref for target in job.targets for ref in target.refs]
     journal = assembly.Journal(partial / "journal", refs, ranks.rank)
     output = _lay_out(job, ranks, journal, plan_digest, len(chunks))
+    try:
+        _convert(job, options, chunks, source, output, journal, needed)
+    finally:
+        if output.held >= 0:
+            os.close(output.held)
+    if ranks.rank == 0:
+        job.report.finished(needed, time.monotonic() - started)
+
+
+def _convert(
+    job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, output: _Output,
+    journal: assembly.Journal, needed: int,
+) -> None:  # fmt: skip
+    ranks, partial = distributed.current(), assembly.partial_folder(job.out)
     done = output.done
     remaining = assembly.remaining(chunks, done)
     mine = distributed.share(remaining, [chunk.nbytes for _, chunk in remaining], ranks.size)[ranks.rank]
@@ -186,11 +210,36 @@ def _write(
     if ranks.size > 1 and remaining:
         done = journal.load_all(len(chunks))
     written = [write for writes in done.values() for write in writes]
-    assembly.finish(job.out, job.targets, output.offsets, written, job.files, job.last, options.overwrite)
+    assembly.finish(
+        job.out, job.targets, output.offsets, written, job.files, job.last, options.overwrite,
+        options.workers if options.checksums else 0, _proof(job) if options.verify else None,
+    )  # fmt: skip
     ranks.tell("finished")
-    if output.held >= 0:
-        os.close(output.held)
-    job.report.finished(needed, time.monotonic() - started)
+
+
+def _proof(job: Job) -> Callable[[Path], None]:
+    def prove(folder: Path) -> None:
+        if job.prove is not None:
+            text = job.prove(folder).replace(str(folder), str(job.out))
+            job.report.proof += text.splitlines()
+
+    return prove
+
+
+def verified(source: Path, model: str, options: RunOptions, **stated: Any) -> Callable[[Path], str]:
+    """A Job's `prove`: the finished folder against `source`; `stated` are further arguments of verify()."""
+
+    def prove(folder: Path) -> str:
+        from weights_conversion.verify import verify
+
+        found = verify(
+            source, folder, model, workers=options.workers, allow_inconsistent=options.allow_inconsistent, **stated
+        )
+        if not found.same:
+            raise ConversionError("the output has failed its proof", *found.text().splitlines())
+        return found.text()
+
+    return prove
 
 
 def memory(workers: int) -> int:

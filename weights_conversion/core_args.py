@@ -70,6 +70,7 @@ _FOREIGN: tuple[tuple[str, Any, str], ...] = (
     ("rotary_percent", 1.0, "rotary embedding on a part of each head"),
     ("position_embedding_type", "rope", "position embeddings other than rotary"),
     ("hybrid_override_pattern", None, "state-space layers"),
+    ("hybrid_layer_pattern", None, "state-space layers"),
     ("is_hybrid_model", False, "state-space layers"),
 )
 _FACTORS = ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
@@ -108,10 +109,10 @@ def write_args(
         "position_embedding_type": "rope",
         "add_position_embedding": True,
         "use_rotary_position_embeddings": True,
-        "rotary_base": int(config.rope_theta) if config.rope_theta == int(config.rope_theta) else config.rope_theta,
+        "rotary_base": _whole(config.rope_theta),
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
-        "rotary_seq_len_interpolation_factor": _interpolation(config),
+        "rotary_seq_len_interpolation_factor": factor if (factor := _whole(config.rope_scaling_factor)) != 1 else None,
         "add_bias_linear": False,
         "add_qkv_bias": False,
         "swiglu": True,
@@ -147,9 +148,9 @@ def write_args(
     return args
 
 
-def _interpolation(config: ModelConfig) -> float | None:
-    factor = config.rope_scaling_factor
-    return None if factor == 1.0 else int(factor) if factor == int(factor) else factor
+def _whole(value: float) -> float:
+    """An int where it can be one: Megatron-LM's flags are whole numbers."""
+    return int(value) if value == int(value) else value
 
 
 def _window(config: ModelConfig) -> tuple[int, int] | None:
@@ -158,12 +159,14 @@ def _window(config: ModelConfig) -> tuple[int, int] | None:
 
 
 def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
-    """What --use-checkpoint-args does not restore."""
-    flags = [f"--norm-epsilon {config.layernorm_epsilon}"]
+    """What --use-checkpoint-args does not restore, or not in every release (the rotary base)."""
+    flags = [f"--norm-epsilon {config.layernorm_epsilon}", f"--rotary-base {_whole(config.rope_theta)}"]
     if config.sliding_window is not None:
         flags.append(f"--window-size {config.sliding_window - 1},0")
     if config.rope_scaling_factor != 1.0:
-        flags.append(f"--rotary-seq-len-interpolation-factor {_interpolation(config)}")
+        flags.append(f"--rotary-seq-len-interpolation-factor {_whole(config.rope_scaling_factor)}")
+        if config.rope_scaling_factor != int(config.rope_scaling_factor):
+            flags.append("(which Megatron-LM reads as a whole number: set seq_len_interpolation_factor in its code)")
     if dtype in (torch.bfloat16, torch.float16):
         flags.append("--bf16" if dtype is torch.bfloat16 else "--fp16")
     return flags

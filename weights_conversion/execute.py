@@ -198,8 +198,8 @@ def execute(
 
     torch.set_num_threads(1)  # the workers are the parallelism; torch's own threads would fight them
     with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
-        futures = [pool.submit(work) for _ in range(workers)]
         try:
+            futures = [pool.submit(work) for _ in range(workers)]
             wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:
             stop.event.set()

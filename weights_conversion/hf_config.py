@@ -50,6 +50,13 @@ def keys_of(family: str) -> dict[str, tuple[str, ...]]:
 
 def read_config(family: str, raw: Mapping[str, Any], target: Dialect) -> ModelConfig:
     """The ModelConfig of a config.json. Everything that `target` cannot express is refused by name."""
+    try:
+        return _read_config(family, raw, target)
+    except (AttributeError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConversionError(f"its config.json garbles a field ({type(error).__name__}: {error})") from error
+
+
+def _read_config(family: str, raw: Mapping[str, Any], target: Dialect) -> ModelConfig:
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES[family]:
         raise ConversionError(
@@ -199,7 +206,7 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
             layernorm_epsilon=float(raw["norm_eps"]),
             rope_theta=float(raw.get("rope_theta") or 10000.0),
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConversionError(f"its params.json lacks or garbles a field ({type(error).__name__}: {error})") from error
     stated = raw.get("vocab_size", -1)
     if stated not in (-1, None, embedding.rows):

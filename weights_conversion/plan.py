@@ -155,6 +155,8 @@ def source_hf(
     architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Placed], dialect: Dialect
 ) -> dict[tuple[str, int | None], tuple[Placed, ...]]:
     """Finds each parameter among the tensors of an HF or Meta source. Missing, misshapen and unexpected ones: error."""
+    if config.num_layers > len(tensors):  # before a loop over as many layers as a config may claim
+        raise ConversionError(f"the config says {config.num_layers} layers, the source has {len(tensors)} tensors")
     problems, used, found = [], set(), {}
     for row, layer in instances(architecture.parameters(config), config.num_layers):
         placed = []

@@ -60,6 +60,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     training_flags: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    proof: list[str] = field(default_factory=list)
     _plan: list[str] = field(default_factory=list)
     _done: list[str] = field(default_factory=list)
 
@@ -94,4 +95,4 @@ class Report:
         lines += [f"warning     {warning}" for warning in self.warnings]
         if self.training_flags:
             lines.append(f"train with  {' '.join(self.training_flags)}")
-        return "\n".join([*lines, *self._done])
+        return "\n".join([*lines, *self._done, *self.proof])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import hf_config, megatron_args
+from weights_conversion import distributed, hf_config, megatron_args
 from weights_conversion.checkpoint import open_checkpoint
 from weights_conversion.config import ConversionError, ModelConfig
 from weights_conversion.dialects import HF, MEGATRON_CORE, META, Dialect
@@ -67,7 +67,8 @@ def open_source(
     repository = path or hub.default_repository(model, size or 7)
     if path is not None and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
         raise ConversionError(f"--model-path {repository} is neither a folder here nor the name of a repository")
-    snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache)
+    with distributed.rank_zero_first("hub"):
+        snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache)
     opened = open_hf(model, snapshot.folder, target)
     return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision)
 

@@ -108,6 +108,13 @@ class Target:
 
     def write(self, ref: TensorRef, start: int, data: Tensor) -> None:
         """Write the contiguous tensor `data` at byte `start` of `ref`."""
+        try:
+            self._write(ref, start, data)
+        except OSError as error:
+            error.filename = error.filename or str(self._root / ref.file)
+            raise
+
+    def _write(self, ref: TensorRef, start: int, data: Tensor) -> None:
         cached, direct = self._open(ref.file)
         view, position = bytes_of(data), self._offsets[ref] + start
         if direct is not None and position % PAGE == 0 and data.data_ptr() % PAGE == 0:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import assembly, hf_config, hub, megatron_args
+from weights_conversion import assembly, distributed, hf_config, hub, megatron_args
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
-from weights_conversion.convert import DTYPES, Job, RunOptions, main_dtype, run
+from weights_conversion.convert import DTYPES, Job, RunOptions, main_dtype, run, verified
 from weights_conversion.dialects import HF
 from weights_conversion.formats import huggingface
 from weights_conversion.plan import Side, plan_to_hf
@@ -44,7 +44,8 @@ class ExportOptions(RunOptions):
 def megatron_to_hf(options: ExportOptions) -> Report:
     """Writes a Hugging Face folder. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.output_dir
-    assembly.check_absent(out, options.overwrite)
+    with distributed.rank_zero_first("output"):
+        assembly.check_absent(out, options.overwrite)
     opened = open_checkpoint(
         options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
         flags=options.fields,
@@ -80,7 +81,11 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         files["generation_config.json"] = _json(generation or _default_generation(exported))
     report.notes += _differences(base, exported)
     report.notes.append("values     " + ", ".join(f"{name} {origin}" for name, origin in sorted(opened.origins.items())))
-    return run(Job(plan, report, targets, out, files), options)
+    prove = verified(
+        options.input_dir, options.model, options, source_iters=options.load_iters, fields=options.fields,
+        true_vocab_size=config.vocab_size,
+    )  # fmt: skip
+    return run(Job(plan, report, targets, out, files, prove=prove), options)
 
 
 def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Mapping[str, Any]) -> TokenizerPlan:
@@ -89,7 +94,8 @@ def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Map
         args = {name: value for name, value in args.items() if name not in _RESET_TOKENIZER_ARGS}
 
     def fetch(repository: str, cache: Path | None) -> Path:
-        return hub.snapshot(repository, cache_dir=cache, weights=False).folder
+        with distributed.rank_zero_first("tokenizer"):
+            return hub.snapshot(repository, cache_dir=cache, weights=False).folder
 
     return plan_tokenizer(
         options.model, options.input_dir, args, options.tokenizer, embedding_rows=opened.config.vocab_size,

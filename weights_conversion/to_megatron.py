@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from weights_conversion import assembly, core_args, hf_config, manifest, megatron_args
+from weights_conversion import assembly, core_args, distributed, hf_config, manifest, megatron_args
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
-from weights_conversion.convert import DIVISIBLE_BY, DTYPES, Job, RunOptions, main_dtype, run
+from weights_conversion.convert import DIVISIBLE_BY, DTYPES, Job, RunOptions, main_dtype, run, verified
 from weights_conversion.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 from weights_conversion.formats import torch_dist, torch_files
 from weights_conversion.formats.megatron import TRACKER
@@ -55,7 +55,8 @@ class ImportOptions(RunOptions):
 def hf_to_megatron(options: ImportOptions) -> Report:
     """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.out or Path(f"{options.model}-{options.size or 7}b-megatron")
-    assembly.check_absent(out, options.overwrite)
+    with distributed.rank_zero_first("output"):
+        assembly.check_absent(out, options.overwrite)
     dialect = TARGETS[options.target]
     ckpt_format = options.ckpt_format or ("torch_dist" if dialect is MEGATRON_CORE else "torch")
     if ckpt_format == "torch_dist" and dialect is not MEGATRON_CORE:
@@ -85,7 +86,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         plan = plan_to_dist(
             architecture, config, sources, opened.side, target, vocabulary, dtype, "release", options.new_rows
         )
-        targets, small = dist_targets(plan, config, written, divisible_by)
+        targets, small = dist_targets(plan, config, written, divisible_by, opened.kept_args)
         files |= small
     else:
         plan = plan_to_megatron(
@@ -95,7 +96,10 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         args = _rank_args(config, parallel, dialect, written, divisible_by, vocabulary) | dict(opened.kept_args)
         targets = rank_targets(plan, args, "release" if dialect is MEGATRON_LLM else 0, flat=dialect is MEGATRON_CORE)
     assembly.check_apart(out, plan)
+    has_model = any(path.name == "tokenizer.model" for path in opened.tokenizer)
     report.training_flags = _training_flags(config, dialect, ckpt_format, out, vocabulary, divisible_by, parallel, written)
+    if dialect is MEGATRON_CORE and has_model:
+        report.training_flags.append(f"--tokenizer-model {out / 'tokenizer.model'}")
     if vocabulary != config.vocab_size:
         report.notes.append(
             f"vocabulary {config.vocab_size} rows of the source, {vocabulary} written (new ones: {options.new_rows} row)"
@@ -106,7 +110,11 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         generation_config=opened.generation_config, tokenizer=opened.tokenizer,
     )  # fmt: skip
     files[manifest.NAME] = text.encode()
-    return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}), options)
+    prove = verified(
+        opened.folder, options.model, options, source_iters=options.load_iters,
+        true_vocab_size=config.vocab_size if opened.side.megatron else None,
+    )  # fmt: skip
+    return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}, prove), options)
 
 
 def megatron_to_megatron(
@@ -172,7 +180,7 @@ def _training_flags(
 
 
 def dist_targets(
-    plan: Plan, config: ModelConfig, dtype: torch.dtype, divisible_by: int
+    plan: Plan, config: ModelConfig, dtype: torch.dtype, divisible_by: int, kept_args: Mapping[str, Any]
 ) -> tuple[list[assembly.TargetFile], dict[str, bytes | Path]]:
     """The .distcp files, and the small files around them."""
     targets = [torch_dist.DistFileTarget(file, refs) for file, refs in plan.targets.items()]
@@ -180,6 +188,7 @@ def dist_targets(
     args = core_args.write_args(
         config, Parallelism(), dtype=dtype, divisible_by=divisible_by, ckpt_format="torch_dist", vocabulary=None
     )
+    args |= kept_args
     files: dict[str, bytes | Path] = {
         f"release/{torch_dist.EXTRA_STATES}": states,
         f"release/{torch_dist.METADATA}": torch_dist.metadata(targets, entries),

@@ -29,8 +29,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weights_conversion import cli
 from weights_conversion.config import FAMILIES
@@ -41,19 +42,22 @@ if TYPE_CHECKING:
 
 def verify(
     source: Path, checkpoint: Path, model: str | None = None, *, workers: int = 2, exact_only: bool = False,
-    load_iters: int | None = None, allow_inconsistent: bool = False,
+    source_iters: int | None = None, checkpoint_iters: int | None = None, allow_inconsistent: bool = False,
+    fields: Mapping[str, Any] | None = None, true_vocab_size: int | None = None,
 ) -> Verification:  # fmt: skip
     """Compares `checkpoint` with `source`, which is taken as right where only one of them can be.
 
-    `model` is the family (None: what the sides state); `load_iters` another iteration than the trackers';
-    `allow_inconsistent`: copies on the source's ranks may differ, the first is taken. Raises ConversionError for a side
-    that cannot be read.
+    `model` is the family (None: what the sides state); `source_iters` and `checkpoint_iters` other iterations than the
+    trackers'; `allow_inconsistent`: copies on the source's ranks may differ, the first is taken; `fields` (of ModelConfig)
+    and `true_vocab_size` are what the user states about a Megatron source. Raises ConversionError for a side that cannot
+    be read.
     """
     from weights_conversion.verification.proof import prove
 
     return prove(
-        source, checkpoint, model, workers=workers, exact_only=exact_only, load_iters=load_iters,
-        allow_inconsistent=allow_inconsistent,
+        source, checkpoint, model, workers=workers, exact_only=exact_only, source_iters=source_iters,
+        checkpoint_iters=checkpoint_iters, allow_inconsistent=allow_inconsistent, fields=fields,
+        true_vocab_size=true_vocab_size,
     )  # fmt: skip
 
 
@@ -91,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         nonlocal same
         found = verify(
             args.source, args.checkpoint, args.model, workers=args.workers, exact_only=args.exact_only,
-            load_iters=args.load_iters, allow_inconsistent=args.allow_inconsistent,
+            source_iters=args.load_iters, checkpoint_iters=args.load_iters,
+            allow_inconsistent=args.allow_inconsistent,
         )  # fmt: skip
         if args.json is not None:
             args.json.write_text(json.dumps(found.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 Each input is a tiny checkpoint of one of four kinds (HF safetensors, HF .bin, Meta, Megatron) with one to three
 mutations of a header, index, config, pickle, tracker, archive or rank folder. It is converted in a forked child with a
 bound on time and memory. Two ends are right: exit 0 with the weights that the input holds, as safetensors and torch
-read them; or exit 1 with sentences. A traceback, any other exit, a hang, or an allocation beyond the bound is a finding.
+read them; or exit 1 with sentences. A traceback, any other exit, a hang, an allocation beyond the bound: a finding.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ Mutation = Callable[[random.Random, Path], None]
 
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 64, 2**31, 2**63, 2**64, 10**30, 10**400,
-    0.5, -0.0, 1e308, float("inf"), float("nan"), "", "x", "release", "../../../etc/passwd", "/etc/passwd", "a\0b", "\ud800",
-    "x" * 5000, [], [1], [[]], {}, {"x": 1}, [None], "BF16", "F32", "I64", [2**62, 2**62], [0, 0], [-1, 5], "linear",
-    {"rope_type": "linear", "factor": "x"}, {"rope_type": "yarn"}, {"rope_theta": [], "rope_type": "default"}, "llama", "16",
+    0.5, -0.0, 1e308, float("inf"), float("nan"), "", "x", "release", "../../../etc/passwd", "/etc/passwd", "a\0b",
+    "\ud800", "x" * 5000, [], [1], [[]], {}, {"x": 1}, [None], "BF16", "F32", "I64",
+    [2**62, 2**62], [0, 0], [-1, 5], "linear",
+    {"rope_type": "linear", "factor": "x"}, {"rope_type": "yarn"}, {"rope_theta": [], "rope_type": "default"},
+    "llama", "16",
 )  # fmt: skip
 
 
@@ -255,7 +257,9 @@ def pickled(rng: random.Random, data: bytes) -> bytes:
 # --- archives ---------------------------------------------------------------------------------------------------------
 
 
-def rezip(path: Path, change: Callable[[str, bytes], bytes | None], compressed: bool = False, extra: Any = None) -> None:
+def rezip(
+    path: Path, change: Callable[[str, bytes], bytes | None], compressed: bool = False, extra: Any = None
+) -> None:
     """Writes an archive again, with right CRCs and sizes, its records passed through `change` (None: left out)."""
     with zipfile.ZipFile(path) as archive:
         records = [(info.filename, archive.read(info)) for info in archive.infolist()]
@@ -310,8 +314,9 @@ def mutate_archive(rng: random.Random, path: Path) -> None:
 def mutate_tracker(rng: random.Random, path: Path) -> None:
     path.write_bytes(
         rng.choice(
-            [b"", b"0", b"-1", b"release", b"release\n", b"7", b" 7 \n", b"../hf", b"/etc", b"iter_0000007", b"\xff\xfe",
-             b"7\0", "\u0667".encode(), b"9" * 12, b"9" * 10_000, b"1e3", b"7\n7", b"release/../..", bytes(1 << 20)]
+            [b"", b"0", b"-1", b"release", b"release\n", b"7", b" 7 \n", b"../hf", b"/etc", b"iter_0000007",
+             b"\xff\xfe", b"7\0", "\u0667".encode(), b"9" * 12, b"9" * 10_000, b"1e3", b"7\n7", b"release/../..",
+             bytes(1 << 20)]
         )
     )  # fmt: skip
 
@@ -484,16 +489,24 @@ def judge(kind: Kind, folder: Path, out: Path, code: int, said: str) -> str | No
 
 
 def compare(kind: Kind, folder: Path, out: Path, reference: Path) -> str | None:
-    """After exit 0: what safetensors and torch read on the HF (or Meta) side, laid out by the slow rule, is the other side.
+    """After exit 0: what safetensors and torch read on the HF (or Meta) side is, by the slow rule, the other side.
 
-    Where they refuse the input, as torch does an opcode that it never writes, the weights must be those before the change.
+    Where they refuse the input, as torch does an opcode that it never writes, the weights must be those before.
     """
     hf_side, megatron_side = (out, folder) if kind.export else (folder, out)
     try:
         config = MODEL.config()
-        if (hf_side / "config.json").exists():
+        if kind.name == "meta":
+            params = json.loads((folder / "params.json").read_text())
+            heads = int(params["n_heads"])
+            groups = int(params.get("n_kv_heads") or heads)
+            config |= {"num_attention_heads": heads, "num_key_value_heads": groups}
+            config["head_dim"] = config["hidden_size"] // heads
+            parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob("consolidated.*.pth"))]
+            hf = meta_to_huggingface(parts, heads, groups)
+        else:
             config = json.loads((hf_side / "config.json").read_text())
-        hf = read_weights(hf_side, kind.name)
+            hf = read_weights(hf_side)
         found = read_checkpoint(megatron_side).tensors
         tp, pp, vpp = (1 + max(key[axis] for key in found) for axis in range(3))
         rows = tp * found[0, 0, 0]["embedding.word_embeddings.weight"].shape[0] if kind.export else None
@@ -521,14 +534,12 @@ def compare(kind: Kind, folder: Path, out: Path, reference: Path) -> str | None:
 
 def output_weights(out: Path, kind: Kind) -> dict[str, torch.Tensor]:
     if kind.export:
-        return read_weights(out, "safetensors")
-    return {f"{rank} {name}": t for rank, tensors in read_checkpoint(out).tensors.items() for name, t in tensors.items()}
+        return read_weights(out)
+    ranks = read_checkpoint(out).tensors
+    return {f"{rank} {name}": tensor for rank, tensors in ranks.items() for name, tensor in tensors.items()}
 
 
-def read_weights(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    if kind == "meta":
-        parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob("consolidated.*.pth"))]
-        return meta_to_huggingface(parts, MODEL.heads, MODEL.groups)
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
@@ -537,8 +548,8 @@ def read_weights(folder: Path, kind: str) -> dict[str, torch.Tensor]:
         elif path.suffix == ".bin":
             content = torch.load(path, weights_only=True)
             for name, value in content.items():
-                inner = {name: value} if isinstance(value, torch.Tensor) else {f"{name}.{k}": v for k, v in value.items()}
-                found |= inner
+                inner = {"": value} if isinstance(value, torch.Tensor) else value
+                found |= {f"{name}.{key}".rstrip("."): part for key, part in inner.items()}
     return found
 
 

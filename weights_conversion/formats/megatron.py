@@ -191,6 +191,8 @@ def open_rank_files(folder: Path, iteration: int | str) -> RankFiles:
     ranks = {rank: _model_tensors(file, parallel) for rank, file in opened.items()}
     core = any(".decoder." in f".{name}" for tensors in ranks.values() for name in tensors)
     if core:
+        if problems := core_args.unreadable(vars(opened[first].content["args"]), args[first], folder):
+            raise ConversionError(*problems)
         return RankFiles(folder, iteration, MEGATRON_CORE, core_args.normalise(args[first], folder), parallel, ranks)
     return RankFiles(folder, iteration, MEGATRON_LLM, args[first], parallel, ranks)
 

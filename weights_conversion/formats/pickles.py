@@ -103,7 +103,11 @@ class _StorageType:
     dtype: torch.dtype | None
 
 
-def _rebuild_tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> StoredTensor:
+def _rebuild_tensor(
+    storage: object, offset: object, size: object, stride: object, requires_grad: object = False, *_: object
+) -> StoredTensor:
+    if type(requires_grad) is not bool:
+        raise pickle.UnpicklingError("a malformed tensor")
     return _stored(storage, getattr(storage, "dtype", None), offset, size, stride)
 
 

@@ -59,7 +59,7 @@ class TorchFile:
             raise ConversionError(f"{self.path} has no data for {name} (record data/{tensor.storage.key} is missing)")
         stored = tensor.storage.numel * (tensor.storage.dtype.itemsize if tensor.storage.dtype else 1)
         if stored != record.size:
-            raise ConversionError(f"{name} in {self.path} has a storage of {stored} bytes, its record has {record.size}")
+            raise ConversionError(f"{name} in {self.path} has storage of {stored} bytes, but a record of {record.size}")
         contiguous, expected = True, 1
         for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):
             contiguous &= size == 1 or stride == expected
@@ -196,6 +196,8 @@ def _directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
         label = entries[position + 46 : position + 46 + name].decode("utf-8", "replace")
         if method or flags & 1 or stored != plain:
             raise damaged(f"record {label} is compressed, which torch.save never does")
+        if entries[position + 38] & 0x10:  # torch would take it for empty, and leave the tensor uninitialised
+            raise damaged(f"record {label} is marked as a folder")
         file.seek(min(header_at, size))
         header = file.read(30)
         if len(header) != 30 or header[:4] != _LOCAL:

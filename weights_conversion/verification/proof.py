@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from weights_conversion.verification import causes, exact, numeric
 from weights_conversion.verification.padding import check_padding
@@ -27,15 +29,19 @@ HASH_BYTES = 4 << 20
 
 
 def prove(
-    source: Path, checkpoint: Path, model: str | None, *, workers: int, exact_only: bool, load_iters: int | None,
-    allow_inconsistent: bool,
+    source: Path, checkpoint: Path, model: str | None, *, workers: int, exact_only: bool, source_iters: int | None,
+    checkpoint_iters: int | None, allow_inconsistent: bool, fields: Mapping[str, Any] | None,
+    true_vocab_size: int | None,
 ) -> Verification:  # fmt: skip
     """See weights_conversion.verify.verify."""
     started = time.monotonic()
     for path in (source, checkpoint):
         check_kind(path)
-    family = choose_family(source, checkpoint, model, load_iters)
-    one, two = common_vocabulary(open_model(source, family, load_iters), open_model(checkpoint, family, load_iters))
+    family = model or choose_family(source, checkpoint, source_iters, checkpoint_iters)
+    one, two = common_vocabulary(
+        open_model(source, family, source_iters, fields=fields, true_vocab_size=true_vocab_size),
+        open_model(checkpoint, family, checkpoint_iters),
+    )
     ours, theirs = adopt_assumed(one, two), adopt_assumed(two, one)
     result = Verification(family, ours, theirs, ())
     _compare_configs(result, one, two)

@@ -136,20 +136,24 @@ def _llama(theta: object, eps: object) -> str:
     return "codellama" if theta == 1e6 else "llama" if eps == 1e-6 else "llama2"
 
 
-def choose_family(source: Path, checkpoint: Path, model: str | None, load_iters: int | None) -> str:
-    """`model`, or what the two sides state."""
-    if model is not None:
-        return model
-    (one, first), (two, second) = family_of(source, load_iters), family_of(checkpoint, load_iters)
+def choose_family(source: Path, checkpoint: Path, source_iters: int | None, checkpoint_iters: int | None) -> str:
+    """What the two sides state."""
+    (one, first), (two, second) = family_of(source, source_iters), family_of(checkpoint, checkpoint_iters)
     if one and two and one != two:
         raise ConversionError(f"{source} holds a {one} model and {checkpoint} a {two} model; --model decides")
     guess = first if first != "llama2" else second
     return one or two or guess or "llama2"
 
 
-def open_model(path: Path, family: str, load_iters: int | None = None) -> Model:
-    """Opens one side: headers, configs and args are read and checked, no data."""
-    model = _open(path, family, load_iters)
+def open_model(
+    path: Path, family: str, load_iters: int | None = None, *, fields: Mapping[str, Any] | None = None,
+    true_vocab_size: int | None = None,
+) -> Model:  # fmt: skip
+    """Opens one side: headers, configs and args are read and checked, no data.
+
+    `fields` and `true_vocab_size` are what the user has stated about a Megatron side, over what its files say.
+    """
+    model = _open(path, family, load_iters, fields, true_vocab_size)
     integers = [placed for group in model.placed.values() for placed in group if not placed.dtype.is_floating_point]
     if integers:
         raise ConversionError(
@@ -158,7 +162,9 @@ def open_model(path: Path, family: str, load_iters: int | None = None) -> Model:
     return model
 
 
-def _open(path: Path, family: str, load_iters: int | None) -> Model:
+def _open(
+    path: Path, family: str, load_iters: int | None, fields: Mapping[str, Any] | None, true_vocab_size: int | None
+) -> Model:
     if is_huggingface(path):
         raw = huggingface.read_json(path / "config.json")
         # The dialect that can express most, since nothing is to be written.
@@ -172,7 +178,7 @@ def _open(path: Path, family: str, load_iters: int | None) -> Model:
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
         config = hf_config.read_params(family, raw, tensors)
         return _apart(path, Side(META, megatron=False), config, tensors, frozenset(assumed))
-    return _open_megatron(path, family, load_iters)
+    return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size)
 
 
 def _apart(
@@ -184,8 +190,12 @@ def _apart(
     return Model(path, side, config, placed, layout, config.vocab_size, assumed=assumed)
 
 
-def _open_megatron(path: Path, family: str, load_iters: int | None) -> Model:
-    opened = open_checkpoint(path, family, load_iters=load_iters)
+def _open_megatron(
+    path: Path, family: str, load_iters: int | None, fields: Mapping[str, Any], true_vocab_size: int | None
+) -> Model:
+    opened = open_checkpoint(
+        path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size
+    )
     files, config = opened.files, opened.config
     placed = files.sources(ARCHITECTURES[family], config)
     assumed = {name for name, origin in opened.origins.items() if origin == "family"}
@@ -193,7 +203,7 @@ def _open_megatron(path: Path, family: str, load_iters: int | None) -> Model:
     if not megatron_args.was_reset(files.args):
         stated = megatron_args.from_args(family, files.args)
         for name in megatron_args.SILENT:
-            if name in stated and stated[name] != getattr(config, name):
+            if name in stated and name not in fields and stated[name] != getattr(config, name):
                 contradicted.append(
                     f"{name} is {getattr(config, name)} in its {opened.origins[name]} and {stated[name]} in its args"
                 )
