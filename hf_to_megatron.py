@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     cli.option(
         parser, "--model-path", metavar="PATH_OR_REPO",
-        help="a local folder, or another repository of the same architecture; or the root of a Megatron checkpoint, to write "
-        "it in another layout",
+        help="a local folder, or another repository of the same architecture; or the root of a Megatron checkpoint, to "
+        "write it in another layout",
     )  # fmt: skip
     cli.option(parser, "--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
     cli.option(

@@ -33,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="megatron_to_hf.py", description=__doc__, formatter_class=cli.Formatter, allow_abbrev=False
     )
     cli.option(parser, "--input_dir", type=Path, required=True, metavar="DIR", help="root of the Megatron checkpoint")
-    cli.option(parser, "--output_dir", type=Path, required=True, metavar="DIR", help="folder for the Hugging Face model")
+    cli.option(
+        parser, "--output_dir", type=Path, required=True, metavar="DIR", help="folder for the Hugging Face model"
+    )
     cli.option(
         parser, "--model", choices=FAMILIES, default="llama2",
         help="what the checkpoint holds (default: llama2); a checkpoint that says otherwise is an error",
@@ -57,7 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     new_tokens = parser.add_mutually_exclusive_group()
     for name, value, text in (
-        ("--new_tokens", True, "CLS, SEP, EOD, MASK and PAD were added in training (default: as the args say; else no)"),
+        (
+            "--new_tokens",
+            True,
+            "CLS, SEP, EOD, MASK and PAD were added in training (default: as the args say; else no)",
+        ),
         ("--no_new_tokens", False, "they were not added"),
     ):
         cli.option(new_tokens, name, action="store_const", const=value, dest="new_tokens", help=text)

@@ -605,9 +605,11 @@ def test_token_ids_outside_the_vocabulary_are_refused() -> None:
 def test_prompts_spread_over_the_vocabulary(vocab_size: int) -> None:
     config = replace(LLAMA, vocab_size=vocab_size)
     prompts = default_prompts(config)
-    assert prompts.shape == (3, 24) and prompts.dtype == torch.int64
+    assert prompts.shape == (3, 24)
+    assert prompts.dtype == torch.int64
     assert torch.equal(prompts, default_prompts(config))
-    assert 0 <= prompts.min() and prompts.max() < vocab_size
+    assert prompts.min() >= 0
+    assert prompts.max() < vocab_size
     shards = {token * 8 // vocab_size for token in prompts.flatten().tolist()}
     assert len(shards) == min(8, vocab_size)  # every rank of TP 8 is looked up
 

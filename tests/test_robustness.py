@@ -423,7 +423,7 @@ def test_journal_survives_a_line_cut_off(tmp_path: Path) -> None:
     journal.add(0, [Written(REF, 0, 64, 1)], lambda: None)
     journal.flush(lambda: None)
     path = tmp_path / "chunks.0"
-    path.write_text(path.read_text() + '[1, [[0, 0, 6')
+    path.write_text(path.read_text() + "[1, [[0, 0, 6")
     later = assembly.Journal(tmp_path, [REF])
     assert sorted(later.load()) == [0]
     later.add(2, [Written(REF, 0, 64, 1)], lambda: None)

@@ -56,7 +56,9 @@ def open_checkpoint(
     warnings += resolved.warnings
     padded = files.args.get("padded_vocab_size")
     if padded is not None and padded != files.vocabulary:
-        warnings.append(f"args say padded_vocab_size {padded}, the embedding has {files.vocabulary} rows, which are used")
+        warnings.append(
+            f"args say padded_vocab_size {padded}, the embedding has {files.vocabulary} rows, which are used"
+        )
     return OpenedCheckpoint(files, resolved.config, said, resolved.origins, known, tuple(notes), tuple(warnings))
 
 
@@ -83,7 +85,9 @@ def _rows(stored: int, flag: int | None, said: Mapping[str, Any] | None, notes: 
     recorded = (said or {}).get("true_vocab_size")
     rows = flag if flag is not None else recorded
     if rows is None:
-        notes.append(f"vocabulary {stored} rows, all kept: nothing records the true number (--true_vocab_size gives it)")
+        notes.append(
+            f"vocabulary {stored} rows, all kept: nothing records the true number (--true_vocab_size gives it)"
+        )
         return stored, False
     origin = "--true_vocab_size" if flag is not None else "the manifest"
     if not isinstance(rows, int) or not 0 < rows <= stored:

@@ -232,4 +232,3 @@ def _difference(placed: Placed, number: int, source: Source, scratch: Scratch) -
                 "which must hold the same values; --allow-inconsistent takes the first"
             ]
     return []
-

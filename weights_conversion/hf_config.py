@@ -190,7 +190,9 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
         raise ConversionError("its params.json has no rope_theta, which differs among the Code Llama models; add it")
     embedding, first = tensors.get("tok_embeddings.weight"), tensors.get("layers.0.feed_forward.w1.weight")
     if embedding is None or first is None:
-        raise ConversionError("the consolidated files hold no tok_embeddings.weight and layers.0.feed_forward.w1.weight")
+        raise ConversionError(
+            "the consolidated files hold no tok_embeddings.weight and layers.0.feed_forward.w1.weight"
+        )
     try:
         hidden, heads = int(raw["dim"]), int(raw["n_heads"])
         config = ModelConfig(
@@ -210,7 +212,9 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
         raise ConversionError(f"its params.json lacks or garbles a field ({type(error).__name__}: {error})") from error
     stated = raw.get("vocab_size", -1)
     if stated not in (-1, None, embedding.rows):
-        raise ConversionError(f"its params.json says vocab_size {stated}, tok_embeddings.weight has {embedding.rows} rows")
+        raise ConversionError(
+            f"its params.json says vocab_size {stated}, tok_embeddings.weight has {embedding.rows} rows"
+        )
     _check_heads(config, own_head_dim=False)
     return config
 
@@ -239,7 +243,7 @@ def check_size(config: ModelConfig, size: int) -> None:
 
 
 def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json with `config`'s values on top of `base` (the source's own, or {}), readable by transformers 4 and 5.
+    """A config.json with `config`'s values on top of `base` (the source's own, or {}), for transformers 4 and 5.
 
     `dtype` is the name of the written weights' type ("bfloat16"). Rope theta and scaling are written in both
     spellings, since each release ignores the other's.

@@ -1,4 +1,4 @@
-"""Megatron-LLM's args <-> ModelConfig: what a checkpoint's args say, what they can be trusted for, where values come from."""
+"""Megatron-LLM's args <-> ModelConfig: what they say, what they can be trusted for, where each value comes from."""
 
 from __future__ import annotations
 
@@ -160,7 +160,9 @@ def foreign(family: str, args: Mapping[str, Any]) -> list[str]:
     position = args.get("position_embedding_type")
     if position not in (None, "rotary", "PositionEmbeddingType.rotary", "rope") and getattr(position, "value", 0) != 1:
         shown = getattr(position, "value", position)
-        problems.append(f"the checkpoint's args say position_embedding_type {shown!r}, but {family} models have 'rotary'")
+        problems.append(
+            f"the checkpoint's args say position_embedding_type {shown!r}, but {family} models have 'rotary'"
+        )
     return problems
 
 
@@ -188,7 +190,7 @@ def resolve(
         if name in values:
             continue
         said = [(origin, source[name]) for origin, source in sources if name in source]
-        if not said or said[0][1] is None and name != "sliding_window":
+        if not said or (said[0][1] is None and name != "sliding_window"):
             problems.append(f"nothing says what {NAMES.get(name, name)} is; the checkpoint's args lack it")
             continue
         origins[name], values[name] = said[0]
@@ -200,10 +202,14 @@ def resolve(
             if name in SILENT:
                 warnings.append(f"{sentence}; {values[name]} is used, --{NAMES[name]} overrides it")
             else:
-                problems.append(f"{sentence}, so the manifest belongs to another model; remove conversion_manifest.json")
+                problems.append(
+                    f"{sentence}, so the manifest belongs to another model; remove conversion_manifest.json"
+                )
         if reset and name in RESET_BY_RESHARDING:
             said_there = args.get(NAMES[name])
-            if origins[name] == "family" and (name in FAMILY_DEFAULTS[family] or said_there not in (values[name], None)):
+            if origins[name] == "family" and (
+                name in FAMILY_DEFAULTS[family] or said_there not in (values[name], None)
+            ):
                 warnings.append(
                     f"{NAMES[name]} is lost: the args say {said_there}, but the resharding tool has reset them; "
                     f"{values[name]}, as usual for {family}, is used, --{NAMES[name]} overrides it"

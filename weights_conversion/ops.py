@@ -161,7 +161,7 @@ class FuseQKV:
 
 
 def _rotary_pair(megatron: Tensor, hf: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-    """Views of q or k heads, (..., d, H) on both sides, that pair row 2i+j of interleaved with row j*d/2+i of halves."""
+    """Views of q or k heads, (..., d, H) on both sides, pairing row 2i+j of interleaved with row j*d/2+i of halves."""
     if not ctx.permutes_rotary:
         return megatron, hf
     half = ctx.config.head_dim // 2

@@ -173,7 +173,7 @@ def place_megatron(
 
 
 def place_dist(row: ParamMapping, layer: int | None, shape: Sequence[int], dtype: torch.dtype) -> Placed:
-    """A parameter of a torch_dist checkpoint: items of at most ITEM_BYTES, gate and up apart, as Megatron-Core cuts them.
+    """A parameter of a torch_dist checkpoint: items of at most ITEM_BYTES, gate and up apart, as Megatron-Core has it.
 
     The refs are named KEY@OFFSETS, where KEY is the stacked tensor and OFFSETS begin with the layer.
     """

@@ -194,7 +194,12 @@ def source_hf(
 
 
 def source_megatron(
-    architecture: Architecture, config: ModelConfig, parallel: Parallelism, vocabulary: int, dialect: Dialect, find: Find
+    architecture: Architecture,
+    config: ModelConfig,
+    parallel: Parallelism,
+    vocabulary: int,
+    dialect: Dialect,
+    find: Find,
 ) -> dict[tuple[str, int | None], tuple[Placed, ...]]:
     """Places each parameter on the ranks of a Megatron checkpoint whose vocabulary tensors have `vocabulary` rows."""
     return {
@@ -216,7 +221,7 @@ def plan_to_megatron(
     source: Side, target: Side, parallel: Parallelism, vocabulary: int, dtype: torch.dtype | None,
     rank_file: Callable[[int, int], str], new_rows: str = "last",
 ) -> Plan:  # fmt: skip
-    """Into one file per rank, `rank_file(tp, pp)`. `vocabulary`: rows of the written table; `dtype` None: as they are."""
+    """Into one file per rank, `rank_file(tp, pp)`. `vocabulary`: rows to write; `dtype` None: each tensor's own."""
     targets: dict[str, dict[str, TensorRef]] = {
         rank_file(tp, pp): {} for pp in range(parallel.pipeline) for tp in range(parallel.tensor)
     }
@@ -281,7 +286,9 @@ def plan_to_hf(
         targets[file] = [TensorRef(file, ref.name, ref.dtype, ref.shape) for ref in wanted[group[0] : group[1]]]
     refs = {ref.name: ref for group in targets.values() for ref in group}
     steps = [
-        _step(row, layer, sources[row.megatron, layer], tuple(whole(refs[name.format(layer)]) for name in row.hf), config)
+        _step(
+            row, layer, sources[row.megatron, layer], tuple(whole(refs[name.format(layer)]) for name in row.hf), config
+        )
         for row, layer in instances(architecture.parameters(config), config.num_layers)
     ]
     # Tensors of whole pages first: then the ones behind them start on a page too, as direct writes need.

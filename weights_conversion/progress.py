@@ -39,9 +39,7 @@ def bar(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
             state["said"] = now
             rate = max(state["bytes"] - done, 1) / (now - started)
             left = (total - state["bytes"]) / rate
-            logger.info(
-                "%.1f of %.1f GB, %.2f GB/s, %.0f s left", state["bytes"] / 1e9, total / 1e9, rate / 1e9, left
-            )
+            logger.info("%.1f of %.1f GB, %.2f GB/s, %.0f s left", state["bytes"] / 1e9, total / 1e9, rate / 1e9, left)
 
     yield advance
 

@@ -49,7 +49,7 @@ def open_source(
     model: str, path: str | None, target: Dialect, *, cache: Path | None = None, size: int | None = None,
     revision: str | None = None, load_iters: int | None = None, true_vocab_size: int | None = None,
 ) -> Opened:  # fmt: skip
-    """What `path` (a folder or a repository) or, without one, `model` and `size` name. `target` decides what is refused."""
+    """What `path` (a folder or a repository) names, or else `model` and `size`. `target` decides what is refused."""
     if path is None and cache is not None and cache.is_dir() and model in ("llama", "llama2"):
         folder = meta.find_meta(cache, model, size or 7)
         if folder is not None:
@@ -103,9 +103,10 @@ def open_megatron(
     if target is not MEGATRON_CORE and opened.config.tie_word_embeddings and model != "falcon":
         raise ConversionError(f"{root} has a head tied to the embedding, which {target.name} cannot express")
     config, known = opened.config, opened.true_rows_known
-    if true_vocab_size is not None and true_vocab_size <= opened.files.vocabulary:
-        if not known or true_vocab_size > config.vocab_size:  # the user knows which of the stored rows are tokens
-            config, known = dataclasses.replace(config, vocab_size=true_vocab_size), True
+    stored = true_vocab_size is not None and true_vocab_size <= opened.files.vocabulary
+    if true_vocab_size is not None and stored and (not known or true_vocab_size > config.vocab_size):
+        # the user knows which of the stored rows are tokens
+        config, known = dataclasses.replace(config, vocab_size=true_vocab_size), True
     said = opened.manifest or {}
     reset = megatron_args.was_reset(opened.files.args)
     same = opened.files.dialect is target and not reset

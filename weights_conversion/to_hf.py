@@ -80,7 +80,9 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     if generation or not base:
         files["generation_config.json"] = _json(generation or _default_generation(exported))
     report.notes += _differences(base, exported)
-    report.notes.append("values     " + ", ".join(f"{name} {origin}" for name, origin in sorted(opened.origins.items())))
+    report.notes.append(
+        "values     " + ", ".join(f"{name} {origin}" for name, origin in sorted(opened.origins.items()))
+    )
     prove = verified(
         options.input_dir, options.model, options, source_iters=options.load_iters, fields=options.fields,
         true_vocab_size=config.vocab_size,

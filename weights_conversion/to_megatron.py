@@ -27,7 +27,7 @@ from weights_conversion.plan import (
     plan_to_megatron,
 )
 from weights_conversion.progress import Report
-from weights_conversion.sources import Opened, open_source
+from weights_conversion.sources import open_source
 
 TARGETS: dict[str, Dialect] = {"megatron-llm": MEGATRON_LLM, "megatron-core": MEGATRON_CORE}
 
@@ -70,7 +70,9 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         hf_config.check_size(config, options.size)
     parallel = _with_virtual(options, config)
     if ckpt_format == "torch_dist" and parallel != Parallelism():
-        raise ConversionError(f"--ckpt-format torch_dist is free of {parallel}: any run can load it; leave the sizes out")
+        raise ConversionError(
+            f"--ckpt-format torch_dist is free of {parallel}: any run can load it; leave the sizes out"
+        )
     vocabulary, true_rows = _vocabulary(options, config, parallel)
     if problems := check_parallelism(config, parallel, vocabulary, dialect):
         raise ConversionError(*problems)
@@ -97,12 +99,14 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         targets = rank_targets(plan, args, "release" if dialect is MEGATRON_LLM else 0, flat=dialect is MEGATRON_CORE)
     assembly.check_apart(out, plan)
     has_model = any(path.name == "tokenizer.model" for path in opened.tokenizer)
-    report.training_flags = _training_flags(config, dialect, ckpt_format, out, vocabulary, divisible_by, parallel, written)
+    report.training_flags = _training_flags(
+        config, dialect, ckpt_format, out, vocabulary, divisible_by, parallel, written
+    )
     if dialect is MEGATRON_CORE and has_model:
         report.training_flags.append(f"--tokenizer-model {out / 'tokenizer.model'}")
     if vocabulary != config.vocab_size:
         report.notes.append(
-            f"vocabulary {config.vocab_size} rows of the source, {vocabulary} written (new ones: {options.new_rows} row)"
+            f"vocabulary {config.vocab_size} rows of the source, {vocabulary} written (new: {options.new_rows} row)"
         )
     text = manifest.build(
         config, true_vocab_size=true_rows if opened.true_rows_known or options.true_vocab_size else None,

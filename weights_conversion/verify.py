@@ -48,9 +48,9 @@ def verify(
     """Compares `checkpoint` with `source`, which is taken as right where only one of them can be.
 
     `model` is the family (None: what the sides state); `source_iters` and `checkpoint_iters` other iterations than the
-    trackers'; `allow_inconsistent`: copies on the source's ranks may differ, the first is taken; `fields` (of ModelConfig)
-    and `true_vocab_size` are what the user states about a Megatron source. Raises ConversionError for a side that cannot
-    be read.
+    trackers'; `allow_inconsistent`: copies on the source's ranks may differ, the first is taken; `fields` (of
+    ModelConfig) and `true_vocab_size` are what the user states about a Megatron source. Raises ConversionError for a
+    side that cannot be read.
     """
     from weights_conversion.verification.proof import prove
 

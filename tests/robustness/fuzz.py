@@ -189,7 +189,10 @@ def bombs() -> dict[str, bytes]:
         "list": b"].",
         "args": b"}(U\x05model}U\x04args]u.",
         "args of dags": b"}(U\x05model}U\x04argscargparse\nNamespace\n)R}(U\x0ahidden_size" + tuples + b"ubu.",
-        "iteration of dags": b"}(U\x05model}U\x09iteration" + tuples + b"U\x12checkpoint_version" + tuples
+        "iteration of dags": b"}(U\x05model}U\x09iteration"
+        + tuples
+        + b"U\x12checkpoint_version"
+        + tuples
         + b"U\x04argscargparse\nNamespace\n)R}bu.",
     }
 

@@ -8,9 +8,7 @@ from weights_conversion.ops import FuseGLU, FuseQKV
 
 PARAMETERS = (
     ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"), COLUMN),
-    ParamMapping(
-        "encoder.layers.{}.input_layernorm.weight", ("model.layers.{}.input_layernorm.weight",), ("hidden",)
-    ),
+    ParamMapping("encoder.layers.{}.input_layernorm.weight", ("model.layers.{}.input_layernorm.weight",), ("hidden",)),
     ParamMapping(
         "encoder.layers.{}.self_attention.query_key_value.weight",
         (

@@ -306,7 +306,7 @@ def write_without_data(path: Path, content: Any, resume: bool = False) -> dict[T
     stood_in = stand_in(content)
     if not resume:
         try:
-            with config.patch({"save.storage_alignment": PAGE}), skip_data():
+            with config.patch({"save.storage_alignment": PAGE}), skip_data():  # pyright: ignore[reportAttributeAccessIssue]
                 torch.save(stood_in, path)
         except RuntimeError as error:  # torch does not say which error it was
             raise OSError(errno.EIO, f"torch cannot write it (no space left?): {error}", str(path)) from error

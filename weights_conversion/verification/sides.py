@@ -193,9 +193,7 @@ def _apart(
 def _open_megatron(
     path: Path, family: str, load_iters: int | None, fields: Mapping[str, Any], true_vocab_size: int | None
 ) -> Model:
-    opened = open_checkpoint(
-        path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size
-    )
+    opened = open_checkpoint(path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size)
     files, config = opened.files, opened.config
     placed = files.sources(ARCHITECTURES[family], config)
     assumed = {name for name, origin in opened.origins.items() if origin == "family"}
