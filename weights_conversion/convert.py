@@ -17,7 +17,7 @@ import torch
 
 from weights_conversion import __version__, assembly, distributed, progress
 from weights_conversion.config import ConversionError
-from weights_conversion.execute import Stop, Written, execute, inconsistencies
+from weights_conversion.execute import THREADS_PER_WORKER, Stop, Written, execute, inconsistencies
 from weights_conversion.placement import Placed, TensorRef
 from weights_conversion.plan import CHUNK_BYTES, Chunk, Plan
 from weights_conversion.progress import Report
@@ -244,7 +244,7 @@ def verified(source: Path, model: str, options: RunOptions, **stated: Any) -> Ca
 
 def memory(workers: int) -> int:
     """Peak memory of a run, in bytes: the interpreter with torch, and each worker's buffers."""
-    return BASE_BYTES + workers * 3 * CHUNK_BYTES
+    return BASE_BYTES + workers * THREADS_PER_WORKER * 3 * CHUNK_BYTES
 
 
 def main_dtype(tensors: Sequence[Placed]) -> torch.dtype:

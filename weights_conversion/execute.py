@@ -23,6 +23,9 @@ from weights_conversion.plan import CHUNK_BYTES, Chunk, Plan, Step
 from weights_conversion.streams import Scratch, Source, Target, bytes_of
 
 
+THREADS_PER_WORKER = 2
+
+
 @dataclass(frozen=True)
 class Written:
     """Bytes start..start+length of a target tensor have been written, and have this CRC-32 (0 where none is kept)."""
@@ -177,9 +180,13 @@ def execute(
     done: Callable[[int, Chunk, list[Written]], None],
     stop: Stop | None = None,
 ) -> None:
-    """Converts `chunks` (number, chunk) on `workers` threads. `done` is called as each is finished, from its thread."""
+    """Converts `chunks` (number, chunk). `done` is called as each is finished, from its thread.
+
+    Each worker is a pair of threads: while one waits for its write, the other reads, converts and checksums.
+    """
     stop = stop or Stop()
     taken = itertools.count()
+    threads = workers * THREADS_PER_WORKER
 
     def work() -> None:
         scratch = Scratch()
@@ -189,17 +196,17 @@ def execute(
                 return
             number, chunk = chunks[index]
             try:
-                if index + workers < len(chunks):
-                    prefetch_chunk(plan, chunks[index + workers][1], source)
+                if index + threads < len(chunks):
+                    prefetch_chunk(plan, chunks[index + threads][1], source)
                 done(number, chunk, convert_chunk(plan, chunk, source, target, scratch))
             except BaseException:
                 stop.event.set()
                 raise
 
     torch.set_num_threads(1)  # the workers are the parallelism; torch's own threads would fight them
-    with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="convert") as pool:
         try:
-            futures = [pool.submit(work) for _ in range(workers)]
+            futures = [pool.submit(work) for _ in range(threads)]
             wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:
             stop.event.set()

@@ -48,7 +48,7 @@ class Scratch:
         self._used = 0
 
     def _add(self, size: int) -> None:
-        region = mmap.mmap(-1, size)
+        region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._regions.append((region, torch.frombuffer(region, dtype=torch.uint8)))
         self._used = 0
 
