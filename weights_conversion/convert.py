@@ -17,8 +17,8 @@ import torch
 
 from weights_conversion import __version__, assembly, distributed, progress
 from weights_conversion.config import ConversionError
-from weights_conversion.execute import THREADS_PER_WORKER, Stop, Written, execute, inconsistencies
-from weights_conversion.placement import Placed, TensorRef
+from weights_conversion.execute import THREADS_PER_WORKER, Written, execute, inconsistencies
+from weights_conversion.placement import TensorRef
 from weights_conversion.plan import CHUNK_BYTES, Chunk, Plan
 from weights_conversion.progress import Report
 from weights_conversion.streams import Source, Target
@@ -195,7 +195,7 @@ def _convert(
                 ranks.count(sum(w.length for w in written))
 
             try:
-                execute(job.plan, mine, source, target, options.workers, finished, Stop(ranks.stop))
+                execute(job.plan, mine, source, target, options.workers, finished, ranks.stop)
             finally:
                 journal.flush(target.sync)
             ranks.check()
@@ -245,11 +245,3 @@ def verified(source: Path, model: str, options: RunOptions, **stated: Any) -> Ca
 def memory(workers: int) -> int:
     """Peak memory of a run, in bytes: the interpreter with torch, and each worker's buffers."""
     return BASE_BYTES + workers * THREADS_PER_WORKER * 3 * CHUNK_BYTES
-
-
-def main_dtype(tensors: Sequence[Placed]) -> torch.dtype:
-    """The type that most of the bytes have."""
-    sizes: dict[torch.dtype, int] = {}
-    for placed in tensors:
-        sizes[placed.dtype] = sizes.get(placed.dtype, 0) + placed.rows * placed.row_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype])

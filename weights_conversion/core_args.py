@@ -101,7 +101,7 @@ def write_args(
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_query_groups if grouped else config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
         "group_query_attention": grouped,
         "kv_channels": config.head_dim,
         "seq_length": config.max_position_embeddings,
@@ -165,11 +165,19 @@ def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
         flags.append(f"--window-size {config.sliding_window - 1},0")
     if config.rope_scaling_factor != 1.0:
         flags.append(f"--rotary-seq-len-interpolation-factor {_whole(config.rope_scaling_factor)}")
-        if config.rope_scaling_factor != int(config.rope_scaling_factor):
-            flags.append("(which Megatron-LM reads as a whole number: set seq_len_interpolation_factor in its code)")
     if dtype in (torch.bfloat16, torch.float16):
         flags.append("--bf16" if dtype is torch.bfloat16 else "--fp16")
     return flags
+
+
+def training_warnings(config: ModelConfig) -> list[str]:
+    """What no flag of training can be given."""
+    if config.rope_scaling_factor == int(config.rope_scaling_factor):
+        return []
+    return [
+        f"Megatron-LM reads --rotary-seq-len-interpolation-factor as a whole number, this model needs "
+        f"{config.rope_scaling_factor}: set seq_len_interpolation_factor in its code"
+    ]
 
 
 def foreign_tensors(names: Iterable[str], folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from weights_conversion.ops import Context, Op, Range, to_hf, to_megatron
 from weights_conversion.placement import Placed, TensorRef
 from weights_conversion.plan import CHUNK_BYTES, Chunk, Plan, Step
 from weights_conversion.streams import Scratch, Source, Target, bytes_of
-
 
 THREADS_PER_WORKER = 2
 
@@ -164,13 +163,6 @@ def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Target, scra
     return written
 
 
-@dataclass
-class Stop:
-    """Set by a signal handler or a failing worker: no further chunk is begun."""
-
-    event: threading.Event = field(default_factory=threading.Event)
-
-
 def execute(
     plan: Plan,
     chunks: Sequence[tuple[int, Chunk]],
@@ -178,19 +170,19 @@ def execute(
     target: Target,
     workers: int,
     done: Callable[[int, Chunk, list[Written]], None],
-    stop: Stop | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Converts `chunks` (number, chunk). `done` is called as each is finished, from its thread.
 
     Each worker is a pair of threads: while one waits for its write, the other reads, converts and checksums.
     """
-    stop = stop or Stop()
+    stop = stop or threading.Event()
     taken = itertools.count()
     threads = workers * THREADS_PER_WORKER
 
     def work() -> None:
         scratch = Scratch()
-        while not stop.event.is_set():
+        while not stop.is_set():
             index = next(taken)
             if index >= len(chunks):
                 return
@@ -200,7 +192,7 @@ def execute(
                     prefetch_chunk(plan, chunks[index + threads][1], source)
                 done(number, chunk, convert_chunk(plan, chunk, source, target, scratch))
             except BaseException:
-                stop.event.set()
+                stop.set()
                 raise
 
     torch.set_num_threads(1)  # the workers are the parallelism; torch's own threads would fight them
@@ -209,7 +201,7 @@ def execute(
             futures = [pool.submit(work) for _ in range(threads)]
             wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:
-            stop.event.set()
+            stop.set()
             raise
     for future in futures:
         future.result()

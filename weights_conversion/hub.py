@@ -41,6 +41,7 @@ SMALL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "tokenizer.json",
     "tokenizer.model",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import torch
 
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
-
-logger = logging.getLogger(__name__)
 
 # ModelConfig field -> Megatron-LLM's name in args.
 NAMES = {

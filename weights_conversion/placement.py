@@ -12,6 +12,7 @@ from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.dialects import MEGATRON_CORE, Dialect
 from weights_conversion.mapping import ParamMapping, Shard
 
+PAGE = 4096  # bytes; direct writes begin and end on one
 ITEM_BYTES = 256 << 20  # of a torch_dist checkpoint: its readers take an item into memory whole
 
 
@@ -61,6 +62,14 @@ class Placed:
     @property
     def row_bytes(self) -> int:
         return self.columns * self.dtype.itemsize
+
+
+def main_dtype(tensors: Sequence[Placed]) -> torch.dtype:
+    """The type that most of the bytes have."""
+    sizes: dict[torch.dtype, int] = {}
+    for placed in tensors:
+        sizes[placed.dtype] = sizes.get(placed.dtype, 0) + placed.rows * placed.row_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def two_dimensional(shape: Sequence[int]) -> tuple[int, int]:

@@ -18,10 +18,9 @@ from weights_conversion.config import ConversionError, ModelConfig, Parallelism
 from weights_conversion.dialects import HF, MEGATRON_CORE, Dialect
 from weights_conversion.mapping import Architecture, ParamMapping
 from weights_conversion.ops import Context, Range
-from weights_conversion.placement import Find, Placed, TensorRef, place_dist, place_megatron, whole
+from weights_conversion.placement import PAGE, Find, Placed, TensorRef, place_dist, place_megatron, whole
 
 CHUNK_BYTES = 32 << 20
-PAGE = 4096
 FILE_BYTES = 4 << 30  # of a torch_dist checkpoint
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from weights_conversion.config import ConversionError
-from weights_conversion.placement import TensorRef
-from weights_conversion.plan import CHUNK_BYTES, PAGE
+from weights_conversion.placement import PAGE, TensorRef
+from weights_conversion.plan import CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
 

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import assembly, distributed, hf_config, hub, megatron_args
+from weights_conversion import assembly, distributed, hf_config, hub
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
-from weights_conversion.convert import DTYPES, Job, RunOptions, main_dtype, run, verified
+from weights_conversion.convert import DTYPES, Job, RunOptions, run, verified
 from weights_conversion.dialects import HF
 from weights_conversion.formats import huggingface
+from weights_conversion.placement import main_dtype
 from weights_conversion.plan import Side, plan_to_hf
 from weights_conversion.progress import Report
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
-
-logger = logging.getLogger(__name__)
-
-# Tokenizer args that the original's resharding tool re-creates from defaults.
-_RESET_TOKENIZER_ARGS = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list")
 
 
 @dataclass(frozen=True)
@@ -91,9 +85,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
 
 
 def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Mapping[str, Any]) -> TokenizerPlan:
-    args = dict(opened.files.args)
-    if megatron_args.was_reset(args):
-        args = {name: value for name, value in args.items() if name not in _RESET_TOKENIZER_ARGS}
+    args = opened.files.args
 
     def fetch(repository: str, cache: Path | None) -> Path:
         with distributed.rank_zero_first("tokenizer"):
@@ -133,8 +125,3 @@ def _differences(source: Mapping[str, Any], exported: Mapping[str, Any]) -> list
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def with_fields(options: ExportOptions, **fields: Any) -> ExportOptions:
-    """The options with further ModelConfig fields stated by the user."""
-    return dataclasses.replace(options, fields={**options.fields, **fields})

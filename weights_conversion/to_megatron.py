@@ -13,11 +13,11 @@ import torch
 from weights_conversion import assembly, core_args, distributed, hf_config, manifest, megatron_args
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
-from weights_conversion.convert import DIVISIBLE_BY, DTYPES, Job, RunOptions, main_dtype, run, verified
+from weights_conversion.convert import DIVISIBLE_BY, DTYPES, Job, RunOptions, run, verified
 from weights_conversion.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 from weights_conversion.formats import torch_dist, torch_files
 from weights_conversion.formats.megatron import TRACKER
-from weights_conversion.placement import rank_folder
+from weights_conversion.placement import main_dtype, rank_folder
 from weights_conversion.plan import (
     Plan,
     Side,
@@ -102,6 +102,8 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     report.training_flags = _training_flags(
         config, dialect, ckpt_format, out, vocabulary, divisible_by, parallel, written
     )
+    if dialect is MEGATRON_CORE:
+        report.warnings += core_args.training_warnings(config)
     if dialect is MEGATRON_CORE and has_model:
         report.training_flags.append(f"--tokenizer-model {out / 'tokenizer.model'}")
     if vocabulary != config.vocab_size:

@@ -14,8 +14,7 @@ import torch
 
 from weights_conversion.config import ConversionError
 from weights_conversion.formats import torch_files
-from weights_conversion.placement import Placed, TensorRef, whole
-from weights_conversion.plan import PAGE
+from weights_conversion.placement import PAGE, Placed, TensorRef, whole
 
 DTYPES = {
     "F64": torch.float64,

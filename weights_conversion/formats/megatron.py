@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -20,8 +19,6 @@ from weights_conversion.formats import pickles, torch_files
 from weights_conversion.mapping import Architecture
 from weights_conversion.placement import Placed, TensorRef, chunk_key, rank_folder
 from weights_conversion.plan import source_megatron
-
-logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the latter beside a distributed optimizer's optim.pt

@@ -27,8 +27,8 @@ from weights_conversion.formats import torch_files
 from weights_conversion.formats.dist_index import METADATA, Items, Stored, StoredChunk, read_metadata, uncovered
 from weights_conversion.formats.megatron import plain_args
 from weights_conversion.mapping import Architecture, ParamMapping
-from weights_conversion.placement import Block, Placed, TensorRef, two_dimensional
-from weights_conversion.plan import PAGE, instances, megatron_shape
+from weights_conversion.placement import PAGE, Block, Placed, TensorRef, two_dimensional
+from weights_conversion.plan import instances, megatron_shape
 
 COMMON = "common.pt"
 EXTRA_STATES = "__0_0.distcp"  # holds nothing else

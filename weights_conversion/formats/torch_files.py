@@ -24,8 +24,7 @@ import torch
 
 from weights_conversion.config import ConversionError
 from weights_conversion.formats import pickles
-from weights_conversion.placement import TensorRef
-from weights_conversion.plan import PAGE
+from weights_conversion.placement import PAGE, TensorRef
 
 _LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"

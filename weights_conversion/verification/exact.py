@@ -13,10 +13,11 @@ from torch import Tensor
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.config import ModelConfig
 from weights_conversion.dialects import HF, MEGATRON_LLM, META
-from weights_conversion.execute import Scratch, Source, as_hf, as_megatron, inconsistencies, read_rows
+from weights_conversion.execute import as_hf, as_megatron, inconsistencies, read_rows
 from weights_conversion.mapping import ParamMapping
 from weights_conversion.ops import Context, Op
 from weights_conversion.plan import Plan, Step, instances
+from weights_conversion.streams import Scratch, Source
 from weights_conversion.verification.differences import (
     BLOCK_VALUES,
     Difference,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from weights_conversion import forward
 from weights_conversion.config import ModelConfig
-from weights_conversion.execute import Source
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.forward import Convention, Weights
+from weights_conversion.streams import Source
 from weights_conversion.verification.sides import NUMBER_FIELDS, Model
 from weights_conversion.verification.stored import CONVENTIONS, head_of, rounded, weights_of
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from weights_conversion.execute import Scratch, Source, read_rows
+from weights_conversion.execute import read_rows
 from weights_conversion.placement import Placed
+from weights_conversion.streams import Scratch, Source
 from weights_conversion.verification.exact import Pair
 from weights_conversion.verification.sides import Model
 

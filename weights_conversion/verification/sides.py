@@ -13,11 +13,10 @@ from weights_conversion import hf_config, manifest, megatron_args
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.checkpoint import open_checkpoint, trained_from
 from weights_conversion.config import FAMILIES, ConversionError, ModelConfig
-from weights_conversion.convert import main_dtype
 from weights_conversion.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META
 from weights_conversion.formats import huggingface, megatron, meta, torch_dist
 from weights_conversion.mapping import ParamMapping
-from weights_conversion.placement import Placed
+from weights_conversion.placement import Placed, main_dtype
 from weights_conversion.plan import Side, source_hf
 
 Key = tuple[str, int | None]  # ParamMapping.megatron, layer

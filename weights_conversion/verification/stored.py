@@ -17,11 +17,12 @@ from weights_conversion import forward
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.config import ConversionError, ModelConfig
 from weights_conversion.dialects import CORE_LOCAL_NORMS, MEGATRON_CORE
-from weights_conversion.execute import Scratch, Source, read_rows
+from weights_conversion.execute import read_rows
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.forward import Weights
 from weights_conversion.placement import Placed, TensorRef, rank_name
 from weights_conversion.plan import instances
+from weights_conversion.streams import Scratch, Source
 from weights_conversion.verification.sides import Key, Model
 
 CONVENTIONS = {
