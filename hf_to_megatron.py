@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         layout, "--ckpt-format", choices=("torch", "torch_dist"),
         help="format on disk (default: torch; for megatron-core torch_dist, which fits any TP and PP)",
     )  # fmt: skip
+    cli.add_fields(parser)
     cli.add_common(parser)
     return parser
 
@@ -96,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.size is not None and args.size not in SIZES[args.model]:
         parser.error(f"{args.model} comes in sizes {', '.join(map(str, SIZES[args.model]))}, not {args.size}")
+
+    fields = cli.stated_fields(parser, args)
 
     def work() -> str:
         from weights_conversion.config import Parallelism
@@ -126,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             load_iters=args.load_iters,
             target=args.target,
             ckpt_format=args.ckpt_format,
+            fields=fields,
         )
         return hf_to_megatron(options).text()
 

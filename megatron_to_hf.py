@@ -14,18 +14,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from weights_conversion import cli
 from weights_conversion.config import FAMILIES
-
-# Flags that state a value which the checkpoint lost, by ModelConfig field.
-FIELDS = {
-    "rope_theta": float,
-    "rope_scaling_factor": float,
-    "layernorm_epsilon": float,
-    "max_position_embeddings": cli.positive,
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="special tokens that training added, separated by commas (default: from the checkpoint's args)",
     )  # fmt: skip
     cli.option(
-        parser, "--override_special_tokens", nargs="*", default=[], metavar="KEY=TOKEN",
+        parser, "--override_special_tokens", nargs="*", action="extend", default=[], metavar="KEY=TOKEN",
         help="make TOKEN the bos, cls, eos, mask, pad, sep or unk token; set in the configs too",
     )  # fmt: skip
     new_tokens = parser.add_mutually_exclusive_group()
@@ -75,21 +66,17 @@ def build_parser() -> argparse.ArgumentParser:
     cli.option(
         parser, "--load_iters", type=cli.positive, metavar="N", help="another iteration than the tracker's"
     )  # fmt: skip
-    values = parser.add_argument_group("values that a checkpoint may have lost", "they outrank manifest and args")
-    for name, kind in FIELDS.items():
-        cli.option(values, f"--{name}", type=kind, metavar="X", help=f"{name} of the exported config")
-    cli.option(
-        values, "--sliding_window_size", type=int, metavar="N", help="window of mistral's attention; 0: no window"
-    )  # fmt: skip
+    cli.add_fields(parser)
     cli.add_common(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    fields: dict[str, Any] = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
-    if args.sliding_window_size is not None:
-        fields["sliding_window"] = args.sliding_window_size or None
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    fields = cli.stated_fields(parser, args)
+    if args.no_tokenizer and args.override_special_tokens:
+        parser.error("--override_special_tokens needs the tokenizer, which --no_tokenizer leaves out")
 
     def work() -> str:
         from weights_conversion.to_hf import ExportOptions, megatron_to_hf

@@ -16,13 +16,14 @@ def layout(tp: int, pp: int) -> list[object]:
 
 def test_verified_round(sources, to_megatron, to_hf, tmp_path: Path) -> None:
     source = sources("llama2-gqa")
-    there = to_megatron("llama2", "--model-path", source, "--out", tmp_path / "mt", *layout(2, 2), "--verify").succeeded()
-    assert "IDENTICAL" in there.out
-    back = to_hf("--input_dir", tmp_path / "mt", "--output_dir", tmp_path / "hf", "--no_tokenizer", "--verify").succeeded()
-    assert "IDENTICAL" in back.out
-    again = tmp_path / "core"
+    checkpoint, again = tmp_path / "mt", tmp_path / "core"
+    there = to_megatron("llama2", "--model-path", source, "--out", checkpoint, *layout(2, 2), "--verify")
+    assert "IDENTICAL" in there.succeeded().out
+    back = to_hf("--input_dir", checkpoint, "--output_dir", tmp_path / "hf", "--no_tokenizer", "--verify")
+    assert "IDENTICAL" in back.succeeded().out
     core = ["--target", "megatron-core", "--dtype", "float32", "--verify"]
-    assert "SAME" in to_megatron("llama2", "--model-path", tmp_path / "mt", "--out", again, *core).succeeded().out.upper()
+    recast = to_megatron("llama2", "--model-path", checkpoint, "--out", again, *core)
+    assert "SAME" in recast.succeeded().out.upper()
     assert not list(tmp_path.glob("*.unverified")) + list(tmp_path.glob("*.partial"))
 
 
@@ -53,7 +54,5 @@ def test_checksums(sources, to_megatron, tmp_path: Path) -> None:
     out = tmp_path / "mt"
     to_megatron("llama2", "--model-path", sources("llama2-gqa"), "--out", out, *layout(2, 1), "--checksums").succeeded()
     listed = dict(reversed(line.split("  ")) for line in (out / "checksums.sha256").read_text().splitlines())
-    files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
-    assert listed == {
-        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if name != "checksums.sha256"
-    }
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != "checksums.sha256"]
+    assert listed == {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -718,8 +718,17 @@ def test_half_precision_overflow(tmp_path: Path, to_megatron: Script) -> None:
     tensors = dict(model.tensors())
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1e6
     source = tm.write_huggingface(tmp_path / "hf", model, tensors=tensors)
-    to_megatron("llama2", "--model-path", source, "--out", tmp_path / "mt", "--dtype", "float16").succeeded()
-    result = check(source, tmp_path / "mt")
+    half = ["--dtype", "float16"]
+    refused = to_megatron("llama2", "--model-path", source, "--out", tmp_path / "refused", *half)
+    refused.refused("final_layernorm", "too large for torch.float16")
+    assert not (tmp_path / "refused").exists()
+    small = tm.write_huggingface(tmp_path / "small", model)
+    to_megatron("llama2", "--model-path", small, "--out", tmp_path / "mt", *half).succeeded()
+
+    def edit(ranks: Ranks) -> None:
+        stack(ranks, 0, 0)["final_layernorm.weight"].fill_(float("inf"))
+
+    result = check(source, edited(tmp_path / "mt", tmp_path / "infinite", edit))
     assert result.code == 1
     assert re.search(r"model\.norm\.weight.*NaN or infinite on one side", result.out), result.out
     assert "not finite  model.norm.weight: 0 values in the source, 64 in the checkpoint" in result.out

@@ -54,6 +54,11 @@ def open_checkpoint(
         raise ConversionError(f"{folder} has no output layer (lm_head) on its last stage, which {model} needs")
     resolved = megatron_args.resolve(model, args, fields, flags or {}, rows)
     warnings += resolved.warnings
+    for name in (said or {}).get("assumed", []):
+        if resolved.origins.get(name) == "manifest":
+            flag, value = megatron_args.NAMES[name], getattr(resolved.config, name)
+            warnings.append(f"{flag} {value} is not known, it was assumed for {model} by an earlier conversion; "
+                            f"--{flag} overrides it")  # fmt: skip
     padded = files.args.get("padded_vocab_size")
     if padded is not None and padded != files.vocabulary:
         warnings.append(

@@ -59,7 +59,7 @@ def positive(text: str) -> int:
     return value
 
 
-def positive_rate(text: str) -> float:
+def positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -70,6 +70,43 @@ def cores() -> int:
     """Cores that this process may use (a batch job's share, not the machine's), at most 4."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(available, 4))
+
+
+def window(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+# Flags that state a value which a Megatron checkpoint has lost, by ModelConfig field.
+FIELDS: dict[str, Callable[[str], Any]] = {
+    "rope_theta": positive_float,
+    "rope_scaling_factor": positive_float,
+    "layernorm_epsilon": positive_float,
+    "max_position_embeddings": positive,
+}
+
+
+def add_fields(parser: argparse.ArgumentParser) -> None:
+    values = parser.add_argument_group(
+        "values that a Megatron checkpoint may have lost", "they outrank its manifest and its args"
+    )
+    for name, kind in FIELDS.items():
+        option(values, f"--{name}", type=kind, metavar="X", help=f"{name} of the model")
+    option(
+        values, "--sliding_window_size", type=window, metavar="N", help="window of mistral's attention; 0: no window"
+    )
+
+
+def stated_fields(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
+    """The ModelConfig fields that the user has stated."""
+    fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    if args.sliding_window_size is not None:
+        if args.model != "mistral":
+            parser.error(f"--sliding_window_size is mistral's, {args.model} has none")
+        fields["sliding_window"] = args.sliding_window_size or None
+    return fields
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -91,11 +128,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="with --dry-run: predict the time on R ranks of torchrun or srun (default: some numbers of ranks)",
     )  # fmt: skip
     option(
-        parser, "--rank-rate", type=positive_rate, default=1.0, metavar="GB/s",
+        parser, "--rank-rate", type=positive_float, default=1.0, metavar="GB/s",
         help="for the prediction: what one rank converts, as the report of a one-process run says (default: 1)",
     )  # fmt: skip
     option(
-        parser, "--filesystem-bandwidth", type=positive_rate, metavar="GB/s",
+        parser, "--filesystem-bandwidth", type=positive_float, metavar="GB/s",
         help="for the prediction: how fast the filesystem is written while as much is read from it",
     )  # fmt: skip
     option(
@@ -162,8 +199,6 @@ def _outcome(work: Callable[[], str]) -> int:
     try:
         with _Signals():
             report = work()
-        print(printable(report))
-        return 0
     except SaidElsewhere as ended:
         return ended.code
     except ConversionError as error:
@@ -185,6 +220,11 @@ def _outcome(work: Callable[[], str]) -> int:
             "the same command continues where this one stopped"
         )
         return 1
+    try:
+        print(printable(report), flush=True)
+    except BrokenPipeError:  # whoever read the report has gone; the work is done all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _say(text: str) -> None:

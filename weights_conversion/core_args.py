@@ -225,6 +225,8 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if problems:
         raise ConversionError(*dict.fromkeys(problems))
     result = dict(args)
+    # By this flag Megatron-LLM's resharding tool is known, which loses values; NVIDIA's sets it too, and keeps them.
+    result.pop("use_cpu_initialization", None)
     for theirs, ours in _RESPELLED.items():
         if args.get(theirs) is not None:
             result[ours] = args[theirs]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weights_conversion.config import ConversionError
 from weights_conversion.dialects import HF
 from weights_conversion.ops import Context, Op, Range, to_hf, to_megatron
 from weights_conversion.placement import Placed, TensorRef
@@ -114,8 +115,13 @@ def write_rows(
     """Writes rows (rows, columns) to every block of every copy that holds some of them; takes their CRC-32 if asked."""
     first, last = rows
     if tensor.dtype != placed.dtype:
-        cast = scratch.take(tensor.shape, placed.dtype)
-        tensor = cast.copy_(tensor)
+        cast = scratch.take(tensor.shape, placed.dtype).copy_(tensor)
+        if torch.isinf(cast).any() and not torch.equal(torch.isinf(cast), torch.isinf(tensor)):
+            largest = tensor[torch.isfinite(tensor)].abs().max()
+            raise ConversionError(
+                f"{placed.name} has values up to {largest:g}, too large for {placed.dtype}; choose another --dtype"
+            )
+        tensor = cast
     for copy in placed.copies:
         for block in copy:
             start, stop = max(first, block.rows[0]), min(last, block.rows[1])
@@ -172,17 +178,17 @@ def execute(
     done: Callable[[int, Chunk, list[Written]], None],
     stop: threading.Event | None = None,
 ) -> None:
-    """Converts `chunks` (number, chunk). `done` is called as each is finished, from its thread.
+    """Converts `chunks` (number, chunk). `done` is called as each is finished, from its thread; `stop` ends it early.
 
     Each worker is a pair of threads: while one waits for its write, the other reads, converts and checksums.
     """
-    stop = stop or threading.Event()
+    stop, failed = stop or threading.Event(), threading.Event()
     taken = itertools.count()
     threads = workers * THREADS_PER_WORKER
 
     def work() -> None:
         scratch = Scratch()
-        while not stop.is_set():
+        while not (stop.is_set() or failed.is_set()):
             index = next(taken)
             if index >= len(chunks):
                 return
@@ -192,7 +198,7 @@ def execute(
                     prefetch_chunk(plan, chunks[index + threads][1], source)
                 done(number, chunk, convert_chunk(plan, chunk, source, target, scratch))
             except BaseException:
-                stop.set()
+                failed.set()
                 raise
 
     torch.set_num_threads(1)  # the workers are the parallelism; torch's own threads would fight them
@@ -201,7 +207,7 @@ def execute(
             futures = [pool.submit(work) for _ in range(threads)]
             wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:
-            stop.set()
+            failed.set()
             raise
     for future in futures:
         future.result()

@@ -24,8 +24,12 @@ _FORMAT = 1
 def build(
     config: ModelConfig, *, true_vocab_size: int | None, repository: str | None, revision: str | None,
     source_config: Mapping[str, Any] | None, generation_config: Mapping[str, Any] | None, tokenizer: Sequence[Path],
+    assumed: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """The manifest's text. A local folder's path is not part of it."""
+    """The manifest's text. A local folder's path is not part of it.
+
+    `assumed` are fields that nothing stated, so that the family's usual value was taken.
+    """
     content = {
         "format": _FORMAT,
         "converter_version": __version__,
@@ -34,6 +38,7 @@ def build(
         "revision": revision,
         "true_vocab_size": true_vocab_size,
         "model": {name: value for name, value in asdict(config).items() if name != "family"},
+        "assumed": list(assumed),
         "config": source_config,
         "generation_config": generation_config,
         "tokenizer_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer},
@@ -52,8 +57,33 @@ def find(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
                     f"{path} has format {content.get('format')!r}, this release reads {_FORMAT}; "
                     "use a newer release, or remove the file to convert from the checkpoint's args"
                 )
+            if problems := _malformed(content):
+                raise ConversionError(*(f"{path} has {problem}; mend or remove it" for problem in problems))
             return path, content
     return None
+
+
+def _malformed(content: Mapping[str, Any]) -> list[str]:
+    """What in a manifest is not of the type that `build` writes."""
+    problems = [
+        f"{key} {content[key]!r}, where an object was expected"
+        for key in ("config", "generation_config")
+        if not isinstance(content.get(key), (dict, type(None)))
+    ]
+    rows = content.get("true_vocab_size")
+    if type(rows) not in (int, type(None)):
+        problems.append(f"true_vocab_size {rows!r}, where a number was expected")
+    assumed = content.get("assumed", [])
+    if not isinstance(assumed, list) or not all(isinstance(name, str) for name in assumed):
+        problems.append(f"assumed {assumed!r}, where a list of names was expected")
+    for name, value in content["model"].items():
+        default = ModelConfig.__dataclass_fields__[name].type if name in ModelConfig.__dataclass_fields__ else None
+        allowed = {"int": (int,), "float": (float, int), "bool": (bool,), "int | None": (int, type(None))}.get(
+            str(default)
+        )
+        if allowed and type(value) not in allowed:
+            problems.append(f"{name} {value!r}, which is of the wrong type")
+    return problems
 
 
 def model_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion import distributed, hf_config, megatron_args
-from weights_conversion.checkpoint import open_checkpoint
+from weights_conversion.checkpoint import open_checkpoint, trained_from
 from weights_conversion.config import ConversionError, ModelConfig
 from weights_conversion.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.formats import huggingface, meta
@@ -19,8 +19,8 @@ from weights_conversion.placement import Placed
 from weights_conversion.plan import Side, source_hf
 from weights_conversion.tokenizer.files import source_tokenizer_files
 
-# What training decided, which a new layout of the same checkpoint keeps.
-_KEPT_ARGS = ("seq_length", "new_tokens", "vocab_extra_ids", "vocab_extra_ids_list")
+# What training decided about the tokenizer, which another layout or dialect of the checkpoint keeps.
+_TOKENIZER_ARGS = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list")
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,38 @@ class Opened:
     repository: str | None = None
     revision: str | None = None
     true_rows_known: bool = True
+    tokenizer: tuple[Path, ...] = ()
     kept_args: Mapping[str, Any] = field(default_factory=dict)
+    stored_vocabulary: int | None = None  # rows of a Megatron source, padding included
+    assumed: tuple[str, ...] = ()  # fields that nothing states, taken from the family
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-
-    @property
-    def tokenizer(self) -> tuple[Path, ...]:
-        return source_tokenizer_files(self.folder)
 
 
 def open_source(
     model: str, path: str | None, target: Dialect, *, cache: Path | None = None, size: int | None = None,
     revision: str | None = None, load_iters: int | None = None, true_vocab_size: int | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> Opened:  # fmt: skip
-    """What `path` (a folder or a repository) names, or else `model` and `size`. `target` decides what is refused."""
+    """What `path` (a folder or a repository) names, or else `model` and `size`. `target` decides what is refused.
+
+    `fields` are ModelConfig fields that the user states about a Megatron checkpoint.
+    """
+    local = Path(path).expanduser() if path is not None else None
+    trained = local is not None and local.is_dir() and ((local / TRACKER).is_file() or load_iters is not None)
+    if fields and not trained:
+        names = ", ".join(f"--{megatron_args.NAMES[name]}" for name in fields)
+        raise ConversionError(f"{names} is for Megatron sources; a Hugging Face or Meta source has a config of its own")
+    if revision is not None and local is not None and local.is_dir():
+        raise ConversionError(f"--revision {revision} is for repositories, but {path} is a local folder")
     if path is None and cache is not None and cache.is_dir() and model in ("llama", "llama2"):
         folder = meta.find_meta(cache, model, size or 7)
         if folder is not None:
             return open_meta(model, folder)
-    if path is not None and Path(path).expanduser().is_dir():
-        folder = Path(path).expanduser()
-        if (folder / TRACKER).is_file() or load_iters is not None:
-            return open_megatron(model, folder, target, load_iters, true_vocab_size)
+    if local is not None and trained:
+        return open_megatron(model, local, target, load_iters, true_vocab_size, fields)
+    if local is not None and local.is_dir():
+        folder = local
         consolidated = meta.find_meta(folder, model, size or 7)
         if consolidated is not None and not (folder / "config.json").is_file():
             return open_meta(model, consolidated)
@@ -81,7 +91,7 @@ def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
     tensors = huggingface.read_hf(folder)
     return Opened(
         folder, Side(HF, megatron=False), config, lambda architecture: source_hf(architecture, config, tensors, HF),
-        raw, generation_config,
+        raw, generation_config, tokenizer=source_tokenizer_files(folder),
     )  # fmt: skip
 
 
@@ -89,15 +99,17 @@ def open_meta(model: str, folder: Path) -> Opened:
     tensors = meta.read_meta(folder)
     config = hf_config.read_params(model, meta.read_params(folder), tensors)
     return Opened(
-        folder, Side(META, megatron=False), config, lambda architecture: source_hf(architecture, config, tensors, META)
-    )
+        folder, Side(META, megatron=False), config, lambda architecture: source_hf(architecture, config, tensors, META),
+        tokenizer=source_tokenizer_files(folder),
+    )  # fmt: skip
 
 
 def open_megatron(
-    model: str, root: Path, target: Dialect, load_iters: int | None = None, true_vocab_size: int | None = None
-) -> Opened:
+    model: str, root: Path, target: Dialect, load_iters: int | None = None, true_vocab_size: int | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Opened:  # fmt: skip
     """A Megatron checkpoint as the source of another; its manifest, tokenizer and training args go along."""
-    opened = open_checkpoint(root, model, load_iters=load_iters)
+    opened = open_checkpoint(root, model, load_iters=load_iters, flags=fields)
     if target is MEGATRON_CORE and model == "falcon":
         raise ConversionError("Megatron-Core cannot express falcon: it has no attention in parallel with the MLP")
     if target is not MEGATRON_CORE and opened.config.tie_word_embeddings and model != "falcon":
@@ -108,12 +120,19 @@ def open_megatron(
         # the user knows which of the stored rows are tokens
         config, known = dataclasses.replace(config, vocab_size=true_vocab_size), True
     said = opened.manifest or {}
-    reset = megatron_args.was_reset(opened.files.args)
-    same = opened.files.dialect is target and not reset
-    kept = {name: opened.files.args[name] for name in _KEPT_ARGS if same and name in opened.files.args}
+    args = opened.files.args
+    reset = megatron_args.was_reset(args)
+    kept = {name: args[name] for name in _TOKENIZER_ARGS if not reset and args.get(name) is not None}
+    if opened.files.dialect is target and not reset and "seq_length" in args:
+        kept["seq_length"] = args["seq_length"]
+    places = (source_tokenizer_files(folder) for folder in (root, *trained_from(args)) if folder.is_dir())
+    tokenizer = next((files for files in places if files), ())
+    if not tokenizer and args.get("vocab_file") is not None:
+        kept["vocab_file"] = args["vocab_file"]  # so that an export knows that training had one of its own
+    assumed = tuple(sorted(name for name, origin in opened.origins.items() if reset and origin == "family"))
     return Opened(
         root, Side(opened.files.dialect, megatron=True), config,
         lambda architecture: opened.files.sources(architecture, config), said.get("config"),
-        said.get("generation_config"), said.get("repository"), said.get("revision"), known, kept,
-        opened.notes, opened.warnings,
+        said.get("generation_config"), said.get("repository"), said.get("revision"), known, tokenizer, kept,
+        opened.files.vocabulary, assumed, opened.notes, opened.warnings,
     )  # fmt: skip

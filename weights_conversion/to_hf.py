@@ -11,6 +11,7 @@ from typing import Any
 from weights_conversion import assembly, distributed, hf_config, hub
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
+from weights_conversion.config import ConversionError
 from weights_conversion.convert import DTYPES, Job, RunOptions, run, verified
 from weights_conversion.dialects import HF
 from weights_conversion.formats import huggingface
@@ -91,10 +92,17 @@ def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Map
         with distributed.rank_zero_first("tokenizer"):
             return hub.snapshot(repository, cache_dir=cache, weights=False).folder
 
-    return plan_tokenizer(
-        options.model, options.input_dir, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
-        search=trained_from(args), fetch=fetch, generation=generation,
-    )  # fmt: skip
+    try:
+        return plan_tokenizer(
+            options.model, options.input_dir, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
+            search=trained_from(args), fetch=fetch, generation=generation,
+        )  # fmt: skip
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        place = options.tokenizer.vocab_file or options.input_dir
+        raise ConversionError(
+            f"the tokenizer files of {place} are malformed ({type(error).__name__}: {error}); "
+            "--vocab_file names others, --no_tokenizer leaves them out"
+        ) from error
 
 
 def _set_token_ids(config: dict, generation: dict, planned: TokenizerPlan, has_base: bool) -> None:
@@ -116,11 +124,15 @@ def _default_generation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _differences(source: Mapping[str, Any], exported: Mapping[str, Any]) -> list[str]:
     """Fields whose meaning differs from the source's config.json (keys written for other readers do not count)."""
-    return [
-        f"config     {key}: {source[key]!r} in the source, {exported[key]!r} here"
-        for key in sorted(set(source) & set(exported))
-        if key not in ("rope_scaling", "rope_parameters") and source[key] != exported[key]
-    ]
+    if not source:
+        return []
+    rope = ("rope_theta", "rope_scaling", "rope_parameters")  # in two spellings: compared by what they mean
+    pairs = {key: (source[key], exported[key]) for key in sorted(set(source) & set(exported) - set(rope))}
+    for name, one, two in zip(
+        ("rope theta", "rope scaling"), hf_config.read_rope(source), hf_config.read_rope(exported), strict=True
+    ):
+        pairs[name] = (one, two)
+    return [f"config     {key}: {one!r} in the source, {two!r} here" for key, (one, two) in pairs.items() if one != two]
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

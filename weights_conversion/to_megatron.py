@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class ImportOptions(RunOptions):
     new_rows: str = "last"
     target: str = "megatron-llm"
     ckpt_format: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def hf_to_megatron(options: ImportOptions) -> Report:
@@ -64,6 +65,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     opened = open_source(
         options.model, options.model_path, dialect, cache=options.cache_dir, size=options.size,
         revision=options.revision, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
+        fields=options.fields,
     )  # fmt: skip
     config = opened.config
     if options.size is not None:
@@ -73,7 +75,8 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         raise ConversionError(
             f"--ckpt-format torch_dist is free of {parallel}: any run can load it; leave the sizes out"
         )
-    vocabulary, true_rows = _vocabulary(options, config, parallel)
+    padded = opened.stored_vocabulary is not None and opened.stored_vocabulary != config.vocab_size
+    vocabulary, true_rows = _vocabulary(options, config, parallel, padded and ckpt_format == "torch")
     if problems := check_parallelism(config, parallel, vocabulary, dialect):
         raise ConversionError(*problems)
 
@@ -114,10 +117,11 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         config, true_vocab_size=true_rows if opened.true_rows_known or options.true_vocab_size else None,
         repository=opened.repository, revision=opened.revision, source_config=opened.raw_config,
         generation_config=opened.generation_config, tokenizer=opened.tokenizer,
+        assumed=opened.assumed,
     )  # fmt: skip
     files[manifest.NAME] = text.encode()
     prove = verified(
-        opened.folder, options.model, options, source_iters=options.load_iters,
+        opened.folder, options.model, options, source_iters=options.load_iters, fields=options.fields,
         true_vocab_size=config.vocab_size if opened.side.megatron else None,
     )  # fmt: skip
     return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}, prove), options)
@@ -152,15 +156,19 @@ def _with_virtual(options: ImportOptions, config: ModelConfig) -> Parallelism:
     return dataclasses.replace(parallel, virtual=config.num_layers // (parallel.pipeline * per_stage))
 
 
-def _vocabulary(options: ImportOptions, config: ModelConfig, parallel: Parallelism) -> tuple[int, int]:
-    """(rows to write, rows that are true): padded where a layout, a divisor, or a true size was asked for."""
+def _vocabulary(options: ImportOptions, config: ModelConfig, parallel: Parallelism, padded: bool) -> tuple[int, int]:
+    """(rows to write, rows that are true): padded where a layout, a divisor, or a true size was asked for.
+
+    `padded`: the source is a checkpoint that was padded already, as another layout of it then is.
+    """
     rows = max(options.true_vocab_size or 0, config.vocab_size)
     if options.true_vocab_size is not None and options.true_vocab_size < config.vocab_size:
         raise ConversionError(
             f"--true-vocab-size {options.true_vocab_size} is less than the {config.vocab_size} rows of the source, "
             "which would be cut off"
         )
-    if parallel.tensor == 1 and options.divisible_by is None and options.true_vocab_size is None:
+    asked = options.divisible_by is not None or options.true_vocab_size is not None
+    if parallel.tensor == 1 and not asked and not padded:
         return rows, rows
     return padded_vocabulary(rows, options.divisible_by or DIVISIBLE_BY, parallel.tensor), rows
 

@@ -27,8 +27,7 @@ _CUT = {
 
 def find_meta(folder: Path, model: str, size: int) -> Path | None:
     """The folder with consolidated.00.pth: `folder` itself, or its child named as Meta names its downloads."""
-    children = {"llama": f"{size}B", "llama2": f"llama-2-{size}b"}
-    names = [name for name in (children.get(model), f"{size}B", f"llama-2-{size}b") if name]
+    names = (f"{size}B",) if model == "llama" else (f"llama-2-{size}b", f"{size}B")
     for candidate in (folder, *(folder / name for name in names)):
         if (candidate / "consolidated.00.pth").is_file():
             return candidate

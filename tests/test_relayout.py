@@ -1,0 +1,83 @@
+"""What another layout or dialect of a trained checkpoint keeps, and what it must not invent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from megatron_files import read_checkpoint, write_checkpoint
+
+from weights_conversion.tokenizer import megatron_token_ids
+
+SIZES = ["--true-vocab-size", 325, "--make-vocab-size-divisible-by", 64]
+
+
+@pytest.fixture
+def trained(sources, to_megatron, tmp_path: Path) -> Path:
+    """Import, then training with new tokens, saved to a folder without tokenizer or manifest."""
+    imported = tmp_path / "imported"
+    to_megatron("llama2", "--model-path", sources("llama2-gqa"), "--out", imported, *SIZES).succeeded()
+    read = read_checkpoint(imported)
+    args = {
+        **vars(read.args),
+        "new_tokens": True,
+        "load": str(imported),
+        "vocab_file": str(imported / "tokenizer.model"),
+    }
+    write_checkpoint(tmp_path / "trained", read.tensors, args, 100)
+    return tmp_path / "trained"
+
+
+def tokens(folder: Path) -> dict[str, int]:
+    return {
+        entry["content"]: entry["id"] for entry in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    }
+
+
+@pytest.mark.parametrize("target", [["--target", "megatron-core"], ["--tensor-model-parallel-size", 2]])
+def test_tokens_of_training_are_kept(target: list, trained: Path, to_megatron, to_hf, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    to_megatron("llama2", "--model-path", trained, "--out", again, *target).succeeded()
+    to_hf("--input_dir", trained, "--output_dir", tmp_path / "direct").succeeded()
+    to_hf("--input_dir", again, "--output_dir", tmp_path / "hf").succeeded()
+    assert tokens(tmp_path / "hf") == tokens(tmp_path / "direct")
+    ids = megatron_token_ids(again / "tokenizer.model", new_tokens=True)
+    assert tokens(tmp_path / "hf")["<CLS>"] == ids["<CLS>"] == 320
+
+
+def test_padding_stays(trained: Path, to_megatron, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    to_megatron("llama2", "--model-path", trained, "--out", out, "--pipeline-model-parallel-size", 2).succeeded()
+    assert read_checkpoint(out).args.padded_vocab_size == 384  # 325 rounded up to 128
+
+
+def test_values_can_be_stated(to_megatron, to_hf, imported, tmp_path: Path) -> None:
+    """What a checkpoint has lost is stated once, when it is written again."""
+    out, back = tmp_path / "again", tmp_path / "hf"
+    source = tmp_path / "source"
+    shutil.copytree(imported("llama2-gqa"), source)
+    (source / "conversion_manifest.json").unlink()
+    to_megatron("llama2", "--model-path", source, "--out", out, "--rope_theta", 54321).succeeded()
+    to_hf("--input_dir", out, "--output_dir", back, "--no_tokenizer").succeeded()
+    assert json.loads((back / "config.json").read_text())["rope_theta"] == 54321
+    refused = to_megatron("llama2", "--model-path", back, "--out", tmp_path / "x", "--rope_theta", 1)
+    refused.refused("--rope_theta", "Megatron sources")
+
+
+def test_guesses_stay_guesses(sources, to_megatron, to_hf, tmp_path: Path) -> None:
+    """A value that the resharding tool has reset, and nothing else records, is warned of after another layout too."""
+    imported, lost, again = tmp_path / "imported", tmp_path / "lost", tmp_path / "again"
+    to_megatron("mistral", "--model-path", sources("mistral-v0.2"), "--out", imported).succeeded()
+    read = read_checkpoint(imported)
+    reset = {
+        "use_cpu_initialization": True,
+        "perform_initialization": False,
+        "no_save_optim": True,
+        "no_save_rng": True,
+    }
+    write_checkpoint(lost, read.tensors, {**vars(read.args), **reset, "rope_theta": 10000.0}, "release")
+    assert "rope_theta" in to_megatron("mistral", "--model-path", lost, "--out", again).succeeded().out
+    found = to_hf("--input_dir", again, "--output_dir", tmp_path / "hf", "--model", "mistral", "--no_tokenizer")
+    assert "assumed" in found.succeeded().out
