@@ -115,18 +115,27 @@ def output_bytes(targets: Sequence[TargetFile]) -> int:
 
 def check_space(out: Path, needed: int) -> None:
     """Refuses to begin where the filesystem has not the space, or the folder cannot be written."""
+    folder = _existing_parent(out)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConversionError(f"{folder} is not writable; name another place for {out.name}")
+    if needed > (free := free_space(out)):
+        raise ConversionError(
+            f"{out} needs {needed / 1e9:.3f} GB, but its filesystem has {free / 1e9:.3f} GB free; "
+            "free some space, or name a place elsewhere"
+        )
+
+
+def free_space(out: Path) -> int:
+    """Bytes that the output may take: what is free, and what an interrupted run of it holds already."""
+    stat = os.statvfs(_existing_parent(out))
+    return stat.f_bavail * stat.f_frsize + _allocated(partial_folder(out))
+
+
+def _existing_parent(out: Path) -> Path:
     folder = out.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConversionError(f"{folder} is not writable; name another place for {out.name}")
-    stat = os.statvfs(folder)
-    free, held = stat.f_bavail * stat.f_frsize, _allocated(partial_folder(out))
-    if needed > free + held:
-        raise ConversionError(
-            f"{out} needs {needed / 1e9:.3f} GB, but its filesystem has {(free + held) / 1e9:.3f} GB free; "
-            "free some space, or name a place elsewhere"
-        )
+    return folder
 
 
 def _allocated(folder: Path) -> int:

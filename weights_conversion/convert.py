@@ -71,7 +71,8 @@ def run(job: Job, options: RunOptions) -> Report:
     plan_digest = assembly.digest(job.plan, job.targets, options.dtype)
     if ranks.size > 1:
         ranks.agree(_view(job, plan_digest))
-    report.planned(job.out, needed, [target.file for target in job.targets], memory(options.workers))
+    files = [target.file for target in job.targets]
+    report.planned(job.out, needed, assembly.free_space(job.out), files, memory(options.workers))
     if ranks.size > 1:
         hosts = f"{ranks.hosts} host{'s' * (ranks.hosts > 1)}"
         report.notes.append(f"{ranks.size} ranks on {hosts} share the work; the memory is that of each")

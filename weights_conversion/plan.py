@@ -8,7 +8,7 @@ with other numbers of workers do the same writes.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
 
@@ -183,13 +183,17 @@ def source_hf(
                 problems.append(f"{head} and {placed.name} are tied, but differ in shape or dtype")
             both = Placed(placed.name, placed.dtype, placed.rows, placed.columns, placed.copies + tensors[head].copies)
             found[embedding.megatron, None] = (both,)
-    ignored = [pattern.replace("{}", "*") for pattern in architecture.ignored]
-    for name in sorted(set(tensors) - used):
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
-            problems.append(f"the source has a tensor {name} that a {architecture.family} model does not have")
+    for name in sorted(set(tensors) - used - set(ignored_tensors(architecture, tensors))):
+        problems.append(f"the source has a tensor {name} that a {architecture.family} model does not have")
     if problems:
         raise ConversionError(*problems)
     return found
+
+
+def ignored_tensors(architecture: Architecture, names: Iterable[str]) -> list[str]:
+    """Those of `names` that hold no parameter, and are left out without an error."""
+    patterns = [pattern.replace("{}", "*") for pattern in architecture.ignored]
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def source_megatron(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import shutil
 import sys
 import threading
 import time
@@ -62,12 +61,8 @@ class Report:
     _plan: list[str] = field(default_factory=list)
     _done: list[str] = field(default_factory=list)
 
-    def planned(self, out: Path, nbytes: int, files: list[str], memory: int) -> None:
-        """What a dry run shows; `memory` is the estimated peak in bytes."""
-        folder = out.absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
+    def planned(self, out: Path, nbytes: int, free: int, files: list[str], memory: int) -> None:
+        """What a dry run shows; `free` is the disk's space and `memory` the estimated peak, in bytes."""
         if nbytes > free:
             self.warnings.append(f"the disk has {free / 1e9:.3f} GB free, {nbytes / 1e9:.3f} GB are needed")
         shown = files if len(files) <= 8 else [*files[:4], f"... {len(files) - 5} more ...", files[-1]]
@@ -88,7 +83,8 @@ class Report:
     def text(self) -> str:
         lines = [*self._plan]
         if self.ignored:
-            lines.append(f"ignored     {', '.join(self.ignored)}")
+            more = f" and {len(self.ignored) - 1} more tensors" if len(self.ignored) > 1 else ""
+            lines.append(f"ignored     {self.ignored[0]}{more}, which hold no parameters")
         lines += [f"note        {note}" for note in self.notes]
         lines += [f"warning     {warning}" for warning in self.warnings]
         if self.training_flags:

@@ -40,6 +40,7 @@ class Opened:
     kept_args: Mapping[str, Any] = field(default_factory=dict)
     stored_vocabulary: int | None = None  # rows of a Megatron source, padding included
     assumed: tuple[str, ...] = ()  # fields that nothing states, taken from the family
+    tensors: tuple[str, ...] = ()  # names of an HF or Meta source
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -91,7 +92,7 @@ def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
     tensors = huggingface.read_hf(folder)
     return Opened(
         folder, Side(HF, megatron=False), config, lambda architecture: source_hf(architecture, config, tensors, HF),
-        raw, generation_config, tokenizer=source_tokenizer_files(folder),
+        raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
     )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def open_meta(model: str, folder: Path) -> Opened:
     config = hf_config.read_params(model, meta.read_params(folder), tensors)
     return Opened(
         folder, Side(META, megatron=False), config, lambda architecture: source_hf(architecture, config, tensors, META),
-        tokenizer=source_tokenizer_files(folder),
+        tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
     )  # fmt: skip
 
 
@@ -134,5 +135,5 @@ def open_megatron(
         root, Side(opened.files.dialect, megatron=True), config,
         lambda architecture: opened.files.sources(architecture, config), said.get("config"),
         said.get("generation_config"), said.get("repository"), said.get("revision"), known, tokenizer, kept,
-        opened.files.vocabulary, assumed, opened.notes, opened.warnings,
+        opened.files.vocabulary, assumed, notes=opened.notes, warnings=opened.warnings,
     )  # fmt: skip

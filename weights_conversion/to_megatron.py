@@ -22,6 +22,7 @@ from weights_conversion.plan import (
     Plan,
     Side,
     check_parallelism,
+    ignored_tensors,
     padded_vocabulary,
     plan_to_dist,
     plan_to_megatron,
@@ -86,6 +87,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     written = dtype or main_dtype([placed for group in sources.values() for placed in group])
     divisible_by = options.divisible_by or DIVISIBLE_BY
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
+    report.ignored = ignored_tensors(architecture, opened.tensors)
     files: dict[str, bytes | Path] = {path.name: path for path in opened.tokenizer}
     if ckpt_format == "torch_dist":
         plan = plan_to_dist(
