@@ -65,7 +65,8 @@ def run(job: Job, options: RunOptions) -> Report:
     report = job.report
     ranks = distributed.current()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a save of 512 ranks has more files than the usual limit
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     needed = assembly.output_bytes(job.targets)
     chunks = job.plan.chunks()
     plan_digest = assembly.digest(job.plan, job.targets, options.dtype)
