@@ -6,6 +6,7 @@ import _codecs
 import argparse
 import contextlib
 import enum
+import re
 import sys
 import types
 from collections import OrderedDict
@@ -103,6 +104,8 @@ def read_checkpoint(root: Path) -> Checkpoint:
     files, tensors = {}, {}
     for path in sorted(folder.glob("mp_rank_*/*.pt")):
         if path.name not in MODEL_FILES:
+            continue
+        if not re.fullmatch(r"mp_rank_[0-9_]+", path.parent.name):  # digits of other scripts count for nobody
             continue
         tp, pp = rank_of(path.parent.name)
         files[tp, pp] = content = load_rank(path)

@@ -528,6 +528,28 @@ def test_ranks_of_two_layouts(tmp_path: Path, refuse_export) -> None:
     refuse_export(root)
 
 
+@pytest.mark.parametrize("how", ["swapped", "copied", "swapped stages"])
+def test_ranks_in_each_others_folders(how: str, to_hf, tmp_path: Path, refuse_export) -> None:
+    """Shapes are the same, so that nothing but the writer's number in the args tells."""
+    root = training(tmp_path / "mt", GQA, 2, 2)
+    folder = root / "iter_0000007"
+    for stage in range(2):
+        for tp in range(2):
+            path = folder / f"mp_rank_{tp:02d}_{stage:03d}" / "model_optim_rng.pt"
+            args = load_rank(path)["args"]
+            args.rank = 8 * stage + tp  # four replicas between the stages
+            edit_rank(path, args=args)
+    assert to_hf("--input_dir", root, "--output_dir", tmp_path / "right", "--no_tokenizer").code == 0
+    one, other = folder / "mp_rank_00_000", folder / ("mp_rank_00_001" if how == "swapped stages" else "mp_rank_01_000")
+    if how == "copied":
+        shutil.copy(one / "model_optim_rng.pt", other / "model_optim_rng.pt")
+    else:
+        one.rename(folder / "x")
+        other.rename(one)
+        (folder / "x").rename(other)
+    refuse_export(root, words=("was written by process", "args.rank"))
+
+
 def change_norm(ranks: Chunks) -> None:
     ranks[1, 1, 0]["encoder.layers.0.input_layernorm.weight"] += 1
 

@@ -208,6 +208,7 @@ def patched(path: Path, at: int, value: bytes) -> Path:
         (20, struct.pack("<II", 0xFFFFFFFF, 0xFFFFFFFF)),  # sizes in a field that is not there
         (42, struct.pack("<I", 0x7FFFFFFF)),  # a header beyond the file
         (42, struct.pack("<I", 0xFFFFFFFF)),
+        (34, struct.pack("<H", 1)),  # in another part of the archive
         (38, b"\x10"),  # a folder, which torch reads as nothing
         (28, struct.pack("<H", 0xFFFF)),  # a name beyond the directory
         (16, struct.pack("<I", 0xDEADBEEF)),  # the CRC of the pickle
@@ -217,6 +218,24 @@ def test_directories_that_lie(field: int, value: bytes, tmp_path: Path) -> None:
     path = archive(tmp_path / "x.pt")
     patched(path, directory(path) + field, value)
     with pytest.raises(ConversionError, match=r"x\.pt is"):
+        torch_files.read_torch_file(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "word"),
+    [
+        (b"PK\x05\x06", 4, "disagree"),  # which part this is, in the narrow directory
+        (b"PK\x05\x06", 10, "disagree"),  # how many records there are
+        (b"PK\x05\x06", 16, "disagree"),  # where they begin
+        (b"PK\x06\x06", 16, "disagree"),
+        (b"PK\x06\x07", 4, "several files"),
+        (b"PK\x06\x07", 8, "64-bit"),  # where the wide directory is
+    ],
+)
+def test_directories_that_disagree(record: bytes, field: int, word: str, tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.pt")
+    patched(path, path.read_bytes().rindex(record) + field, struct.pack("<H", 0x0107))
+    with pytest.raises(ConversionError, match=word):
         torch_files.read_torch_file(path)
 
 

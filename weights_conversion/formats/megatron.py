@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,7 @@ def open_rank_files(folder: Path, iteration: int | str) -> RankFiles:
             problems.append(f"{path} is of iteration {expected}, but stands in {folder.name}")
     first = min(files)
     problems += _disagreements(args, first, files)
+    problems += _strays(args, files)
     parallel = _parallelism(args[first], files, folder, problems)
     if problems:
         raise ConversionError(*problems)
@@ -269,6 +270,24 @@ def _disagreements(args: Mapping, first: tuple[int, int], files: Mapping) -> lis
             if ours != theirs:
                 problems.append(f"{path} says {name} {theirs}, {files[first]} says {ours}: they are not one checkpoint")
     return problems
+
+
+def _strays(args: Mapping, files: Mapping) -> list[str]:
+    """Rank files that stand in each other's folders, by the process that each says it was written by.
+
+    Training numbers its processes tensor ranks first and stages last, whatever lies between, and each leaves its number
+    in its args; converters leave the same in all files, or none.
+    """
+    order = sorted(files, key=lambda rank: (rank[1], rank[0]))
+    writers = [args[rank].get("rank") for rank in order]
+    if not all(type(writer) is int for writer in writers) or len(set(writers)) == 1:
+        return []
+    return [
+        f"{files[rank]} was written by process {writer}, {files[before]} by process {earlier} (args.rank): they are "
+        "swapped, or one is a copy of another; put each rank's own file in its folder"
+        for (before, earlier), (rank, writer) in pairwise(zip(order, writers, strict=True))
+        if writer <= earlier
+    ]
 
 
 def _parallelism(args: Mapping[str, Any], files: Mapping, folder: Path, problems: list[str]) -> Parallelism:

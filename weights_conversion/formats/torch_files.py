@@ -168,19 +168,25 @@ def _directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
     end = tail.rfind(_END)
     if end < 0 or end + 22 > len(tail):
         raise damaged("the archive's end is missing")
-    count, length, first = struct.unpack_from("<HII", tail, end + 10)
-    limit = tail_at + end
-    if count == 0xFFFF or 0xFFFFFFFF in (length, first):
-        if end < 20 or tail[end - 20 : end - 16] != _LOCATOR:
-            raise damaged("its 64-bit directory is missing")
-        limit = struct.unpack_from("<Q", tail, end - 12)[0]
-        if limit + 56 > tail_at + end:
-            raise damaged("its 64-bit directory is missing")
-        file.seek(limit)
+    fields = struct.unpack_from("<HHHHII", tail, end + 4)
+    limit, wide = tail_at + end, end >= 20 and tail[end - 20 : end - 16] == _LOCATOR
+    if wide:  # torch always writes it, and reads it before the other
+        part, limit, parts = struct.unpack_from("<IQI", tail, end - 16)
+        file.seek(min(limit, size))
         header = file.read(56)
-        if header[:4] != _END64:
+        if limit + 56 > tail_at + end - 20 or len(header) != 56 or header[:4] != _END64:
             raise damaged("its 64-bit directory is missing")
-        count, length, first = struct.unpack_from("<QQQ", header, 32)
+        narrow, fields = fields, struct.unpack_from("<IIQQQQ", header, 16)
+        for short, full, most in zip(narrow, fields, (*[0xFFFF] * 4, *[0xFFFFFFFF] * 2), strict=True):
+            if short not in (full, most):
+                raise damaged("its two directories disagree")
+        if part or parts > 1:
+            raise damaged("it claims to be one of several files")
+    disk, first_disk, here, count, length, first = fields
+    if disk or first_disk or here != count:
+        raise damaged("it claims to be one of several files")
+    if not wide and (count == 0xFFFF or 0xFFFFFFFF in (length, first)):
+        raise damaged("its 64-bit directory is missing")
     if first + length > limit or length > _MAX_DIRECTORY_BYTES or count * 46 > length:
         raise damaged(f"its directory claims {count} records in {length} bytes")
     file.seek(first)
@@ -188,13 +194,16 @@ def _directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
     for _ in range(count):
         if entries[position : position + 4] != _CENTRAL or position + 46 > length:
             raise damaged("its directory is cut off")
-        flags, method, crc, stored, plain, name, extra, note = struct.unpack_from("<HH4xIIIHHH", entries, position + 8)
+        fields = struct.unpack_from("<HH4xIIIHHHH", entries, position + 8)
+        flags, method, crc, stored, plain, name, extra, note, disk = fields
         if stored == 0xFFFFFFFF or plain == 0xFFFFFFFF:
             stored, plain = _sizes64(entries, position, name, extra, stored, plain)
         header_at = _header_offset(entries, position, name, extra)
         label = entries[position + 46 : position + 46 + name].decode("utf-8", "replace")
         if method or flags & 1 or stored != plain:
             raise damaged(f"record {label} is compressed, which torch.save never does")
+        if disk:
+            raise damaged(f"record {label} claims to be in another of several files")
         if entries[position + 38] & 0x10:  # torch would take it for empty, and leave the tensor uninitialised
             raise damaged(f"record {label} is marked as a folder")
         file.seek(min(header_at, size))
