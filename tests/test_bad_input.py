@@ -624,6 +624,22 @@ def test_manifest_of_another_model(change: dict[str, Any], imported, tmp_path: P
     refuse_export(tmp_path / "mt", words=("manifest",))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_theta": []}, {"rope_theta": "a\0b"}, {"rope_theta": 10**400}, {"rope_theta": True},
+     {"rope_parameters": "linear"}, {"rope_parameters": {"rope_type": "linear", "factor": None}},
+     {"rope_scaling": {"type": "linear", "factor": -1}}],
+)  # fmt: skip
+def test_manifest_with_a_garbled_config(change: dict[str, Any], imported, tmp_path: Path, refuse_export) -> None:
+    """It is compared with what is written, field by field."""
+    shutil.copytree(imported("llama2"), tmp_path / "mt")
+    path = tmp_path / "mt" / "conversion_manifest.json"
+    content = tm.read_json(path)
+    content["config"] |= change
+    tm.write_json(path, content)
+    refuse_export(tmp_path / "mt", words=("conversion_manifest.json", "rope"))
+
+
 @pytest.mark.parametrize("version", [None, 0, 1.0, 2.0])
 def test_old_checkpoint_versions(version: float | None, to_hf, tmp_path: Path) -> None:
     """Before version 3 another order of QKV was possible: it is refused, or at least said, never assumed in silence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -164,22 +165,32 @@ def _cannot(target: Dialect, what: str) -> str:
     return f"its config.json asks for {what}, which {target.name} cannot express"
 
 
-def read_rope(raw: Mapping[str, Any]) -> tuple[float, float]:
-    """(theta, linear scaling factor) in either spelling; two spellings that disagree are an error."""
-    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    thetas = {float(value) for value in (new.get("rope_theta"), raw.get("rope_theta")) if value is not None}
-    factors = {
-        float(rope.get("factor", 1.0)) if rope.get("rope_type", rope.get("type")) == "linear" else 1.0
+def read_rope(raw: Mapping[str, Any], where: str = "its config.json") -> tuple[float, float]:
+    """(theta, linear scaling factor) in either spelling; two spellings that disagree are an error.
+
+    `where` is the name of the config in errors.
+    """
+    ropes = [raw.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    for rope, key in zip(ropes, ("rope_parameters", "rope_scaling"), strict=True):
+        if not isinstance(rope, Mapping):
+            raise ConversionError(f"{where} has {key} {rope!r}, where an object was expected")
+    new, old = ropes
+    linear = [
+        rope.get("factor", "missing") if rope.get("rope_type", rope.get("type")) == "linear" else 1.0
         for rope, present in ((new, "rope_parameters" in raw), (old, raw.get("rope_scaling") is not None))
         if present
-    }
-    for name, values in (("rope_theta", thetas), ("rope scaling factor", factors)):
-        if len(values) > 1:
-            raise ConversionError(f"its config.json has two values of {name}, {sorted(values)}; remove the wrong one")
-    theta, factor = (thetas or {10000.0}).pop(), (factors or {1.0}).pop()
-    if not (theta > 0 and factor > 0):
-        raise ConversionError(f"its config.json has rope_theta {theta} and factor {factor}; both must be positive")
-    return theta, factor
+    ]
+    thetas = [value for value in (new.get("rope_theta"), raw.get("rope_theta")) if value is not None]
+    found = []
+    for name, values in (("rope_theta", thetas), ("rope scaling factor", linear)):
+        for value in values:
+            if not (type(value) in (int, float) and 0 < value <= sys.float_info.max):
+                raise ConversionError(f"{where} has {name} {value!r}, where a positive number was expected")
+        if len(set(values)) > 1:
+            raise ConversionError(f"{where} has two values of {name}, {sorted(set(values))}; remove the wrong one")
+        found.append(values[0] if values else None)
+    theta, factor = found
+    return float(theta or 10000.0), float(factor or 1.0)
 
 
 def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Placed]) -> ModelConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import assembly, distributed, hf_config, hub
+from weights_conversion import assembly, distributed, hf_config, hub, manifest
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
 from weights_conversion.config import ConversionError
@@ -129,7 +129,10 @@ def _differences(source: Mapping[str, Any], exported: Mapping[str, Any]) -> list
     rope = ("rope_theta", "rope_scaling", "rope_parameters")  # in two spellings: compared by what they mean
     pairs = {key: (source[key], exported[key]) for key in sorted(set(source) & set(exported) - set(rope))}
     for name, one, two in zip(
-        ("rope theta", "rope scaling"), hf_config.read_rope(source), hf_config.read_rope(exported), strict=True
+        ("rope theta", "rope scaling"),
+        hf_config.read_rope(source, f"the config in {manifest.NAME}"),
+        hf_config.read_rope(exported),
+        strict=True,
     ):
         pairs[name] = (one, two)
     return [f"config     {key}: {one!r} in the source, {two!r} here" for key, (one, two) in pairs.items() if one != two]
