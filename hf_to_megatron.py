@@ -105,16 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         from weights_conversion.to_megatron import ImportOptions, hf_to_megatron
 
         options = ImportOptions(
-            dtype=args.dtype,
-            dry_run=args.dry_run,
-            overwrite=args.overwrite,
-            workers=args.workers,
-            allow_inconsistent=args.allow_inconsistent,
-            checksums=args.checksums,
-            verify=args.verify,
-            ranks=args.ranks,
-            rank_rate=args.rank_rate,
-            filesystem_bandwidth=args.filesystem_bandwidth,
+            **cli.run_options(args),
             model=args.model,
             size=args.size,
             out=args.out,

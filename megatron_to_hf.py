@@ -83,16 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         from weights_conversion.tokenizer import TokenizerOptions
 
         options = ExportOptions(
-            dtype=args.dtype,
-            dry_run=args.dry_run,
-            overwrite=args.overwrite,
-            workers=args.workers,
-            allow_inconsistent=args.allow_inconsistent,
-            checksums=args.checksums,
-            verify=args.verify,
-            ranks=args.ranks,
-            rank_rate=args.rank_rate,
-            filesystem_bandwidth=args.filesystem_bandwidth,
+            **cli.run_options(args),
             input_dir=args.input_dir,
             output_dir=args.output_dir,
             model=args.model,

@@ -82,6 +82,7 @@ def text(session: Mapping[str, Any]) -> str:
         f"{machine['cores']} cores ({machine['cpu']}), {machine['memory_gb']} GB; "
         f"{machine['filesystem']}{'' if machine['direct_writes'] else ' without direct writes'}, "
         f"Linux {machine['kernel']}; {versions}; caches {session['cache']} ({session['cache_method']}); "
+        f"idle for {session['settle_seconds']:g} s before every run; "
         "medians of pairs, peaks are the highest of all runs.",
         "",
         table(session),

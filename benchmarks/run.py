@@ -3,7 +3,12 @@
 A random model of the given shape is made in --folder (and removed at the end, unless --keep). Each contender then runs
 --pairs times, each time right after `cp -r; sync` of the files that it reads (or right before, in every second round),
 so that a disk whose speed drifts meets both. Both sides include the fsync of everything written. What a run wrote is
-removed before the next one begins. Caches are warm (the files were read just before) or, with --cold, empty.
+removed before the next one begins. Caches are warm (they hold the source and nothing else) or, with --cold, empty.
+
+Each run begins on a machine that has been idle for --settle seconds, as when someone types the command: the disk has
+discarded what was removed, and a virtual machine has given freed memory back. Without this pause what is measured is
+the run before: a copy takes a page of memory for each page it writes, and on a virtual machine with free page reporting
+one that was given back costs several times more than one that was freed a moment ago, or that holds another file.
 
 Results are added to --json, by shape and cache; what is measured again replaces what was there.
 """
@@ -15,6 +20,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,19 +75,23 @@ def say(line: str) -> None:
 class Bench:
     """Runs in one folder, which holds `model`, `checkpoint`, and for a moment `out`."""
 
-    def __init__(self, folder: Path, cold: bool) -> None:
-        self.folder, self.cold, self.cache_method = folder, cold, "files read just before"
+    def __init__(self, folder: Path, cold: bool, settle: float) -> None:
+        self.folder, self.cold, self.settle, self.cache_method = folder, cold, settle, ""
         self.out = folder / "out"
 
-    def prepare(self, source: Path) -> None:
+    def clear(self) -> None:
         for left in (self.out, self.out.with_name("out.partial")):
             if left.exists():
                 shutil.rmtree(left)
         os.sync()
-        if self.cold:
-            self.cache_method = measure.cool(source)
-        else:
+
+    def prepare(self, source: Path) -> None:
+        self.clear()
+        self.cache_method = measure.cool(self.folder)
+        if not self.cold:
             measure.warm(source)
+            self.cache_method += ", then the source read once"
+        time.sleep(self.settle)
 
     def copy(self, source: Path) -> dict[str, Any]:
         self.prepare(source)
@@ -104,7 +114,7 @@ class Bench:
             found = self.convert(contender, source) | self.copy(source)
         else:
             found = self.copy(source) | self.convert(contender, source)
-        self.prepare(self.folder / "nothing")
+        self.clear()
         return {"name": contender.name, "round": number, **found}
 
 
@@ -169,8 +179,8 @@ def store(path: Path, session: dict[str, Any]) -> list[dict[str, Any]]:
     What an earlier session of the same shape, cache and machine measured, and this one has not, stays.
     """
     sessions = json.loads(path.read_text())["sessions"] if path.is_file() else []
-    key = ("shape", "cache")
-    kept = [other for other in sessions if any(other[name] != session[name] for name in key)]
+    key = ("shape", "cache", "settle_seconds")
+    kept = [other for other in sessions if any(other.get(name) != session[name] for name in key)]
     for other in sessions:
         if other not in kept and other["machine"] == session["machine"]:
             measured = {pair["name"] for pair in session["pairs"]}
@@ -189,6 +199,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, metavar="N", help="layers, a multiple of 4 (default: the shape's)")
     parser.add_argument("--folder", type=Path, required=True, help="where to work, on the filesystem to be measured")
     parser.add_argument("--pairs", type=int, default=5, metavar="N", help="of each contender (default: 5)")
+    parser.add_argument(
+        "--settle", type=float, default=10.0, metavar="SECONDS", help="idle before every run (default: 10)"
+    )
     parser.add_argument("--cold", action="store_true", help="empty the page cache before every run")
     names = ", ".join(report.TITLES)
     parser.add_argument(
@@ -219,11 +232,12 @@ def main(argv: list[str] | None = None) -> int:
     if runs and (problem := check_disk(folder, shape, exports, present)):
         say(f"error: {problem}")
         return 1
-    bench = Bench(folder, args.cold)
+    bench = Bench(folder, args.cold, args.settle)
     session: dict[str, Any] = {
         "shape": asdict(shape),
         "bytes": shape.nbytes,
         "cache": "cold" if args.cold else "warm",
+        "settle_seconds": args.settle,
         "machine": measure.machine(folder),
         "pairs": [],
     }

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """How a conversion scales with ranks, and how well `--dry-run --ranks` predicts it.
 
-Makes a random Hugging Face model of --gigabytes, measures an import (TP 1: all ranks write one file) under torchrun
-with 1, 2 and 4 ranks of one thread each, once as fast as the disk goes and once with a cap on the bandwidth that all
-ranks share, and compares each time with the scale model
+Makes a random Hugging Face model of --gigabytes, measures an import (TP 1: all ranks write one file) under torchrun, or
+as srun would start it, with 1, 2 and 4 ranks of one worker each, once as fast as the disk goes and once with a cap on
+the bandwidth that all ranks share, and compares each time with the scale model
 
     seconds = start-up + bytes / min(ranks x one rank's rate, bandwidth)
 
@@ -11,7 +11,7 @@ whose figures are: start-up, the time of a dry run on as many ranks; the rate, f
 bandwidth, the cap, or what one process with as many threads as ranks copies in the same way (read, CRC, direct write).
 Prints a table in Markdown. Everything it writes is below --folder and is deleted afterwards.
 
-    python benchmarks/scale.py --folder /tmp/scale --gigabytes 1.5 --cap 0.4
+    python benchmarks/scale.py --folder bench --gigabytes 1.5 --cap 0.4
 """
 
 from __future__ import annotations
@@ -88,23 +88,40 @@ def make_model(folder: Path, gigabytes: float) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def convert(script: Path, model: Path, out: Path, ranks: int, *options: str) -> tuple[float, float, float]:
-    """(wall seconds, seconds and peak GB that rank 0 reports) of one import under torchrun; OUT is deleted."""
-    os.sync()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(script), "llama2"]
-    command += ["--model-path", str(model), "--out", str(out), "--workers", "1", *options]
+def launch(launcher: str, ranks: int, line: list[str]) -> list[tuple[list[str], dict[str, str]]]:
+    """The processes to start, each with what it adds to the environment. `srun`: what SLURM would start and set."""
     if ranks == 1:
-        command = [sys.executable, *command[5:]]
+        return [([sys.executable, *line], {})]
+    if launcher == "torchrun":
+        return [([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *line], {})]
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(ranks),
+            "SLURM_STEP_NODELIST": "localhost"}  # fmt: skip
+    return [([sys.executable, *line], step | {"SLURM_PROCID": str(rank)}) for rank in range(ranks)]
+
+
+def convert(
+    launcher: str, script: Path, model: Path, out: Path, ranks: int, *options: str
+) -> tuple[float, float, float]:
+    """(wall seconds, converting seconds, highest peak GB of a process) of one import; OUT is deleted."""
+    os.sync()
+    line = [str(script), "llama2", "--model-path", str(model), "--out", str(out), "--workers", "1", *options]
     begin = time.monotonic()
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
+    started = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | further,
+        )
+        for command, further in launch(launcher, ranks, line)
+    ]  # fmt: skip
+    ended = [os.wait4(process.pid, 0) for process in started]  # what they say fits a pipe
     wall = time.monotonic() - begin
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
+    said = [process.stdout.read() for process in started if process.stdout]
+    if any(status for _, status, _ in ended):
+        raise SystemExit("\n".join(said))
     shutil.rmtree(out, ignore_errors=True)
-    found = re.search(r"in ([\d.]+) s, [\d.]+ GB/s, peak memory ([\d.]+) GB", done.stdout)
-    return wall, float(found[1]) if found else 0.0, float(found[2]) if found else 0.0
+    found = re.search(r"in ([\d.]+) s, [\d.]+ GB/s", said[0])
+    peak = max(usage.ru_maxrss for _, _, usage in ended) * 1024 / 1e9
+    return wall, float(found[1]) if found else 0.0, peak
 
 
 def copy_rate(source: Path, target: Path, threads: int) -> float:
@@ -143,9 +160,10 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=1.5)
     parser.add_argument("--cap", type=float, default=0.4, help="GB/s that all ranks share in the second part")
     parser.add_argument("--repeat", type=int, default=2, help="runs of each kind, of which the fastest counts")
+    parser.add_argument("--launcher", choices=("torchrun", "srun"), default="torchrun")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
-    from weights_conversion.distributed import predicted_seconds
+    from weights_conversion.scale import predicted_seconds
 
     model, out = args.folder / "model", args.folder / "out"
     try:
@@ -156,7 +174,7 @@ def main() -> int:
         capped.write_text(CAPPED.format(repository=str(REPOSITORY), bucket=str(bucket), rate=args.cap * 1e9))
         plain = REPOSITORY / "hf_to_megatron.py"
         start_up = {
-            ranks: min(convert(plain, model, out, ranks, "--dry-run")[0] for _ in range(args.repeat))
+            ranks: min(convert(args.launcher, plain, model, out, ranks, "--dry-run")[0] for _ in range(args.repeat))
             for ranks in args.ranks
         }
         weights, copy = model / "model.safetensors", args.folder / "copy"
@@ -170,7 +188,7 @@ def main() -> int:
                 runs = []
                 for _ in range(args.repeat):
                     bucket.write_bytes(bytes(8))
-                    runs.append(convert(script, model, out, ranks))
+                    runs.append(convert(args.launcher, script, model, out, ranks))
                 wall, inside, peak = min(runs)
                 if ranks == args.ranks[0] and script == plain:
                     rate = nbytes / max(inside, wall - start_up[ranks]) / ranks

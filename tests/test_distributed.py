@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from weights_conversion import distributed
+from weights_conversion import convert, publish, scale
 from weights_conversion.config import ConversionError
 from weights_conversion.launch import find_launch, first_host
 
@@ -32,13 +33,13 @@ LIMITS = {"join": 8.0, "silence": 5.0, "beat": 0.2, "nudge": 2.0, "exit": 6.0, "
 LAUNCHER = """
 import importlib, json, os, sys, time, traceback
 import torch
-import torch._subclasses.fake_tensor, torch.utils.serialization
+import torch._subclasses.fake_tensor, torch.distributed.checkpoint, torch.utils.serialization
 sys.path.insert(0, sys.argv[1])
-from weights_conversion import distributed, execute, to_hf, to_megatron
+from weights_conversion import cli, convert, distributed, execute, publish, to_hf, to_megatron
 
 def be(rank, job, group):
     os.setpgid(0, group)
-    os.environ |= job["variables"] | {"SLURM_PROCID": str(rank)}
+    os.environ |= job["variables"] | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(node(rank, job))}
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{job['logs']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
@@ -53,14 +54,18 @@ def be(rank, job, group):
         sys.stdout.flush()
         os._exit(code)
 
+def node(rank, job):
+    return rank * job["nodes"] // int(job["variables"]["SLURM_STEP_NUM_TASKS"])
+
 for line in sys.stdin:
-    job, running, ended, begin = json.loads(line), {}, {}, time.monotonic()
+    job, running, ended, begin, groups = json.loads(line), {}, {}, time.monotonic(), {}
     for rank in job["started"]:
-        group = next(iter(running), 0)
+        group = groups.get(node(rank, job), 0)
         child = os.fork()
         if child == 0:
             be(rank, job, group)
         os.setpgid(child, group or child)
+        groups.setdefault(node(rank, job), child)
         running[child] = rank
     while running:
         child, status = os.wait()
@@ -85,9 +90,9 @@ TERMINATED = FAULT.format(what="import signal; os.kill(os.getpid(), signal.SIGTE
 TERMINATES_ALL = FAULT.format(what="import signal; os.killpg(0, signal.SIGTERM); time.sleep(1)")
 STUCK = "execute.convert_chunk = lambda *arguments: time.sleep(3600)"
 OTHER_CONFIG = """
-from weights_conversion.formats import huggingface
-read = huggingface.read_json
-huggingface.read_json = lambda path: read(path) | ({"rms_norm_eps": 1e-6} if path.name == "config.json" else {})
+from weights_conversion import fileio
+read = fileio.read_json
+fileio.read_json = lambda path: read(path) | ({"rms_norm_eps": 1e-6} if path.name == "config.json" else {})
 """
 
 
@@ -110,7 +115,10 @@ Job = Callable[..., dict[int, Ended]]
 
 @pytest.fixture(scope="module")
 def srun() -> Iterator[Job]:
-    """srun(size, script, *arguments, logs=..., faults={rank: code}, started=ranks): a job of `size` tasks."""
+    """srun(size, script, *arguments, logs=..., faults={rank: code}, started=ranks): a job of `size` tasks.
+
+    `nodes` of them are process groups of their own, each with a part of the ranks.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, str(REPOSITORY)], env=environment(), stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, bufsize=1,
@@ -121,7 +129,7 @@ def srun() -> Iterator[Job]:
 
         def start(
             size: int, script: str, *arguments: object, logs: Path, faults: Mapping[int, str] | None = None,
-            started: Sequence[int] = (),
+            started: Sequence[int] = (), limits: Mapping[str, float] | None = None, nodes: int = 1,
         ) -> dict[int, Ended]:  # fmt: skip
             logs.mkdir(parents=True, exist_ok=True)
             variables = {
@@ -132,7 +140,7 @@ def srun() -> Iterator[Job]:
             job = {
                 "script": script, "arguments": [str(word) for word in arguments], "logs": str(logs),
                 "faults": faults or {}, "started": list(started or range(size)), "variables": variables,
-                "limits": LIMITS,
+                "limits": LIMITS | (limits or {}), "nodes": nodes,
             }  # fmt: skip
             lines.write(json.dumps(job) + "\n")
             return {
@@ -213,34 +221,44 @@ def assert_ended(ranks: Mapping[int, Ended], code: int, *reason: str, speaker: i
 # --- the same bytes
 
 
-@pytest.mark.parametrize(("size", "cut"), [(2, ()), (3, CUT), (4, ()), (8, CUT)], ids=str)
-def test_import_on_ranks(size: int, cut: tuple, sources, imported, tmp_path: Path, srun: Job) -> None:
-    out = tmp_path / "out"
-    ranks = srun(size, "hf_to_megatron", *importing(sources(MODEL), out, *cut), logs=tmp_path / "logs")
+@pytest.fixture(scope="module")
+def alone(sources, imported, to_megatron, to_hf, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple]:
+    """alone(kind, cut): (script, its arguments up to the output's, what one process wrote), each made once."""
+    root, done = tmp_path_factory.mktemp("alone"), {}
+
+    def convert(kind: str, cut: tuple) -> tuple[str, list[object], Path]:
+        script, out = "hf_to_megatron", root / f"{kind}{len(cut)}"
+        if kind == "import":
+            return script, ["llama2", "--model-path", sources(MODEL), "--workers", 2, *cut], imported(MODEL, *cut)
+        if kind == "export":
+            script, line = "megatron_to_hf", ["--input_dir", imported(MODEL, *cut), "--no_tokenizer"]
+            line += ["--num_output_shards", 3 if cut else 1]
+        elif kind == "layout":  # merged where it was cut, and cut where it was not
+            line = ["llama2", "--model-path", imported(MODEL, *cut), "--workers", 2, *(() if cut else CUT)]
+        else:  # of whose files ranks write parts as of any other
+            line = ["llama2", "--model-path", imported(MODEL, *cut), "--target", "megatron-core"]
+        if (kind, cut) not in done:
+            run = to_hf if script == "megatron_to_hf" else to_megatron
+            run(*line, "--output_dir" if script == "megatron_to_hf" else "--out", out).succeeded()
+            done[kind, cut] = out
+        return script, line, out
+
+    return convert
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("cut", [(), CUT], ids=["TP 1", "TP 4 x PP 2"])
+@pytest.mark.parametrize("kind", ["import", "export", "layout", "torch_dist"])
+def test_ranks_write_the_same_bytes(kind: str, cut: tuple, size: int, alone, tmp_path: Path, srun: Job) -> None:
+    """Processes of their own, on two nodes, with srun's variables; `cut` is the Megatron checkpoint's."""
+    script, line, expected = alone(kind, cut)
+    out, option = tmp_path / "out", "--output_dir" if kind == "export" else "--out"
+    ranks = srun(size, script, *line, option, out, logs=tmp_path / "logs", nodes=min(size, 2))
     assert {rank: ended.code for rank, ended in ranks.items()} == dict.fromkeys(range(size), 0), ranks
     assert [ended.out + ended.err for rank, ended in ranks.items() if rank] == [""] * (size - 1)
     assert ranks[0].out.count("done ") == 1
-    assert_same(out, imported(MODEL, *cut))
-
-
-@pytest.mark.parametrize(("size", "cut", "shards"), [(2, CUT, 3), (3, (), 1), (4, CUT, 1)], ids=str)
-def test_export_on_ranks(size: int, cut: tuple, shards: int, imported, to_hf, tmp_path: Path, srun: Job) -> None:
-    checkpoint, options = imported(MODEL, *cut), ("--num_output_shards", shards)
-    to_hf(*exporting(checkpoint, tmp_path / "one", *options)).succeeded()
-    ranks = srun(size, "megatron_to_hf", *exporting(checkpoint, tmp_path / "out", *options), logs=tmp_path / "logs")
-    assert {rank: ended.code for rank, ended in ranks.items()} == dict.fromkeys(range(size), 0), ranks
-    assert_same(tmp_path / "out", tmp_path / "one")
-
-
-def test_layout_to_layout_on_ranks(imported, to_megatron, tmp_path: Path, srun: Job) -> None:
-    """And into torch_dist files, of which ranks write parts as of any other."""
-    source, into = imported(MODEL, *CUT), ("--target", "megatron-core", "--ckpt-format", "torch_dist")
-    for name, options in (("merged", ()), ("core", into)):
-        to_megatron(*importing(source, tmp_path / f"{name}-one", *options)).succeeded()
-        out = tmp_path / name
-        ranks = srun(3, "hf_to_megatron", *importing(source, out, *options), logs=tmp_path / "logs")
-        assert {rank: ended.code for rank, ended in ranks.items()} == dict.fromkeys(range(3), 0), ranks
-        assert_same(out, tmp_path / f"{name}-one")
+    assert (f"{size} ranks" in ranks[0].out) == (size > 1)
+    assert_same(out, expected)
 
 
 def test_torchrun_on_two_nodes(sources, imported, tmp_path: Path) -> None:
@@ -257,6 +275,57 @@ def test_one_rank_connects_to_nothing(sources, imported, to_megatron, tmp_path: 
         monkeypatch.setenv(name, value)
     to_megatron(*importing(sources(MODEL), tmp_path / "out", *CUT)).succeeded()
     assert_same(tmp_path / "out", imported(MODEL, *CUT))
+
+
+# --- rank 0 first
+
+FETCHES = """
+from pathlib import Path
+from weights_conversion import hub
+
+def snapshot(repository, revision, cache_dir):
+    rank, log = os.environ["SLURM_PROCID"], Path({log!r})
+    found = log.with_name("fetched").exists()
+    with log.open("a") as file:
+        file.write(f"{{rank}} {{'finds' if found else 'fetches'}}\\n")
+    if rank == "0":
+        time.sleep(0.3)  # in which the others would overtake it
+    {then}
+    log.with_name("fetched").touch()
+    return hub.Snapshot(Path({folder!r}), repository, "a" * 40)
+
+hub.snapshot = snapshot
+"""
+
+
+def test_rank_zero_fetches_first(sources, imported, tmp_path: Path, srun: Job) -> None:
+    """Once, and before the others look: they find what it has brought."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    fault = FETCHES.format(log=str(log), folder=str(sources(MODEL)), then="pass")
+    ranks = srun(
+        3, "hf_to_megatron", *importing("some/model", out, "--cache-dir", tmp_path), logs=tmp_path / "logs",
+        faults=dict.fromkeys(range(3), fault),
+    )  # fmt: skip
+    assert [ended.code for ended in ranks.values()] == [0, 0, 0], ranks
+    first, *others = log.read_text().splitlines()
+    assert first == "0 fetches"
+    assert sorted(others) == ["1 finds", "2 finds"]
+    (name,) = (name for name in contents(imported(MODEL)) if name.endswith("model_optim_rng.pt"))
+    assert contents(out)[name] == contents(imported(MODEL))[name]
+
+
+def test_what_rank_zero_cannot_fetch(sources, tmp_path: Path, srun: Job) -> None:
+    """Is said once and ends all; no other rank tries."""
+    log = tmp_path / "log"
+    refuse = "from weights_conversion.config import ConversionError; raise ConversionError('no such repository')"
+    fault = FETCHES.format(log=str(log), folder=str(sources(MODEL)), then=refuse)
+    ranks = srun(
+        3, "hf_to_megatron", *importing("some/model", tmp_path / "out"), logs=tmp_path / "logs",
+        faults=dict.fromkeys(range(3), fault),
+    )  # fmt: skip
+    assert_ended(ranks, 1, "no such repository")
+    assert log.read_text() == "0 fetches\n"
+    assert list(tmp_path.glob("out*")) == []
 
 
 # --- one rank fails
@@ -309,6 +378,89 @@ def test_rank_zero_is_killed(sources, imported, tmp_path: Path, srun: Job) -> No
     assert_same(out, imported(MODEL))
 
 
+LATE = """
+from pathlib import Path
+convert_chunk, marks = execute.convert_chunk, Path({marks!r})
+def late(*arguments):
+    (marks / "busy").touch()
+    deadline = time.monotonic() + {seconds}
+    while not (marks / "rewritten").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    try:
+        return convert_chunk(*arguments)
+    except BaseException as error:
+        (marks / "late").write_text(type(error).__name__)
+        raise
+    finally:
+        (marks / "late").exists() or (marks / "late").write_text("wrote")
+execute.convert_chunk = late
+"""
+DIES_FIRST = """
+def dies(*arguments):
+    while not os.path.exists({busy!r}):
+        time.sleep(0.02)
+    open({mark!r}, "w").close()
+    os.kill(os.getpid(), 9)
+execute.convert_chunk = dies
+"""
+NO_LOCKS = """
+def no_locks(*arguments):
+    raise OSError(38, "Function not implemented")
+publish.fcntl.flock = no_locks
+"""
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_rerun_beside_ranks_without_their_rank_zero(
+    locks: bool, sources, to_megatron, tmp_path: Path, srun: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Rank 0 is killed; rank 1 is still busy, and writes when another command has begun to write other bytes.
+
+    With locks that command waits for it. Without, rank 1 comes when the new bytes are all there, and must find no file.
+    """
+    out, dying, late = tmp_path / "out", tmp_path / "dying", tmp_path / "late"
+    line = importing(sources(MODEL), out, *CUT)
+    wait = LATE.format(marks=str(tmp_path), seconds=2 if locks else 25)
+    before = "" if locks else NO_LOCKS
+    faults = {0: before + DIES_FIRST.format(mark=str(dying), busy=str(tmp_path / "busy")), 1: before + wait}
+    ranks: dict[int, Ended] = {}
+    limits = {"nudge": 30.0, "exit": 40.0}
+    job = threading.Thread(
+        target=lambda: ranks.update(
+            srun(2, "hf_to_megatron", *line, logs=tmp_path / "logs", faults=faults, limits=limits)
+        )
+    )
+    execute = convert.execute
+
+    def rewritten(*arguments: object) -> None:
+        execute(*arguments)  # type: ignore[arg-type]
+        (tmp_path / "rewritten").touch()
+        while not late.exists() and job.is_alive():
+            time.sleep(0.02)
+
+    job.start()
+    while not dying.exists() and job.is_alive():
+        time.sleep(0.02)
+    time.sleep(0.3)
+    with monkeypatch.context() as patch:
+        if not locks:
+            patch.setattr(publish.fcntl, "flock", no_locks)
+        patch.setattr(convert, "execute", rewritten)
+        text = to_megatron(*line, "--dtype", "float32").succeeded().text
+    job.join()
+    assert ranks[0].code == -9
+    assert ranks[1].code == 1
+    assert ranks[1].seconds < BOUND
+    assert ("waiting for their end" in text) == locks
+    assert late.read_text() == ("wrote" if locks else "FileNotFoundError")
+    to_megatron(*importing(sources(MODEL), tmp_path / "undisturbed", *CUT), "--dtype", "float32").succeeded()
+    assert_same(out, tmp_path / "undisturbed")
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(38, "Function not implemented")
+
+
 def test_a_defect_leaves_its_traceback(sources, tmp_path: Path, srun: Job) -> None:
     ranks = srun(
         2, "hf_to_megatron", *importing(sources(MODEL), tmp_path / "out"), logs=tmp_path / "logs", faults={1: DEFECT}
@@ -325,6 +477,39 @@ def test_a_stuck_rank_is_ended(sources, tmp_path: Path, srun: Job) -> None:
         3, "hf_to_megatron", *importing(sources(MODEL), tmp_path / "out"), logs=tmp_path / "logs", faults=faults
     )
     assert_ended(ranks, 1, "rank 1 of 3 on", "No space left")
+    assert_unfinished(tmp_path / "out")
+
+
+STUCK_IN_A_READ = """
+import signal
+def stuck(*arguments):
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3600)
+execute.convert_chunk, cli.STUCK_SECONDS = stuck, 1.0
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stuck_rank_is_terminated(rank: int, sources, tmp_path: Path, srun: Job) -> None:
+    """Its read never comes back: it is ended from beside, and the others hear of it, and say it where rank 0 cannot."""
+    ranks = srun(
+        3, "hf_to_megatron", *importing(sources(MODEL), tmp_path / "out"), logs=tmp_path / "logs",
+        faults={rank: STUCK_IN_A_READ},
+    )  # fmt: skip
+    words = (f"rank {rank} of 3 on", "was interrupted, but waits for a read or write", "continues")
+    for speaker, ended in ranks.items() if rank == 0 else [(0, ranks[0])]:
+        assert_ended({speaker: ended}, 1, *words, speaker=speaker)
+    assert {ended.code for ended in ranks.values()} == {1}
+    assert_unfinished(tmp_path / "out")
+
+
+def test_one_stuck_process_is_terminated(sources, tmp_path: Path, srun: Job) -> None:
+    ranks = srun(
+        1, "hf_to_megatron", *importing(sources(MODEL), tmp_path / "out"), logs=tmp_path / "logs",
+        faults={0: STUCK_IN_A_READ},
+    )  # fmt: skip
+    assert_ended(ranks, 143, "terminated", "continues")
     assert_unfinished(tmp_path / "out")
 
 
@@ -457,24 +642,24 @@ def test_first_host(nodes: str, host: str) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_share(size: int) -> None:
     sizes = [7, 1, 1, 30, 5, 5, 5, 12, 9, 9, 2]
-    parts = distributed.share(range(len(sizes)), sizes, size)
+    parts = scale.share(range(len(sizes)), sizes, size)
     assert len(parts) == size
     assert [number for part in parts for number in part] == list(range(len(sizes)))
     assert max(sum(sizes[number] for number in part) for part in parts) <= sum(sizes) / size + max(sizes)
 
 
 def test_share_of_little() -> None:
-    assert [list(part) for part in distributed.share(["a", "b"], [1, 1], 4)] == [["a"], ["b"], [], []]
-    assert [list(part) for part in distributed.share([], [], 2)] == [[], []]
+    assert [list(part) for part in scale.share(["a", "b"], [1, 1], 4)] == [["a"], ["b"], [], []]
+    assert [list(part) for part in scale.share([], [], 2)] == [[], []]
 
 
 def test_ranges() -> None:
-    assert distributed.to_ranges([0, 1, 2, 5, 7, 8]) == [[0, 3], [5, 6], [7, 9]]
-    assert distributed.to_ranges([]) == []
+    assert scale.to_ranges([0, 1, 2, 5, 7, 8]) == [[0, 3], [5, 6], [7, 9]]
+    assert scale.to_ranges([]) == []
 
 
 def test_predicted_seconds() -> None:
-    predict: Callable[..., float] = distributed.predicted_seconds
+    predict: Callable[..., float] = scale.predicted_seconds
     assert predict(100, 1, 10.0, start_up=2.0) == 12.0
     assert predict(100, 4, 10.0, start_up=2.0) == 4.5
     assert predict(100, 4, 10.0, 20.0, start_up=2.0) == 7.0

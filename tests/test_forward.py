@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from weights_conversion import forward
 from weights_conversion.config import ConversionError, ModelConfig
-from weights_conversion.forward import (
-    HF,
-    MEGATRON_CORE,
-    MEGATRON_LLM,
-    META,
-    Convention,
-    default_prompts,
-    trace,
-    whole_tensors,
-)
+from weights_conversion.verification import forward
+from weights_conversion.verification.conventions import HF, MEGATRON_CORE, MEGATRON_LLM, META, Convention
+from weights_conversion.verification.forward import Weights, default_prompts, trace
 
 BOUND = 2e-6  # of the logits' spread
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -67,6 +60,20 @@ CASES = [
     for convention in (HF, META, MEGATRON_LLM, MEGATRON_CORE)
     if config.family != "falcon" or convention.falcon
 ]
+
+
+def whole_tensors(read: Callable[[str], Tensor]) -> Weights:
+    """`Weights` over a reader that knows no row ranges: keeps the last tensor, and only that one, in memory."""
+    last: tuple[str, Tensor] | None = None
+
+    def weights(name: str, rows: slice | None) -> Tensor:
+        nonlocal last
+        if last is None or last[0] != name:
+            last = None  # let go of one tensor before the next is read
+            last = (name, read(name))
+        return last[1] if rows is None else last[1][rows]
+
+    return weights
 
 
 # ---- transformers

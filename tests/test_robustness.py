@@ -26,11 +26,12 @@ import tiny_models as tm
 import torch
 from conftest import Script
 
-from tests.robustness import full_disk, fuzz, kill_runs, sources
-from weights_conversion import assembly
+from tests.robustness import full_disk, fuzz, kill_runs, mutations, sources
+from weights_conversion import assembly, file_sums, publish
+from weights_conversion import journal as journals
 from weights_conversion.config import ConversionError
 from weights_conversion.execute import Written
-from weights_conversion.formats import huggingface, megatron, pickles, torch_files
+from weights_conversion.formats import huggingface, megatron, pickles, stored_args, torch_files
 from weights_conversion.placement import TensorRef
 
 GQA = tm.MODELS["llama2-gqa"]
@@ -60,7 +61,7 @@ def test_mutated_inputs(capsys: pytest.CaptureFixture[str]) -> None:
 def with_pickle(path: Path, data: bytes) -> None:
     """Puts `data` in the place of a file's pickle: inside its archive, or as all of it (.metadata)."""
     if zipfile.is_zipfile(path):
-        fuzz.rezip(path, lambda name, content: data if name.endswith("data.pkl") else content)
+        mutations.rezip(path, lambda name, content: data if name.endswith("data.pkl") else content)
     else:
         path.write_bytes(data)
 
@@ -111,7 +112,7 @@ def test_crafted_pickles(loaded, to_megatron, to_hf, tmp_path: Path) -> None:
     """What would touch a file, were anything executed, is refused by name, and the file stays untouched."""
     path, line = loaded
     touched = tmp_path / "touched"
-    for name, data in fuzz.crafted(touched).items():
+    for name, data in mutations.crafted(touched).items():
         with_pickle(path, data)
         run_script(to_megatron, to_hf, line, tmp_path / "out").refused(name.split()[0], path.name)
         assert not touched.exists(), f"{name} was executed"
@@ -124,22 +125,22 @@ def test_crafted_pickles_do_what_they_say(tmp_path: Path) -> None:
         touched = tmp_path / name.split()[-1]  # the command is a shell line: no spaces
         subprocess.run(
             [sys.executable, "-c", "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"],
-            input=fuzz.crafted(touched)[name], check=True, capture_output=True,
+            input=mutations.crafted(touched)[name], check=True, capture_output=True,
         )  # fmt: skip
         assert touched.exists(), name + subprocess.run(["ls", tmp_path], capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("name", list(fuzz.bombs()))
+@pytest.mark.parametrize("name", list(mutations.bombs()))
 def test_pickle_bombs(name: str, tmp_path: Path) -> None:
     """Sizes that lie, deep nesting, and parts shared so often that to walk, hash or print them takes forever."""
     path = tmp_path / "model_optim_rng.pt"
     torch.save({}, path)
-    with_pickle(path, fuzz.bombs()[name])
+    with_pickle(path, mutations.bombs()[name])
     began, said = time.process_time(), str(path)
     try:
         opened = torch_files.read_torch_file(path)
         found = torch_files.tensors(opened, opened.content)
-        megatron.plain_args(opened.content.get("args"), path)
+        stored_args.plain_args(opened.content.get("args"), path)
         assert found == {}
     except ConversionError as error:
         said = str(error)
@@ -182,7 +183,7 @@ def test_archives_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../../escaped", "/escaped", "x/data/../../escaped", "elsewhere/data/0"])
 def test_archive_names_outside(name: str, tmp_path: Path) -> None:
     path = archive(tmp_path / "x.pt")
-    fuzz.rezip(path, lambda _, content: content, extra=[(name, b"x")])
+    mutations.rezip(path, lambda _, content: content, extra=[(name, b"x")])
     with pytest.raises(ConversionError, match="not in its folder"):
         torch_files.read_torch_file(path)
 
@@ -254,7 +255,7 @@ def test_records_that_overlap(tmp_path: Path) -> None:
 def test_records_named_twice(tmp_path: Path) -> None:
     path = archive(tmp_path / "x.pt")
     with pytest.warns(UserWarning, match="Duplicate"):
-        fuzz.rezip(path, lambda _, content: content, extra=[("x/data/0", bytes(64))])
+        mutations.rezip(path, lambda _, content: content, extra=[("x/data/0", bytes(64))])
     with pytest.raises(ConversionError, match="twice"):
         torch_files.read_torch_file(path)
 
@@ -387,14 +388,11 @@ def test_what_starts_over(change: str, to_megatron: Script, tmp_path: Path, monk
     source, out = tm.write_huggingface(tmp_path / "hf", GQA, tokenizer=False), tmp_path / "out"
     line = ["llama2", "--model-path", source, "--out", out]
 
-    lock = assembly.lock
-
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(assembly, "finish", interrupted)
-        patch.setattr(assembly, "lock", lambda out: os.close(lock(out)) or -1)  # as the end of the process does
         assert to_megatron(*line).code == 130
     if change == "source":
         tm.write_weights(source, {name: tensor + 1 for name, tensor in GQA.tensors().items()})
@@ -417,11 +415,11 @@ REF = TensorRef("x.pt", "a", torch.float32, (4, 4))
 
 def test_journal_follows_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part is noted after its data are on the disk, and never after a sync has failed."""
-    monkeypatch.setattr(assembly, "SYNC_BYTES", 1)
-    journal, noted = assembly.Journal(tmp_path, [REF]), []
+    monkeypatch.setattr(journals, "SYNC_BYTES", 1)
+    journal, noted = journals.Journal(tmp_path, [REF]), []
 
     def sync() -> None:
-        noted.append(sorted(assembly.Journal(tmp_path, [REF]).load()))
+        noted.append(sorted(journals.Journal(tmp_path, [REF]).load()))
 
     journal.add(0, [Written(REF, 0, 32, 1)], sync)
     journal.add(1, [Written(REF, 32, 32, 2)], sync)
@@ -434,16 +432,16 @@ def test_journal_follows_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         journal.add(2, [Written(REF, 0, 32, 3)], fails)
     journal.flush(sync)
     journal.add(3, [Written(REF, 0, 32, 3)], sync)
-    assert sorted(assembly.Journal(tmp_path, [REF]).load()) == [0, 1]
+    assert sorted(journals.Journal(tmp_path, [REF]).load()) == [0, 1]
 
 
 def test_journal_survives_a_line_cut_off(tmp_path: Path) -> None:
-    journal = assembly.Journal(tmp_path, [REF])
+    journal = journals.Journal(tmp_path, [REF])
     journal.add(0, [Written(REF, 0, 64, 1)], lambda: None)
     journal.flush(lambda: None)
     path = tmp_path / "chunks.0"
     path.write_text(path.read_text() + "[1, [[0, 0, 6")
-    later = assembly.Journal(tmp_path, [REF])
+    later = journals.Journal(tmp_path, [REF])
     assert sorted(later.load()) == [0]
     later.add(2, [Written(REF, 0, 64, 1)], lambda: None)
     later.flush(lambda: None)
@@ -463,9 +461,9 @@ def test_overwrite_interrupted_in_its_clean_up(
     out.mkdir()
     (out / "mine.txt").write_text("older")
     if not exchange:
-        monkeypatch.setattr(assembly, "_exchange", lambda one, two: False)
+        monkeypatch.setattr(publish, "_exchange", lambda one, two: False)
     with monkeypatch.context() as patch:
-        patch.setattr(assembly, "remove", lambda partial: None)
+        patch.setattr(publish, "remove", lambda partial: None)
         to_megatron(*line, "--overwrite").succeeded()
     expected = tree_of(good)
     assert tree_of(out) == expected
@@ -481,7 +479,7 @@ def test_replaced_output_is_not_published(imported, sources, to_megatron: Script
     out.mkdir()
     (out / "mine.txt").write_text("older")
     with monkeypatch.context() as patch:
-        patch.setattr(assembly, "remove", lambda partial: None)
+        patch.setattr(publish, "remove", lambda partial: None)
         to_megatron(*line, "--overwrite").succeeded()
     shutil.rmtree(out)
     to_megatron(*line).succeeded()
@@ -505,15 +503,15 @@ def tree_of(folder: Path) -> dict[str, str]:
 def test_two_runs_at_once(sources, to_megatron: Script, tmp_path: Path) -> None:
     """The second is refused and touches nothing of the first, whatever it was asked to write."""
     out = tmp_path / "out"
-    assert not assembly.prepare(out, "another plan")
-    held = assembly.lock(out)
+    hold = publish.prepare(out, "another plan")
+    assert not hold.resume
     marker = out.with_name("out.partial") / "checkpoint" / "of the first"
     marker.write_text("x")
     line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)
     to_megatron(*line).refused("another process")
     to_megatron(*line, "--overwrite").refused("another process")
     assert marker.exists()
-    os.close(held)
+    hold.close()
     to_megatron(*line).succeeded()
 
 
@@ -542,7 +540,7 @@ def test_mount_points_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
     with pytest.raises(ConversionError, match="mount point"):
-        assembly.check_absent(tmp_path / "out", overwrite=False)
+        publish.check_absent(tmp_path / "out", overwrite=False)
 
 
 # --- checksums --------------------------------------------------------------------------------------------------------
@@ -553,13 +551,13 @@ def test_manifest(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "big").write_bytes(os.urandom(20 << 20))
     (tmp_path / "small").write_bytes(b"")
-    text = assembly.manifest(tmp_path, ["small", "a/big"], {"tracker": b"release"}, 2)
+    text = file_sums.sums(tmp_path, ["small", "a/big"], {"tracker": b"release"}, 2)
     assert text.decode().splitlines() == [
         f"{hashlib.sha256((tmp_path / 'a' / 'big').read_bytes()).hexdigest()}  a/big",
         f"{hashlib.sha256(b'').hexdigest()}  small",
         f"{hashlib.sha256(b'release').hexdigest()}  tracker",
     ]
     (tmp_path / "tracker").write_bytes(b"release")
-    (tmp_path / assembly.MANIFEST).write_bytes(text)
+    (tmp_path / file_sums.NAME).write_bytes(text)
     if shutil.which("sha256sum"):
-        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", assembly.MANIFEST], cwd=tmp_path, check=True)
+        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", file_sums.NAME], cwd=tmp_path, check=True)

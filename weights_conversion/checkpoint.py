@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import manifest, megatron_args
-from weights_conversion.config import FAMILIES, ConversionError, ModelConfig
-from weights_conversion.dialects import MEGATRON_LLM
-from weights_conversion.formats import torch_dist
+import torch
+
+from weights_conversion import core_args, manifest, megatron_args
+from weights_conversion.config import FAMILIES, ConversionError, ModelConfig, Parallelism
+from weights_conversion.dialects import MEGATRON_CORE
+from weights_conversion.formats.dist_index import METADATA
 from weights_conversion.formats.megatron import RankFiles, find_iteration, open_rank_files
-from weights_conversion.formats.torch_dist import DistCheckpoint
+from weights_conversion.formats.stored_args import plain_args
+from weights_conversion.formats.torch_dist import RUN_CONFIG, DistCheckpoint, open_dist
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,52 @@ class OpenedCheckpoint:
     warnings: tuple[str, ...]
 
 
+def open_files(root: Path, load_iters: int | None = None) -> RankFiles | DistCheckpoint:
+    """Opens an iteration in whichever format it is, its args respelled in Megatron-LLM's names. No data are read."""
+    folder, iteration = find_iteration(root, load_iters)
+    dist = (folder / METADATA).is_file()
+    files = open_dist(folder, iteration) if dist else open_rank_files(folder, iteration)
+    if files.dialect is not MEGATRON_CORE:
+        return files
+    if problems := core_args.unreadable(files.left_out, folder):
+        raise ConversionError(*problems)
+    return dataclasses.replace(files, args=core_args.normalise(files.args or _args_of_manifest(folder), folder))
+
+
+def _args_of_manifest(folder: Path) -> dict[str, Any]:
+    """What stands for the args of a checkpoint that stores none: what an import said in its manifest."""
+    found = manifest.find([folder.parent])
+    if found is None:
+        raise ConversionError(
+            f"{folder} holds no args, no {RUN_CONFIG} and no {manifest.NAME} beside it, so nothing says what model it "
+            f"is; copy {RUN_CONFIG} there"
+        )
+    path, said = found
+    try:
+        config = ModelConfig(family=said["family"], vocab_size=1, **manifest.model_fields(said))
+        args = core_args.write_args(
+            config, Parallelism(), dtype=torch.bfloat16, divisible_by=1, ckpt_format="torch_dist", vocabulary=None
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConversionError(f"{path} does not describe a model ({error})") from error
+    return plain_args(argparse.Namespace(**args), path)
+
+
 def open_checkpoint(
     root: Path, model: str, *, load_iters: int | None = None, true_vocab_size: int | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> OpenedCheckpoint:  # fmt: skip
     """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep."""
-    folder, iteration = find_iteration(root, load_iters)
-    dist = (folder / torch_dist.METADATA).is_file()
-    files = torch_dist.open_dist(folder, iteration) if dist else open_rank_files(folder, iteration)
+    files = open_files(root, load_iters)
     found = manifest.find([root, *trained_from(files.args)])
     said = found[1] if found else None
     _check_family(model, files.args, said, root)
-    if files.dialect is MEGATRON_LLM and (problems := megatron_args.foreign(model, files.args)):
+    if files.dialect is MEGATRON_CORE:
+        problems = core_args.foreign_tensors(files.names, files.folder)
+        problems += core_args.foreign_to_family(files.args, model, files.folder)
+    else:
+        problems = megatron_args.foreign(model, files.args)
+    if problems:
         raise ConversionError(*problems)
     notes: list[str] = []
     warnings: list[str] = []
@@ -51,7 +90,7 @@ def open_checkpoint(
     if model == "falcon":  # the original's release files leave it out
         args["tie_embed_logits"] = not files.has_head()
     elif not files.has_head() and not args.get("tie_embed_logits"):
-        raise ConversionError(f"{folder} has no output layer (lm_head) on its last stage, which {model} needs")
+        raise ConversionError(f"{files.folder} has no output layer (lm_head) on its last stage, which {model} needs")
     resolved = megatron_args.resolve(model, args, fields, flags or {}, rows)
     warnings += resolved.warnings
     for name in (said or {}).get("assumed", []):
@@ -74,14 +113,27 @@ def trained_from(args: Mapping[str, Any]) -> list[Path]:
     return [*named, *([Path(vocab).parent] if isinstance(vocab, str) and vocab else [])]
 
 
-def _check_family(model: str, args: Mapping[str, Any], said: Mapping[str, Any] | None, root: Path) -> None:
-    claims = {"args (model_name)": args.get("model_name"), "manifest": (said or {}).get("family")}
+def claimed_families(args: Mapping[str, Any], said: Mapping[str, Any] | None) -> dict[str, str]:
+    """What args and manifest (`said`) state: origin -> family, the ones to be trusted most first.
+
+    Anyone may have called a model anything in its args (model_name), so names of no family do not count there.
+    """
+    claims = {}
+    if (said or {}).get("family") is not None:
+        claims["manifest"] = (said or {})["family"]
+    if args.get("model_name") in FAMILIES:
+        claims["args (model_name)"] = args["model_name"]
     if args.get("tokenizer_type") == "FalconTokenizer" or args.get("parallel_attn"):
         claims["args (parallel_attn)"] = "falcon"
-    elif args.get("use_rms_norm") and model == "falcon":
+    return claims
+
+
+def _check_family(model: str, args: Mapping[str, Any], said: Mapping[str, Any] | None, root: Path) -> None:
+    claims = claimed_families(args, said)
+    if model == "falcon" and args.get("use_rms_norm") and "args (parallel_attn)" not in claims:
         claims["args (use_rms_norm)"] = "llama2"
     for origin, family in claims.items():
-        if family is not None and family != model and (family in FAMILIES or origin != "args (model_name)"):
+        if family != model:
             raise ConversionError(f"--model {model} was given, but {root} holds a {family} model, say its {origin}")
 
 

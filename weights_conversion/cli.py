@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -110,6 +111,7 @@ def stated_fields(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(began=time.monotonic())
     option(
         parser, "--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep",
         help="type of the written weights (default: as they are)",
@@ -141,18 +143,42 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+RUN_OPTIONS = (
+    "dtype", "dry_run", "overwrite", "workers", "allow_inconsistent", "checksums", "verify", "ranks", "rank_rate",
+    "filesystem_bandwidth", "began",
+)  # fmt: skip
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of convert.RunOptions, from what `add_common` has added."""
+    return {name: getattr(args, name) for name in RUN_OPTIONS}
+
+
+STOPPED = {
+    130: "interrupted: the same command continues where this one stopped",
+    143: "terminated: the same command continues where this one stopped",
+}
+
+
 class Terminated(BaseException):
     """SIGTERM, as a scheduler sends it before it kills."""
+
+
+STUCK_SECONDS = 12.0  # after a signal, in which a read or write may still come back
 
 
 class _Signals:
     """Within its block, SIGINT and SIGTERM (where they are not ignored) end the run from wherever it is, once.
 
-    What they raise is dropped by Python where it hits a destructor or a callback; then it is raised again.
+    What they raise is dropped by Python where it hits a destructor or a callback; then it is raised again. A thread in
+    a read or write that never ends, as of a filesystem whose server is gone, would keep the process for ever: after
+    STUCK_SECONDS `stuck` is called with the exit code.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stuck: Callable[[int], None]) -> None:
         self._asked = 0
+        self._left = threading.Event()
+        self._stuck = stuck
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
@@ -162,8 +188,10 @@ class _Signals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             if number == signal.SIGALRM or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._stop)
+        threading.Thread(target=self._watch, daemon=True, name="signals").start()
 
     def __exit__(self, *_: object) -> None:
+        self._left.set()
         if self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook = self._hook
@@ -174,6 +202,13 @@ class _Signals:
         if (signum == signal.SIGALRM) == bool(self._asked):
             self._asked = self._asked or signum
             raise KeyboardInterrupt if self._asked == signal.SIGINT else Terminated
+
+    def _watch(self) -> None:
+        waited = 0.0  # since a signal: seen by looking, for a handler must not wait for a lock
+        while waited < STUCK_SECONDS and not self._left.wait(0.5):
+            waited += 0.5 if self._asked else 0.0
+        if not self._left.is_set():
+            self._stuck(130 if self._asked == signal.SIGINT else 143)
 
     def _dropped(self, unraisable: Any) -> None:
         if self._asked and isinstance(unraisable.exc_value, (KeyboardInterrupt, Terminated)):
@@ -192,12 +227,22 @@ def run(work: Callable[[], str]) -> int:
     return distributed.run(_outcome, work)
 
 
+def _give_up(code: int) -> None:
+    """Ends a process that was interrupted and cannot come to its end; in a job of ranks, after all have been told."""
+    from weights_conversion import distributed
+
+    if not distributed.current().stuck():
+        _say(STOPPED[code])
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def _outcome(work: Callable[[], str]) -> int:
     """Prints the report that `work` returns, and turns what can go wrong into sentences and an exit code."""
     from weights_conversion.distributed import SaidElsewhere
 
     try:
-        with _Signals():
+        with _Signals(_give_up):
             report = work()
     except SaidElsewhere as ended:
         return ended.code
@@ -205,10 +250,10 @@ def _outcome(work: Callable[[], str]) -> int:
         _say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        _say("interrupted: the same command continues where this one stopped")
+        _say(STOPPED[130])
         return 130
     except Terminated:
-        _say("terminated: the same command continues where this one stopped")
+        _say(STOPPED[143])
         return 143
     except MemoryError:
         _say("error: there is not enough memory; fewer --workers need less")

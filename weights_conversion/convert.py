@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,10 @@ from typing import Any
 
 import torch
 
-from weights_conversion import __version__, assembly, distributed, progress
+from weights_conversion import __version__, assembly, distributed, memory, progress, publish, scale
 from weights_conversion.config import ConversionError
 from weights_conversion.execute import THREADS_PER_WORKER, Written, execute, inconsistencies
+from weights_conversion.journal import Journal
 from weights_conversion.placement import TensorRef
 from weights_conversion.plan import CHUNK_BYTES, Chunk, Plan
 from weights_conversion.progress import Report
@@ -42,6 +42,7 @@ class RunOptions:
     ranks: int | None = None  # of a job whose time a dry run is to predict
     rank_rate: float = 1.0  # GB/s of output that one rank converts
     filesystem_bandwidth: float | None = None  # GB/s of output that the filesystem takes while it is read too
+    began: float = field(default_factory=time.monotonic)  # when the process started to get ready, for the prediction
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,13 @@ def run(job: Job, options: RunOptions) -> Report:
     if ranks.size > 1:
         ranks.agree(_view(job, plan_digest))
     files = [target.file for target in job.targets]
-    report.planned(job.out, needed, assembly.free_space(job.out), files, memory(options.workers))
+    report.planned(job.out, needed, assembly.free_space(job.out), files, peak_bytes(options.workers))
     if ranks.size > 1:
         hosts = f"{ranks.hosts} host{'s' * (ranks.hosts > 1)}"
         report.notes.append(f"{ranks.size} ranks on {hosts} share the work; the memory is that of each")
+    if not options.dry_run:  # every rank, since each has its own machine or limit
+        per_host = -(-ranks.size // ranks.hosts)
+        memory.check(per_host * (peak_bytes(options.workers) - progress.peak_memory()))
     source = Source()
     try:
         if ranks.rank == 0:
@@ -113,12 +117,21 @@ def _view(job: Job, plan_digest: str) -> dict[str, str]:
 def _predictions(needed: int, options: RunOptions) -> list[str]:
     if options.ranks is None and options.filesystem_bandwidth is None:
         return []
+    alone = time.monotonic() - options.began
     rate, bandwidth = options.rank_rate, options.filesystem_bandwidth
     counts = sorted({1, options.ranks or 1, *((2, 4, 8, 16, 32, 64) if options.ranks is None else ())})
     limit = f", the filesystem takes {bandwidth:g} GB/s" if bandwidth else ""
-    seconds = [distributed.predicted_seconds(needed, n, rate * 1e9, bandwidth and bandwidth * 1e9) for n in counts]
+    seconds = [
+        scale.predicted_seconds(
+            needed, n, rate * 1e9, bandwidth and bandwidth * 1e9, scale.start_up_seconds(alone, n)
+        )
+        for n in counts
+    ]  # fmt: skip
     said = ", ".join(f"{time:.0f} s on {n} rank{'s' * (n > 1)}" for n, time in zip(counts, seconds, strict=True))
-    lines = [f"predicted  {said} (a rank converts {rate:g} GB/s{limit})"]
+    lines = [
+        f"predicted  {said} (a rank converts {rate:g} GB/s{limit})",
+        f"predicted  of these, start-up is {alone:.1f} s, as this dry run took, and three times that under torchrun",
+    ]
     if bandwidth:
         lines.append(f"predicted  more than {max(1, round(bandwidth / rate + 0.49))} ranks do not help")
     return lines
@@ -126,33 +139,45 @@ def _predictions(needed: int, options: RunOptions) -> list[str]:
 
 @dataclass
 class _Output:
-    """OUT.partial, laid out: where each tensor begins, what earlier runs have finished, and rank 0's lock."""
+    """OUT.partial, laid out: this rank's hold on it, where each tensor begins, and what is finished already."""
 
+    hold: publish.Hold
     offsets: Mapping[TensorRef, int]
+    journal: Journal
     done: dict[int, list[Written]]
-    held: int = -1
 
 
-def _lay_out(job: Job, ranks: distributed.Ranks, journal: assembly.Journal, plan_digest: str, chunks: int) -> _Output:
+def _lay_out(job: Job, ranks: distributed.Ranks, plan_digest: str, chunks: int) -> _Output:
     """Rank 0 makes the files; the others find them, and hear from it what is left to be done."""
+    refs = [ref for target in job.targets for ref in target.refs]
+    folder = publish.partial_folder(job.out) / "journal"
     if ranks.rank:
         said = json.loads(ranks.hear("prepared"))
         done: dict[int, list[Written]] = {number: [] for start, stop in said["done"] for number in range(start, stop)}
-        offsets = assembly.find_layout(job.out, job.targets, plan_digest)
+        hold, offsets = assembly.join_layout(job.out, job.targets, plan_digest)
         if _places(offsets) != said["places"]:
+            hold.close()
             raise ConversionError(
-                f"{assembly.partial_folder(job.out)} is not what rank 0 made; the output must be one folder on a "
+                f"{publish.partial_folder(job.out)} is not what rank 0 made; the output must be one folder on a "
                 "filesystem that all nodes share"
             )
-        return _Output(offsets, done)
-    resume = assembly.prepare(job.out, plan_digest)
-    held = assembly.lock(job.out)
-    offsets = assembly.lay_out(job.out, job.targets, plan_digest, resume)
-    done = journal.load() if resume else {}
-    if resume:
-        job.report.notes.append(f"continued an interrupted run: {len(done)} of {chunks} parts were good")
-    ranks.tell("prepared", json.dumps({"done": distributed.to_ranges(sorted(done)), "places": _places(offsets)}))
-    return _Output(offsets, done, held)
+        return _Output(hold, offsets, Journal(folder, refs, ranks.rank, hold.journal), done)
+    hold = publish.prepare(job.out, plan_digest)
+    try:
+        journal, done = Journal(folder, refs, 0, hold.journal), {}
+        if hold.resume:
+            offsets = assembly.find_layout(job.out, job.targets)
+            done = {n: [] for n in range(chunks)} if publish.published(job.out) else journal.load()
+            job.report.notes.append(f"continued an interrupted run: {len(done)} of {chunks} parts were good")
+        else:
+            offsets = assembly.lay_out(job.out, job.targets, plan_digest)
+        if ranks.size > 1:
+            hold.share()
+        ranks.tell("prepared", json.dumps({"done": scale.to_ranges(sorted(done)), "places": _places(offsets)}))
+    except BaseException:
+        hold.close()
+        raise
+    return _Output(hold, offsets, journal, done)
 
 
 def _places(offsets: Mapping[TensorRef, int]) -> str:
@@ -164,28 +189,23 @@ def _write(
 ) -> None:  # fmt: skip
     started = time.monotonic()
     ranks = distributed.current()
-    partial = assembly.partial_folder(job.out)
-    refs = [ref for target in job.targets for ref in target.refs]
-    journal = assembly.Journal(partial / "journal", refs, ranks.rank)
-    output = _lay_out(job, ranks, journal, plan_digest, len(chunks))
+    output = _lay_out(job, ranks, plan_digest, len(chunks))
     try:
-        _convert(job, options, chunks, source, output, journal, needed)
+        _convert(job, options, chunks, source, output, needed)
     finally:
-        if output.held >= 0:
-            os.close(output.held)
+        output.hold.close()
     if ranks.rank == 0:
         job.report.finished(needed, time.monotonic() - started)
 
 
 def _convert(
-    job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, output: _Output,
-    journal: assembly.Journal, needed: int,
+    job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, output: _Output, needed: int
 ) -> None:  # fmt: skip
-    ranks, partial = distributed.current(), assembly.partial_folder(job.out)
+    ranks, journal = distributed.current(), output.journal
     done = output.done
     remaining = assembly.remaining(chunks, done)
-    mine = distributed.share(remaining, [chunk.nbytes for _, chunk in remaining], ranks.size)[ranks.rank]
-    target = Target(partial / "checkpoint", output.offsets)
+    mine = scale.share(remaining, [chunk.nbytes for _, chunk in remaining], ranks.size)[ranks.rank]
+    target = Target(publish.root_of(job.out), output.offsets, folder=output.hold.checkpoint)
     before = sum(w.length for writes in done.values() for w in writes)
     try:
         with progress.bar(needed, before) if ranks.rank == 0 else contextlib.nullcontext(lambda _: None) as advance:
@@ -202,6 +222,8 @@ def _convert(
                 journal.flush(target.sync)
             ranks.check()
             target.close()
+            if ranks.rank:
+                output.hold.close()  # nothing more is written here
             ranks.gather("written")
     finally:
         target.close()
@@ -244,6 +266,6 @@ def verified(source: Path, model: str, options: RunOptions, **stated: Any) -> Ca
     return prove
 
 
-def memory(workers: int) -> int:
+def peak_bytes(workers: int) -> int:
     """Peak memory of a run, in bytes: the interpreter with torch, and each worker's buffers."""
     return BASE_BYTES + workers * THREADS_PER_WORKER * 3 * CHUNK_BYTES

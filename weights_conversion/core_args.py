@@ -10,35 +10,8 @@ from typing import Any
 
 import torch
 
-from weights_conversion import manifest, megatron_args
+from weights_conversion import megatron_args
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
-
-RUN_CONFIG = "run_config.yaml"  # Megatron-Bridge's, in an iteration's folder
-
-# Globals that a common.pt of Megatron-LM may name, beside those of any checkpoint; all become inert.
-_COMMON = {
-    "types": ("SimpleNamespace",),
-    "pathlib": ("PosixPath",),
-    "_io": ("BytesIO",),
-    "numpy.dtypes": ("UInt32DType",),
-    "megatron.core.transformer.enums": ("CudaGraphScope",),
-    "megatron.core.optimizer.optimizer_config": ("OptimizerConfig",),
-    "megatron.core.optimizer": ("OptimizerConfig",),
-    "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState"),
-}
-
-
-class _Inert:
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-COMMON_GLOBALS: Mapping[tuple[str, str], Any] = {
-    (module, name): _Inert for module, names in _COMMON.items() for name in names
-}
 
 # Megatron-Core's name -> Megatron-LLM's, where they differ and the value is the same.
 _RESPELLED = {"num_query_groups": "num_attention_heads_kv", "rotary_base": "rope_theta"}
@@ -204,13 +177,13 @@ def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> lis
     ]
 
 
-def unreadable(stated: Mapping[str, Any], plain: Mapping[str, Any], folder: Path) -> list[str]:
-    """Sentences on args that decide what model it is, but are no plain values and so were left out of `plain`."""
+def unreadable(left_out: Mapping[str, str], folder: Path) -> list[str]:
+    """Sentences on args that decide what model it is, but are no plain values: `left_out` names the type of each."""
     deciding = (*(name for name, _, _ in _FOREIGN), *_FACTORS, "window_size")
     return [
-        f"the args of {folder} have {name} of type {type(stated[name]).__name__}, which is not understood"
+        f"the args of {folder} have {name} of type {left_out[name]}, which is not understood"
         for name in deciding
-        if stated.get(name) is not None and name not in plain
+        if name in left_out
     ]
 
 
@@ -269,48 +242,3 @@ def _left(args: Mapping[str, Any], folder: Path, problems: list[str]) -> int | N
             return None if left == -1 else left
     problems.append(f"the args of {folder} have window_size {window!r}, where (tokens to the left, 0) was expected")
     return None
-
-
-def without_args(folder: Path) -> tuple[dict[str, Any], Path]:
-    """What stands for the args of a checkpoint that stores none, and the file that says so.
-
-    That is Megatron-Bridge's run_config.yaml, or the manifest that an import left beside the tracker.
-    """
-    path = folder / RUN_CONFIG
-    if path.is_file():
-        return read_run_config(path), path
-    found = manifest.find([folder.parent])
-    if found is None:
-        raise ConversionError(
-            f"{folder} holds no args, no {RUN_CONFIG} and no {manifest.NAME} beside it, so nothing says what model it "
-            f"is; copy {RUN_CONFIG} there"
-        )
-    path, said = found
-    try:
-        config = ModelConfig(family=said["family"], vocab_size=1, **manifest.model_fields(said))
-        args = write_args(
-            config, Parallelism(), dtype=torch.bfloat16, divisible_by=1, ckpt_format="torch_dist", vocabulary=None
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConversionError(f"{path} does not describe a model ({error})") from error
-    return args, path
-
-
-def read_run_config(path: Path) -> dict[str, Any]:
-    """The `model` section of Megatron-Bridge's run_config.yaml as plain values. What it names is never called."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ConversionError(f"{path} cannot be read without PyYAML; pip install pyyaml") from error
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} cannot be read ({str(error)[:300]})") from error
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        raise ConversionError(f"{path} has no section `model`")
-    stated = {str(key): value for key, value in model.items()}
-    activation = model.get("activation_func")
-    if isinstance(activation, dict):
-        stated["activation_func"] = str(activation.get("_target_")).rpartition(".")[2]
-    return stated

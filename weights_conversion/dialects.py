@@ -1,4 +1,4 @@
-"""The three things in which HF, Meta, Megatron-LLM and Megatron-Core differ: names, rotary order, gate/up order."""
+"""What sets HF, Meta, Megatron-LLM and Megatron-Core apart: names, rotary order, gate/up order, what they can hold."""
 
 from __future__ import annotations
 
@@ -12,12 +12,23 @@ class Dialect:
 
     `interleaved` says that rotary pairs are neighbouring rows of a head (else: the head's two halves). `up_first` says
     that a fused GLU stores [up ; gate] (else [gate ; up]); it means nothing for HF and Meta, which store them apart.
+
+    `megatron` says that tensors are Megatron's (fused), not HF's (apart). The rest is about the two Megatrons: below
+    `model`, a rank file's names begin with `prefix`; `tied_head` is the last stage's copy of a tied embedding;
+    `alternatives` are second spellings of (respelled) names, by the first.
     """
 
     name: str
     interleaved: bool
     up_first: bool = False
     renames: Mapping[str, str] = field(default_factory=dict, hash=False)
+    megatron: bool = False
+    prefix: str = ""
+    tied_head: str = ""
+    alternatives: Mapping[str, str] = field(default_factory=dict, hash=False)
+    parallel_attention: bool = True  # beside the MLP, as falcon has it
+    ties_heads: bool = True  # of the sequential families
+    splits_groups: bool = False  # several tensor ranks may share a query group
 
     def spell(self, name: str) -> str:
         """`name` as this dialect spells it; a name without an entry is spelled the same."""
@@ -26,7 +37,20 @@ class Dialect:
     def spellings(self, name: str) -> tuple[str, ...]:
         """Every name under which a rank file holds it: Megatron-Core's norms have two."""
         spelled = self.spell(name)
-        return (spelled, CORE_LOCAL_NORMS[spelled]) if spelled in CORE_LOCAL_NORMS else (spelled,)
+        return (spelled, self.alternatives[spelled]) if spelled in self.alternatives else (spelled,)
+
+    def other_spelling(self, stored: str) -> str:
+        """The other name of a tensor (with its layer's number) that has two, of which a file needs but one."""
+        for pair in self.alternatives.items():
+            ends = [spelled.partition("{}")[2] for spelled in pair]
+            for this, other in (ends, reversed(ends)):
+                if stored.endswith(this):
+                    return stored.removesuffix(this) + other
+        return stored
+
+    def rank_name(self, spelled: str) -> str:
+        """Name below `model` in a rank file."""
+        return self.prefix + spelled
 
 
 HF = Dialect("Hugging Face", interleaved=False)
@@ -50,7 +74,15 @@ META = Dialect(
     },
 )
 
-MEGATRON_LLM = Dialect("Megatron-LLM", interleaved=True, up_first=True)
+MEGATRON_LLM = Dialect(
+    "Megatron-LLM",
+    interleaved=True,
+    up_first=True,
+    megatron=True,
+    prefix="language_model.",
+    tied_head="word_embeddings_for_head.weight",  # beside language_model, not in it
+    ties_heads=False,
+)
 
 # Megatron-Core names its layer norms by the module that holds them: Transformer-Engine fuses each into the linear layer
 # behind it, the local layer spec keeps them apart. torch_dist stores the Transformer-Engine spelling for both.
@@ -65,9 +97,18 @@ _CORE_NAMES = {
     "encoder.final_layernorm.weight": "decoder.final_layernorm.weight",
     "lm_head": "output_layer.weight",
 }
-CORE_LOCAL_NORMS = {
+_CORE_LOCAL_NORMS = {
     "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.{}.input_layernorm.weight",
     "decoder.layers.{}.mlp.linear_fc1.layer_norm_weight": "decoder.layers.{}.pre_mlp_layernorm.weight",
 }
 
-MEGATRON_CORE = Dialect("Megatron-Core", interleaved=False, renames=_CORE_NAMES)
+MEGATRON_CORE = Dialect(
+    "Megatron-Core",
+    interleaved=False,
+    renames=_CORE_NAMES,
+    megatron=True,
+    tied_head="output_layer.weight",
+    alternatives=_CORE_LOCAL_NORMS,
+    parallel_attention=False,
+    splits_groups=True,
+)

@@ -19,7 +19,7 @@ from torch import Tensor
 from weights_conversion.config import ConversionError
 from weights_conversion.dialects import HF
 from weights_conversion.ops import Context, Op, Range, to_hf, to_megatron
-from weights_conversion.placement import Placed, TensorRef
+from weights_conversion.placement import Placed, TensorRef, overlaps
 from weights_conversion.plan import CHUNK_BYTES, Chunk, Plan, Step
 from weights_conversion.streams import Scratch, Source, Target, bytes_of
 
@@ -40,10 +40,7 @@ def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, cop
     """Rows of a placed tensor, (rows, columns), gathered from its blocks."""
     first, last = rows
     full = scratch.take((last - first, placed.columns), placed.dtype)
-    for block in placed.copies[copy]:
-        start, stop = max(first, block.rows[0]), min(last, block.rows[1])
-        if start >= stop:
-            continue
+    for block, start, stop in overlaps(placed.copies[copy], rows):
         part = full[start - first : stop - first, block.columns[0] : block.columns[1]]
         if part.is_contiguous() and block.ref.dtype == placed.dtype:
             source.read(block.ref, block.byte(start), part)
@@ -56,23 +53,17 @@ def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, cop
 
 def read_source(plan: Plan, step: Step, start: int, stop: int, source: Source, scratch: Scratch) -> list[Tensor]:
     """The source tensors of units start..stop: one per HF tensor, or one per row range of the Megatron tensor."""
-    ranges = plan.rows(plan.source, step, start, stop)
-    placed = step.source * len(ranges) if plan.source.megatron else step.source
-    return [read_rows(tensor, rows, source, scratch) for tensor, rows in zip(placed, ranges, strict=True)]
+    pieces = plan.source_pieces(step, start, stop)
+    return [read_rows(placed, rows, source, scratch) for placed, rows in pieces]
 
 
 def prefetch_chunk(plan: Plan, chunk: Chunk, source: Source) -> None:
     """Begin reading a chunk's source while others are being written: on a cold cache reads and writes then overlap."""
     if chunk.adds:
         return
-    step = plan.steps[chunk.step]
-    ranges = plan.rows(plan.source, step, chunk.start, chunk.stop)
-    placed = step.source * len(ranges) if plan.source.megatron else step.source
-    for tensor, (first, last) in zip(placed, ranges, strict=True):
-        for block in tensor.copies[0]:
-            start, stop = max(first, block.rows[0]), min(last, block.rows[1])
-            if start < stop:
-                source.prefetch(block.ref, block.byte(start), block.byte(stop) - block.byte(start))
+    for placed, rows in plan.source_pieces(plan.steps[chunk.step], chunk.start, chunk.stop):
+        for block, start, stop in overlaps(placed.copies[0], rows):
+            source.prefetch(block.ref, block.byte(start), block.byte(stop) - block.byte(start))
 
 
 def as_hf(op: Op, units: int, tensors: list[Tensor], ctx: Context, scratch: Scratch) -> list[Tensor]:
@@ -113,7 +104,7 @@ def write_rows(
     placed: Placed, rows: Range, tensor: Tensor, target: Target, scratch: Scratch, crc: bool
 ) -> Iterable[Written]:
     """Writes rows (rows, columns) to every block of every copy that holds some of them; takes their CRC-32 if asked."""
-    first, last = rows
+    first, _ = rows
     if tensor.dtype != placed.dtype:
         cast = scratch.take(tensor.shape, placed.dtype).copy_(tensor)
         if torch.isinf(cast).any() and not torch.equal(torch.isinf(cast), torch.isinf(tensor)):
@@ -123,10 +114,7 @@ def write_rows(
             )
         tensor = cast
     for copy in placed.copies:
-        for block in copy:
-            start, stop = max(first, block.rows[0]), min(last, block.rows[1])
-            if start >= stop:
-                continue
+        for block, start, stop in overlaps(copy, rows):
             part = tensor[start - first : stop - first, block.columns[0] : block.columns[1]]
             if not part.is_contiguous():
                 part = scratch.take(part.shape, part.dtype).copy_(part)
@@ -162,10 +150,9 @@ def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Target, scra
         return written
     tensors = read_source(plan, step, chunk.start, chunk.stop, source, scratch)
     tensors = transform(plan, step.mapping.op, chunk.stop - chunk.start, tensors, scratch)
-    ranges = plan.rows(plan.target, step, chunk.start, chunk.stop)
-    placed = step.target * len(ranges) if plan.target.megatron else step.target
-    for tensor, place, rows in zip(tensors, placed, ranges, strict=True):
-        written += write_rows(place, rows, tensor, target, scratch, crc)
+    pieces = plan.target_pieces(step, chunk.start, chunk.stop)
+    for tensor, (placed, rows) in zip(tensors, pieces, strict=True):
+        written += write_rows(placed, rows, tensor, target, scratch, crc)
     return written
 
 

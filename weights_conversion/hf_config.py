@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weights_conversion.config import ConversionError, ModelConfig
-from weights_conversion.dialects import MEGATRON_CORE, Dialect
+from weights_conversion.dialects import Dialect
 from weights_conversion.placement import Placed
 
 MODEL_TYPES = {
@@ -49,22 +49,25 @@ def keys_of(family: str) -> dict[str, tuple[str, ...]]:
     return FALCON_KEYS if family == "falcon" else LLAMA_KEYS
 
 
-def read_config(family: str, raw: Mapping[str, Any], target: Dialect) -> ModelConfig:
-    """The ModelConfig of a config.json. Everything that `target` cannot express is refused by name."""
+def read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: str) -> ModelConfig:
+    """The ModelConfig of a config.json. Everything that `target` cannot express is refused by name.
+
+    `where` is the path of the file, for errors.
+    """
     try:
-        return _read_config(family, raw, target)
+        return _read_config(family, raw, target, where)
     except (AttributeError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConversionError(f"its config.json garbles a field ({type(error).__name__}: {error})") from error
+        raise ConversionError(f"{where} garbles a field ({type(error).__name__}: {error})") from error
 
 
-def _read_config(family: str, raw: Mapping[str, Any], target: Dialect) -> ModelConfig:
+def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: str) -> ModelConfig:
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES[family]:
         raise ConversionError(
-            f"its config.json says model_type {model_type!r}, but {family} is {' or '.join(MODEL_TYPES[family])}; "
+            f"{where} says model_type {model_type!r}, but {family} is {' or '.join(MODEL_TYPES[family])}; "
             "give the MODEL that the checkpoint is"
         )
-    problems = unsupported(family, raw, target)
+    problems = unsupported(family, raw, target, where)
     values: dict[str, Any] = {}
     for name, keys in keys_of(family).items():
         value = next((raw[key] for key in keys if raw.get(key) is not None), None)
@@ -72,12 +75,12 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect) -> ModelC
         if name == "layernorm_epsilon" and value is None:
             value = 1e-5 if family == "falcon" else 1e-6  # transformers' defaults
         if not isinstance(value, (int, wanted)) or isinstance(value, bool) or value <= 0:
-            problems.append(f"its config.json has {keys[0]} {value!r}, where a positive {wanted.__name__} was expected")
+            problems.append(f"{where} has {keys[0]} {value!r}, where a positive {wanted.__name__} was expected")
         else:
             values[name] = value
     if problems:
         raise ConversionError(*problems)
-    theta, factor = read_rope(raw)
+    theta, factor = read_rope(raw, where)
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     if family == "falcon":
         values |= _falcon(raw, heads, hidden)
@@ -87,7 +90,7 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect) -> ModelC
         values["sliding_window"] = raw.get("sliding_window") if family == "mistral" else None
         values["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
     config = ModelConfig(family=family, rope_theta=theta, rope_scaling_factor=factor, **values)
-    _check_heads(config, "head_dim" in raw and raw["head_dim"] is not None and family != "falcon")
+    _check_heads(config, raw.get("head_dim") is not None and family != "falcon", where)
     return config
 
 
@@ -105,29 +108,29 @@ def _falcon(raw: Mapping[str, Any], heads: int, hidden: int) -> dict[str, Any]:
     }
 
 
-def _check_heads(config: ModelConfig, own_head_dim: bool) -> None:
+def _check_heads(config: ModelConfig, own_head_dim: bool, where: str) -> None:
     heads, groups = config.num_attention_heads, config.num_query_groups
     problems = []
     for name in ("num_query_groups", "head_dim", "max_position_embeddings", "ffn_hidden_size"):
         if not isinstance(getattr(config, name), int) or getattr(config, name) <= 0:
-            problems.append(f"its config has {name} {getattr(config, name)!r}, where a positive number was expected")
+            problems.append(f"{where} has {name} {getattr(config, name)!r}, where a positive number was expected")
     if not problems and heads % groups:
-        problems.append(f"{heads} attention heads cannot be divided among {groups} key/value heads")
+        problems.append(f"{where}: {heads} attention heads cannot be divided among {groups} key/value heads")
     if not own_head_dim and config.hidden_size % heads:
-        problems.append(f"hidden size {config.hidden_size} cannot be divided among {heads} attention heads")
+        problems.append(f"{where}: hidden size {config.hidden_size} cannot be divided among {heads} attention heads")
     if not problems and config.head_dim % 2:
-        problems.append(f"heads of {config.head_dim} rows have no rotary pairs; an even number was expected")
+        problems.append(f"{where}: heads of {config.head_dim} rows have no rotary pairs; an even number was expected")
     if problems:
         raise ConversionError(*problems)
 
 
-def unsupported(family: str, raw: Mapping[str, Any], target: Dialect) -> list[str]:
+def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str) -> list[str]:
     """Features of a config.json that the target cannot express, as sentences."""
     found = []
     if raw.get("quantization_config"):
         found.append("quantized weights (quantization_config)")
     if family == "falcon":
-        if target is MEGATRON_CORE:
+        if not target.parallel_attention:
             found.append("falcon's attention in parallel with the MLP (parallel_attn)")
         if raw.get("alibi"):
             found.append("alibi position embeddings (alibi)")
@@ -143,13 +146,13 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect) -> list[st
                 found.append(f"{key} (linear layers with bias)")
         if raw.get("hidden_act", "silu") != "silu":
             found.append(f"hidden_act {raw['hidden_act']!r}")
-        if raw.get("tie_word_embeddings") and target is not MEGATRON_CORE:
+        if raw.get("tie_word_embeddings") and not target.ties_heads:
             found.append("a head tied to the embedding (tie_word_embeddings)")
     malformed = []
     for key in ("rope_parameters", "rope_scaling"):
         rope = raw.get(key) or {}
         if not isinstance(rope, Mapping):
-            malformed.append(f"its config.json has {key} {rope!r}, where an object was expected")
+            malformed.append(f"{where} has {key} {rope!r}, where an object was expected")
             continue
         kind = rope.get("rope_type", rope.get("type"))
         if kind not in ("default", "linear", None):
@@ -158,18 +161,12 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect) -> list[st
             found.append("rotary embedding on a part of each head (partial_rotary_factor)")
     if (raw.get("partial_rotary_factor") or 1.0) != 1.0:
         found.append("rotary embedding on a part of each head (partial_rotary_factor)")
-    return [*(_cannot(target, what) for what in dict.fromkeys(found)), *malformed]
+    sentences = [f"{where} asks for {what}, which {target.name} cannot express" for what in dict.fromkeys(found)]
+    return sentences + malformed
 
 
-def _cannot(target: Dialect, what: str) -> str:
-    return f"its config.json asks for {what}, which {target.name} cannot express"
-
-
-def read_rope(raw: Mapping[str, Any], where: str = "its config.json") -> tuple[float, float]:
-    """(theta, linear scaling factor) in either spelling; two spellings that disagree are an error.
-
-    `where` is the name of the config in errors.
-    """
+def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, float]:
+    """(theta, linear scaling factor) in either spelling. Two that disagree are an error, which names `where`."""
     ropes = [raw.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
     for rope, key in zip(ropes, ("rope_parameters", "rope_scaling"), strict=True):
         if not isinstance(rope, Mapping):
@@ -193,12 +190,15 @@ def read_rope(raw: Mapping[str, Any], where: str = "its config.json") -> tuple[f
     return float(theta or 10000.0), float(factor or 1.0)
 
 
-def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Placed]) -> ModelConfig:
-    """The ModelConfig of Meta's params.json; what it leaves out comes from the tensors' own shapes."""
+def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Placed], where: str) -> ModelConfig:
+    """The ModelConfig of Meta's params.json; what it leaves out comes from the tensors' own shapes.
+
+    `where` is the path of the file, for errors.
+    """
     if family not in META_CONTEXT:
-        raise ConversionError(f"the folder holds Meta's Llama files, and no {family} model was published in them")
+        raise ConversionError(f"{where} is of Meta's Llama files, and no {family} model was published in them")
     if family == "codellama" and not raw.get("rope_theta"):
-        raise ConversionError("its params.json has no rope_theta, which differs among the Code Llama models; add it")
+        raise ConversionError(f"{where} has no rope_theta, which differs among the Code Llama models; add it")
     embedding, first = tensors.get("tok_embeddings.weight"), tensors.get("layers.0.feed_forward.w1.weight")
     if embedding is None or first is None:
         raise ConversionError(
@@ -220,37 +220,12 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
             rope_theta=float(raw.get("rope_theta") or 10000.0),
         )
     except (KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConversionError(f"its params.json lacks or garbles a field ({type(error).__name__}: {error})") from error
+        raise ConversionError(f"{where} lacks or garbles a field ({type(error).__name__}: {error})") from error
     stated = raw.get("vocab_size", -1)
     if stated not in (-1, None, embedding.rows):
-        raise ConversionError(
-            f"its params.json says vocab_size {stated}, tok_embeddings.weight has {embedding.rows} rows"
-        )
-    _check_heads(config, own_head_dim=False)
+        raise ConversionError(f"{where} says vocab_size {stated}, tok_embeddings.weight has {embedding.rows} rows")
+    _check_heads(config, own_head_dim=False, where=where)
     return config
-
-
-def parameter_count(config: ModelConfig) -> int:
-    from weights_conversion.architectures import ARCHITECTURES
-    from weights_conversion.plan import instances
-
-    total = 0
-    for row, _ in instances(ARCHITECTURES[config.family].parameters(config), config.num_layers):
-        count = 1
-        for size in row.megatron_shape(config):
-            count *= size
-        total += count
-    return total
-
-
-def check_size(config: ModelConfig, size: int) -> None:
-    """A size in billions is a round name: it may be off by a tenth (Llama "30B" has 32.5 billion parameters)."""
-    billions = parameter_count(config) / 1e9
-    if abs(billions - size) > size / 10:
-        raise ConversionError(
-            f"--size {size} was given, but this checkpoint's config makes a model of {billions:.3g} billion parameters "
-            f"({config.num_layers} layers of hidden size {config.hidden_size}); leave --size out or correct it"
-        )
 
 
 def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> dict[str, Any]:

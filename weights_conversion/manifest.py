@@ -6,7 +6,6 @@ from, and the true number of vocabulary rows. Megatron ignores it, and an export
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from typing import Any
 
 from weights_conversion import __version__
 from weights_conversion.config import ConversionError, ModelConfig
-from weights_conversion.formats.huggingface import read_json
+from weights_conversion.fileio import read_json, sha256
 
 NAME = "conversion_manifest.json"
 _FORMAT = 1
@@ -41,7 +40,7 @@ def build(
         "assumed": list(assumed),
         "config": source_config,
         "generation_config": generation_config,
-        "tokenizer_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer},
+        "tokenizer_sha256": {path.name: sha256(path) for path in tokenizer},
     }
     return json.dumps(content, indent=2) + "\n"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from weights_conversion.config import ModelConfig
@@ -48,8 +49,10 @@ class ParamMapping:
     def pads_vocabulary(self) -> bool:
         return self.shape[0] == "vocab"
 
-    def megatron_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        return tuple(config.axes[axis] for axis in self.shape)
+    def megatron_shape(self, config: ModelConfig, vocabulary: int | None = None) -> tuple[int, ...]:
+        """Shape of the full Megatron tensor; with `vocabulary`, the padded number of rows where there is padding."""
+        shape = tuple(config.axes[axis] for axis in self.shape)
+        return shape if vocabulary is None or not self.pads_vocabulary else (vocabulary, *shape[1:])
 
     def hf_shapes(self, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
         rows, *rest = self.megatron_shape(config)
@@ -69,3 +72,17 @@ class Architecture:
     parameters: Callable[[ModelConfig], tuple[ParamMapping, ...]]
     ignored: tuple[str, ...] = ()
     tied_head: str | None = None
+
+    def instances(self, config: ModelConfig) -> Iterator[tuple[ParamMapping, int | None]]:
+        """Every parameter with its layer, in model order: embedding, layer by layer, final norm, head."""
+        rows = self.parameters(config)
+        per_layer = [row for row in rows if row.per_layer]
+        first = rows.index(per_layer[0])
+        yield from ((row, None) for row in rows[:first] if not row.per_layer)
+        yield from ((row, layer) for layer in range(config.num_layers) for row in per_layer)
+        yield from ((row, None) for row in rows[first:] if not row.per_layer)
+
+    def ignores(self, names: Iterable[str]) -> list[str]:
+        """Those of a source's `names` that hold no parameter, and are left out without an error."""
+        patterns = [pattern.replace("{}", "*") for pattern in self.ignored]
+        return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

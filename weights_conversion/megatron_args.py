@@ -42,9 +42,8 @@ NOT_RESTORED = ("rope_theta", "rope_scaling_factor", "layernorm_epsilon")
 
 
 def write_args(
-    config: ModelConfig, parallel: Parallelism, *, vocabulary: int, dtype: torch.dtype, divisible_by: int,
-    iteration: int | str = "release",
-) -> dict[str, Any]:  # fmt: skip
+    config: ModelConfig, parallel: Parallelism, *, vocabulary: int, dtype: torch.dtype, divisible_by: int
+) -> dict[str, Any]:
     """The args of a rank file: plain values, everything that Megatron-LLM reads when it loads or resumes."""
     falcon = config.family == "falcon"
     return {
@@ -72,7 +71,7 @@ def write_args(
         "pipeline_model_parallel_size": parallel.pipeline,
         "transformer_pipeline_model_parallel_size": parallel.pipeline,
         **virtual_stages(config, parallel),
-        "iteration": iteration,
+        "iteration": "release",
     }
 
 

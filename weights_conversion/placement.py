@@ -64,6 +64,18 @@ class Placed:
         return self.columns * self.dtype.itemsize
 
 
+# (ParamMapping.megatron, layer) -> where its source tensors are: several where HF keeps apart what Megatron fuses.
+Located = dict[tuple[str, int | None], tuple[Placed, ...]]
+
+
+def overlaps(copy: Sequence[Block], rows: tuple[int, int]) -> Iterator[tuple[Block, int, int]]:
+    """The blocks that hold some of the tensor's `rows`, each with the first of those that it holds and their end."""
+    for block in copy:
+        start, stop = max(rows[0], block.rows[0]), min(rows[1], block.rows[1])
+        if start < stop:
+            yield block, start, stop
+
+
 def main_dtype(tensors: Sequence[Placed]) -> torch.dtype:
     """The type that most of the bytes have."""
     sizes: dict[torch.dtype, int] = {}
@@ -161,14 +173,14 @@ def place_megatron(
     if layer is not None:
         location = layer_location(layer, config.num_layers, parallel)
         for spelling in dialect.spellings(row.megatron):
-            name = rank_name(spelling.format(location.layer), dialect)
+            name = dialect.rank_name(spelling.format(location.layer))
             places.append((location.stage, f"{chunk_key(location.chunk, parallel)}.{name}"))
     elif row.megatron.startswith("embedding."):
-        places.append((0, f"{chunk_key(0, parallel)}.{rank_name(dialect.spell(row.megatron), dialect)}"))
+        places.append((0, f"{chunk_key(0, parallel)}.{dialect.rank_name(dialect.spell(row.megatron))}"))
         if config.tie_word_embeddings and parallel.pipeline > 1:
-            places.append((parallel.pipeline - 1, f"{last_chunk}.{tied_head_name(dialect)}"))
+            places.append((parallel.pipeline - 1, f"{last_chunk}.{dialect.tied_head}"))
     else:
-        places.append((parallel.pipeline - 1, f"{last_chunk}.{rank_name(dialect.spell(row.megatron), dialect)}"))
+        places.append((parallel.pipeline - 1, f"{last_chunk}.{dialect.rank_name(dialect.spell(row.megatron))}"))
 
     part = rank_shape(shape, row.shard, parallel.tensor)
     copies: list[tuple[Block, ...]] = []
@@ -202,13 +214,3 @@ def place_dist(row: ParamMapping, layer: int | None, shape: Sequence[int], dtype
             blocks.append(Block(ref, 0, (first, last), (0, columns)))
     full = row.megatron if layer is None else row.megatron.format(layer)
     return Placed(full, dtype, rows, columns, (tuple(blocks),))
-
-
-def rank_name(name: str, dialect: Dialect) -> str:
-    """Name below `model` in a rank file: Megatron-LLM nests its parameters in `language_model`."""
-    return name if dialect is MEGATRON_CORE else f"language_model.{name}"
-
-
-def tied_head_name(dialect: Dialect) -> str:
-    """The last stage's copy of a tied embedding, below `model`."""
-    return "output_layer.weight" if dialect is MEGATRON_CORE else "word_embeddings_for_head.weight"

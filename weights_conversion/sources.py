@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import distributed, hf_config, megatron_args
+from weights_conversion import distributed, fileio, hf_config, megatron_args
 from weights_conversion.checkpoint import open_checkpoint, trained_from
 from weights_conversion.config import ConversionError, ModelConfig
-from weights_conversion.dialects import HF, MEGATRON_CORE, META, Dialect
+from weights_conversion.dialects import HF, META, Dialect
 from weights_conversion.formats import huggingface, meta
 from weights_conversion.formats.megatron import TRACKER
+from weights_conversion.locate import in_huggingface, locate
 from weights_conversion.mapping import Architecture
 from weights_conversion.placement import Placed
-from weights_conversion.plan import Side, source_hf
+from weights_conversion.plan import Side
 from weights_conversion.tokenizer.files import source_tokenizer_files
 
 # What training decided about the tokenizer, which another layout or dialect of the checkpoint keeps.
@@ -85,22 +86,22 @@ def open_source(
 
 
 def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
-    raw = huggingface.read_json(folder / "config.json")
-    config = hf_config.read_config(model, raw, target)
+    raw = fileio.read_json(folder / "config.json")
+    config = hf_config.read_config(model, raw, target, str(folder / "config.json"))
     generation = folder / "generation_config.json"
-    generation_config = huggingface.read_json(generation) if generation.is_file() else None
+    generation_config = fileio.read_json(generation) if generation.is_file() else None
     tensors = huggingface.read_hf(folder)
     return Opened(
-        folder, Side(HF, megatron=False), config, lambda architecture: source_hf(architecture, config, tensors, HF),
+        folder, Side(HF), config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
         raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
     )  # fmt: skip
 
 
 def open_meta(model: str, folder: Path) -> Opened:
     tensors = meta.read_meta(folder)
-    config = hf_config.read_params(model, meta.read_params(folder), tensors)
+    config = hf_config.read_params(model, meta.read_params(folder), tensors, str(folder / "params.json"))
     return Opened(
-        folder, Side(META, megatron=False), config, lambda architecture: source_hf(architecture, config, tensors, META),
+        folder, Side(META), config, lambda architecture: in_huggingface(architecture, config, tensors, META),
         tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
     )  # fmt: skip
 
@@ -111,9 +112,9 @@ def open_megatron(
 ) -> Opened:  # fmt: skip
     """A Megatron checkpoint as the source of another; its manifest, tokenizer and training args go along."""
     opened = open_checkpoint(root, model, load_iters=load_iters, flags=fields)
-    if target is MEGATRON_CORE and model == "falcon":
-        raise ConversionError("Megatron-Core cannot express falcon: it has no attention in parallel with the MLP")
-    if target is not MEGATRON_CORE and opened.config.tie_word_embeddings and model != "falcon":
+    if model == "falcon" and not target.parallel_attention:
+        raise ConversionError(f"{target.name} cannot express falcon: it has no attention in parallel with the MLP")
+    if model != "falcon" and not target.ties_heads and opened.config.tie_word_embeddings:
         raise ConversionError(f"{root} has a head tied to the embedding, which {target.name} cannot express")
     config, known = opened.config, opened.true_rows_known
     stored = true_vocab_size is not None and true_vocab_size <= opened.files.vocabulary
@@ -132,8 +133,8 @@ def open_megatron(
         kept["vocab_file"] = args["vocab_file"]  # so that an export knows that training had one of its own
     assumed = tuple(sorted(name for name, origin in opened.origins.items() if reset and origin == "family"))
     return Opened(
-        root, Side(opened.files.dialect, megatron=True), config,
-        lambda architecture: opened.files.sources(architecture, config), said.get("config"),
+        root, Side(opened.files.dialect), config,
+        lambda architecture: locate(opened.files, architecture, config), said.get("config"),
         said.get("generation_config"), said.get("repository"), said.get("revision"), known, tokenizer, kept,
         opened.files.vocabulary, assumed, notes=opened.notes, warnings=opened.warnings,
     )  # fmt: skip

@@ -101,8 +101,11 @@ class Target:
     not fill a page, and filesystems that refuse O_DIRECT, go through the page cache.
     """
 
-    def __init__(self, root: Path, offsets: Mapping[TensorRef, int], direct: bool = True) -> None:
-        self._root, self._offsets, self._direct = root, offsets, direct
+    def __init__(
+        self, root: Path, offsets: Mapping[TensorRef, int], direct: bool = True, folder: int | None = None
+    ) -> None:  # fmt: skip
+        """`folder`: a descriptor of `root`, by which its files are then opened, whatever comes to that name later."""
+        self._root, self._offsets, self._direct, self._folder = root, offsets, direct, folder
         self._files: dict[str, tuple[int, int | None]] = {}
         self._lock = threading.Lock()
 
@@ -111,7 +114,7 @@ class Target:
         try:
             self._write(ref, start, data)
         except OSError as error:
-            error.filename = error.filename or str(self._root / ref.file)
+            error.filename = str(self._root / ref.file)
             raise
 
     def _write(self, ref: TensorRef, start: int, data: Tensor) -> None:
@@ -131,12 +134,12 @@ class Target:
     def _open(self, file: str) -> tuple[int, int | None]:
         with self._lock:
             if file not in self._files:
-                path = self._root / file
-                cached = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                path = self._root / file if self._folder is None else file
+                cached = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._folder)
                 direct = None
                 if self._direct and hasattr(os, "O_DIRECT"):
                     try:
-                        direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+                        direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC, dir_fd=self._folder)
                     except OSError:
                         logger.debug("%s: no direct writes here", path)
                 self._files[file] = (cached, direct)

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import assembly, distributed, hf_config, hub, manifest
+from weights_conversion import assembly, distributed, hf_config, hub, manifest, publish
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
 from weights_conversion.config import ConversionError
 from weights_conversion.convert import DTYPES, Job, RunOptions, run, verified
 from weights_conversion.dialects import HF
 from weights_conversion.formats import huggingface
+from weights_conversion.locate import locate
 from weights_conversion.placement import main_dtype
-from weights_conversion.plan import Side, plan_to_hf
+from weights_conversion.plan import Side
+from weights_conversion.planners import plan_to_hf
 from weights_conversion.progress import Report
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
 
@@ -40,16 +42,16 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     """Writes a Hugging Face folder. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.output_dir
     with distributed.rank_zero_first("output"):
-        assembly.check_absent(out, options.overwrite)
+        publish.check_absent(out, options.overwrite)
     opened = open_checkpoint(
         options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
         flags=options.fields,
     )  # fmt: skip
     config, architecture = opened.config, ARCHITECTURES[options.model]
-    sources = opened.files.sources(architecture, config)
+    sources = locate(opened.files, architecture, config)
     dtype = DTYPES.get(options.dtype)
     plan = plan_to_hf(
-        architecture, config, sources, Side(opened.files.dialect, megatron=True), Side(HF, megatron=False),
+        architecture, config, sources, Side(opened.files.dialect), Side(HF),
         options.num_output_shards, dtype,
     )  # fmt: skip
     assembly.check_apart(out, plan)
@@ -131,7 +133,7 @@ def _differences(source: Mapping[str, Any], exported: Mapping[str, Any]) -> list
     for name, one, two in zip(
         ("rope theta", "rope scaling"),
         hf_config.read_rope(source, f"the config in {manifest.NAME}"),
-        hf_config.read_rope(exported),
+        hf_config.read_rope(exported, "config.json"),
         strict=True,
     ):
         pairs[name] = (one, two)

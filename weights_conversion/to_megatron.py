@@ -10,23 +10,16 @@ from typing import Any
 
 import torch
 
-from weights_conversion import assembly, core_args, distributed, hf_config, manifest, megatron_args
+from weights_conversion import assembly, core_args, distributed, manifest, megatron_args, publish
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.config import ConversionError, ModelConfig, Parallelism
 from weights_conversion.convert import DIVISIBLE_BY, DTYPES, Job, RunOptions, run, verified
 from weights_conversion.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
-from weights_conversion.formats import torch_dist, torch_files
+from weights_conversion.formats import dist_index, dist_writer, megatron, torch_files
 from weights_conversion.formats.megatron import TRACKER
 from weights_conversion.placement import main_dtype, rank_folder
-from weights_conversion.plan import (
-    Plan,
-    Side,
-    check_parallelism,
-    ignored_tensors,
-    padded_vocabulary,
-    plan_to_dist,
-    plan_to_megatron,
-)
+from weights_conversion.plan import Plan, Side
+from weights_conversion.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
 from weights_conversion.progress import Report
 from weights_conversion.sources import open_source
 
@@ -58,7 +51,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.out or Path(f"{options.model}-{options.size or 7}b-megatron")
     with distributed.rank_zero_first("output"):
-        assembly.check_absent(out, options.overwrite)
+        publish.check_absent(out, options.overwrite)
     dialect = TARGETS[options.target]
     ckpt_format = options.ckpt_format or ("torch_dist" if dialect is MEGATRON_CORE else "torch")
     if ckpt_format == "torch_dist" and dialect is not MEGATRON_CORE:
@@ -70,7 +63,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     )  # fmt: skip
     config = opened.config
     if options.size is not None:
-        hf_config.check_size(config, options.size)
+        _check_size(config, options.size)
     parallel = _with_virtual(options, config)
     if ckpt_format == "torch_dist" and parallel != Parallelism():
         raise ConversionError(
@@ -81,13 +74,13 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     if problems := check_parallelism(config, parallel, vocabulary, dialect):
         raise ConversionError(*problems)
 
-    architecture, target = ARCHITECTURES[options.model], Side(dialect, megatron=True)
+    architecture, target = ARCHITECTURES[options.model], Side(dialect)
     sources = opened.sources(architecture)
     dtype = DTYPES.get(options.dtype)
     written = dtype or main_dtype([placed for group in sources.values() for placed in group])
     divisible_by = options.divisible_by or DIVISIBLE_BY
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
-    report.ignored = ignored_tensors(architecture, opened.tensors)
+    report.ignored = architecture.ignores(opened.tensors)
     files: dict[str, bytes | Path] = {path.name: path for path in opened.tokenizer}
     if ckpt_format == "torch_dist":
         plan = plan_to_dist(
@@ -140,6 +133,26 @@ def megatron_to_megatron(
     return hf_to_megatron(
         ImportOptions(model=model, model_path=str(source), out=out, parallel=parallel, target=target, **options)
     )
+
+
+def _parameter_count(config: ModelConfig) -> int:
+    total = 0
+    for row, _ in ARCHITECTURES[config.family].instances(config):
+        count = 1
+        for size in row.megatron_shape(config):
+            count *= size
+        total += count
+    return total
+
+
+def _check_size(config: ModelConfig, size: int) -> None:
+    """A size in billions is a round name: it may be off by a tenth (Llama "30B" has 32.5 billion parameters)."""
+    billions = _parameter_count(config) / 1e9
+    if abs(billions - size) > size / 10:
+        raise ConversionError(
+            f"--size {size} was given, but this checkpoint's config makes a model of {billions:.3g} billion parameters "
+            f"({config.num_layers} layers of hidden size {config.hidden_size}); leave --size out or correct it"
+        )
 
 
 def _with_virtual(options: ImportOptions, config: ModelConfig) -> Parallelism:
@@ -199,17 +212,17 @@ def dist_targets(
     plan: Plan, config: ModelConfig, dtype: torch.dtype, divisible_by: int, kept_args: Mapping[str, Any]
 ) -> tuple[list[assembly.TargetFile], dict[str, bytes | Path]]:
     """The .distcp files, and the small files around them."""
-    targets = [torch_dist.DistFileTarget(file, refs) for file, refs in plan.targets.items()]
-    states, entries = torch_dist.extra_states(config.num_layers)
+    targets = [dist_writer.DistFileTarget(file, refs) for file, refs in plan.targets.items()]
+    states, entries = dist_writer.extra_states(config.num_layers)
     args = core_args.write_args(
         config, Parallelism(), dtype=dtype, divisible_by=divisible_by, ckpt_format="torch_dist", vocabulary=None
     )
     args |= kept_args
     files: dict[str, bytes | Path] = {
-        f"release/{torch_dist.EXTRA_STATES}": states,
-        f"release/{torch_dist.METADATA}": torch_dist.metadata(targets, entries),
+        f"release/{dist_writer.EXTRA_STATES}": states,
+        f"release/{dist_index.METADATA}": dist_writer.metadata(targets, entries),
     }
-    files |= {f"release/{name}": content for name, content in torch_dist.small_files(args, 0).items()}
+    files |= {f"release/{name}": content for name, content in dist_writer.small_files(args, 0).items()}
     return list(targets), files
 
 
@@ -223,6 +236,6 @@ def rank_targets(
 ) -> list[assembly.TargetFile]:
     """One torch file per rank."""
     return [
-        torch_files.TorchFileTarget(file, torch_files.rank_content(refs, args, iteration, flat=flat), refs)
+        torch_files.TorchFileTarget(file, megatron.rank_content(refs, args, iteration, flat=flat), refs)
         for file, refs in plan.targets.items()
     ]

@@ -57,12 +57,12 @@ def start(line: list[str], log: Path, last: int | None = None, exchange: bool = 
     try:
         import importlib
 
-        from weights_conversion import assembly
+        from weights_conversion import journal, publish
 
         os.setpgid(0, 0)
-        assembly.SYNC_BYTES = SYNC_BYTES
+        journal.SYNC_BYTES = SYNC_BYTES
         if not exchange:  # as on filesystems that cannot
-            assembly._exchange = lambda one, two: False
+            publish._exchange = lambda one, two: False
         if last is not None:
             count_events(last, log.with_name("events"))
         with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from weights_conversion.config import ConversionError
+from weights_conversion.fileio import read_json
 from weights_conversion.formats import torch_files
 from weights_conversion.placement import PAGE, Placed, TensorRef, whole
 
@@ -38,23 +39,6 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or an error that names the file."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_HEADER_BYTES + 1)
-        if len(text) > MAX_HEADER_BYTES:
-            raise ValueError(f"it has more than {MAX_HEADER_BYTES} bytes")
-        content = json.loads(text.decode("utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{path} does not exist") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConversionError(f"{path} is not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__}, where a JSON object was expected")
-    return content
 
 
 def read_safetensors(path: Path) -> dict[str, TensorRef]:
@@ -117,8 +101,7 @@ def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
         return None, parts
     if not present:
         raise ConversionError(
-            f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)}; "
-            "--model-path names the folder (or repository) that does"
+            f"{folder} holds no weights: it has none of {', '.join(WEIGHT_FILES)}; download or copy them there"
         )
     if present[0].suffix != ".json":
         return None, [present[0]]
@@ -208,14 +191,17 @@ class SafetensorsTarget:
         text += b" " * (-(len(text) + 8) % PAGE)
         return len(text).to_bytes(8, "little") + text
 
-    def create(self, root: Path, resume: bool = False) -> dict[TensorRef, int]:
+    def create(self, root: Path) -> dict[TensorRef, int]:
         """Writes the header and gives the file its size; returns the first byte of each tensor's data."""
         header = self.header()
-        if not resume:
-            with (root / self.file).open("wb") as file:
-                file.write(header)
-                file.truncate(len(header) + sum(ref.nbytes for ref in self.refs))
-        offsets, position = {}, len(header)
+        with (root / self.file).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(ref.nbytes for ref in self.refs))
+        return self.find(root)
+
+    def find(self, root: Path) -> dict[TensorRef, int]:
+        """What `create` returned, of a file that is there."""
+        offsets, position = {}, len(self.header())
         for ref in self.refs:
             offsets[ref] = position
             position += ref.nbytes

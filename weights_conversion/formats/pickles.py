@@ -1,9 +1,9 @@
 """Reads the pickle inside a torch file without torch, without its data, and without running anything it names.
 
 Stricter than `torch.load(weights_only=True)`: an interpreter of its own for the opcodes that checkpoints use, in which
-every global on the list below is an inert stand-in (a tensor becomes a `StoredTensor`, its place in the file), so that
-nothing is imported, called or allocated on a file's behalf. Anything else is refused by name. Work and memory grow with
-the bytes of the pickle and no faster: no opcode may announce a size, and only plain values may be dictionary keys.
+every global on the list in stand_ins is an inert stand-in (a tensor becomes a `StoredTensor`, its place in the file),
+so that nothing is imported, called or allocated on a file's behalf. Anything else is refused by name. Work and memory
+grow with the bytes of the pickle and no faster: no opcode may announce a size, and only plain values may be keys.
 """
 
 from __future__ import annotations
@@ -11,141 +11,13 @@ from __future__ import annotations
 import pickle
 import pickletools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from weights_conversion.config import ConversionError
+from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Opaque, storage_of
 
 MAX_PICKLE_BYTES = 64 << 20  # hundreds of thousands of tensors
-
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values()}
-# Numpy's random state and the like: needed by training only, kept as an object that holds nothing.
-_OPAQUE = {
-    ("_codecs", "encode"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("torch", "device"),
-}
-# Enumerations that training leaves in its args.
-_ENUMS = {
-    ("megatron.model.enums", "AttnMaskType"),
-    ("megatron.model.enums", "AttnType"),
-    ("megatron.model.enums", "LayerType"),
-    ("megatron.model.enums", "ModelType"),
-    ("megatron.model.enums", "PositionEmbeddingType"),
-    ("megatron.core.enums", "ModelType"),
-    ("megatron.core.transformer.enums", "AttnBackend"),
-    ("megatron.core.transformer.enums", "AttnMaskType"),
-    ("megatron.core.transformer.enums", "AttnType"),
-    ("megatron.core.transformer.enums", "LayerType"),
-    ("megatron.core.transformer.enums", "ModelType"),
-    ("signal", "Signals"),
-}
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A `persistent_load` entry: the record `data/<key>` and its element type (None: untyped bytes)."""
-
-    key: str
-    dtype: torch.dtype | None
-    numel: int
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a storage; `offset` and `stride` count elements."""
-
-    storage: Storage
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class EnumMember:
-    """Stands for a member of an enumeration that lives in the training code."""
-
-    enum: str
-    value: object
-
-
-class _Opaque:
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class _StorageType:
-    dtype: torch.dtype | None
-
-
-def _rebuild_tensor(
-    storage: object, offset: object, size: object, stride: object, requires_grad: object = False, *_: object
-) -> StoredTensor:
-    if type(requires_grad) is not bool:
-        raise pickle.UnpicklingError("a malformed tensor")
-    return _stored(storage, getattr(storage, "dtype", None), offset, size, stride)
-
-
-def _rebuild_tensor_v3(
-    storage: object, offset: object, size: object, stride: object, requires_grad: object, hooks: object,
-    dtype: object, *_: object,
-) -> StoredTensor:  # fmt: skip
-    return _stored(storage, dtype, offset, size, stride)
-
-
-def _stored(storage: object, dtype: object, offset: object, size: object, stride: object) -> StoredTensor:
-    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
-        raise pickle.UnpicklingError("a malformed tensor")
-    if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) != len(stride) or len(size) > 64:
-        raise pickle.UnpicklingError("a tensor with malformed sizes")
-    if not all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, *size, *stride)):
-        raise pickle.UnpicklingError("a tensor with malformed sizes")
-    return StoredTensor(storage, dtype, offset, size, stride)  # type: ignore[arg-type]
-
-
-def _rebuild_parameter(data: object, *_: object) -> StoredTensor:
-    if not isinstance(data, StoredTensor):
-        raise pickle.UnpicklingError("a parameter without a tensor")
-    return data
-
-
-def _size(*values: Any) -> tuple:
-    return tuple(values[0]) if values else ()
-
-
-def _storage(pid: Any) -> Storage:
-    """A persistent entry."""
-    kind, storage_type, key, _, numel = pid
-    if kind != "storage" or not isinstance(storage_type, _StorageType):
-        raise pickle.UnpicklingError("an unknown persistent entry")
-    if type(key) is not str or type(numel) is not int or numel < 0:
-        raise pickle.UnpicklingError("a malformed storage")
-    return Storage(key, storage_type.dtype, numel)
 
 
 def load(data: bytes, where: str, further: Mapping[tuple[str, str], Any] = MappingProxyType({})) -> Any:
@@ -173,17 +45,10 @@ class _Machine:
         self._allowed: dict[tuple[str, str], Any] = {
             ("argparse", "Namespace"): self._arguments,
             ("collections", "OrderedDict"): self._ordered,
-            ("torch", "Size"): _size,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-            ("torch.storage", "UntypedStorage"): _StorageType(None),
-            **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
-            **{("torch", name): dtype for name, dtype in _DTYPES.items()},
-            **dict.fromkeys(_OPAQUE, _Opaque),
+            **GLOBALS,
             **further,
         }
-        self._stubs = (_Opaque, *(stub for stub in further.values() if isinstance(stub, type)))
+        self._stubs = (Opaque, *(stub for stub in further.values() if isinstance(stub, type)))
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
@@ -246,7 +111,7 @@ class _Machine:
     def _find(self, module: str, name: str) -> Any:
         if (module, name) in self._allowed:
             return self._allowed[module, name]
-        if (module, name) in _ENUMS:
+        if (module, name) in ENUMS:
             return lambda value=None, *_: EnumMember(name, value)
         raise ConversionError(
             f"{self._where} asks for {module}.{name}, which no checkpoint of these models needs: it was not loaded; "
@@ -327,7 +192,7 @@ class _Machine:
         self._stack.append(self._find(module, name))
 
     def _op_BINPERSID(self, _: Any) -> None:
-        self._stack.append(_storage(self._stack.pop()))
+        self._stack.append(storage_of(self._stack.pop()))
 
     def _op_REDUCE(self, _: Any) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()

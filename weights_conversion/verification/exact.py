@@ -16,7 +16,7 @@ from weights_conversion.dialects import HF, MEGATRON_LLM, META
 from weights_conversion.execute import as_hf, as_megatron, inconsistencies, read_rows
 from weights_conversion.mapping import ParamMapping
 from weights_conversion.ops import Context, Op
-from weights_conversion.plan import Plan, Step, instances
+from weights_conversion.plan import Plan, Step
 from weights_conversion.streams import Scratch, Source
 from weights_conversion.verification.differences import (
     BLOCK_VALUES,
@@ -42,7 +42,7 @@ class Pair:
 
     @property
     def parameters(self) -> list[tuple[ParamMapping, int | None]]:
-        return list(instances(ARCHITECTURES[self.config.family].parameters(self.config), self.config.num_layers))
+        return list(ARCHITECTURES[self.config.family].instances(self.config))
 
     def units(self, row: ParamMapping) -> int:
         return row.op.units(row.megatron_shape(self.config)[0], self.config)

@@ -9,13 +9,14 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from weights_conversion import forward
 from weights_conversion.config import ModelConfig
 from weights_conversion.formats.megatron import RankFiles
-from weights_conversion.forward import Convention, Weights
 from weights_conversion.streams import Source
+from weights_conversion.verification import forward
+from weights_conversion.verification.conventions import CONVENTIONS, Convention
+from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.sides import NUMBER_FIELDS, Model
-from weights_conversion.verification.stored import CONVENTIONS, head_of, rounded, weights_of
+from weights_conversion.verification.stored import head_of, rounded, weights_of
 
 # Float32 sums in another order differ by about 1e-6 of the spread of values; mistakes of layout by the spread itself.
 BOUND = 1e-3
@@ -92,7 +93,7 @@ def compare(source: Model, checkpoint: Model, vocabulary: int, workers: int) -> 
 def _runner(model: Model, other: Model, vocabulary: int, files: Source) -> Runner:
     config = replace(model.config, vocab_size=vocabulary)
     weights = rounded(weights_of(model, files), model, other)
-    return Runner(config, CONVENTIONS[model.side.dialect.name], weights, head_of(model))
+    return Runner(config, CONVENTIONS[model.kind], weights, head_of(model))
 
 
 def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -> Numeric:

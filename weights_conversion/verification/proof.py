@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Mapping
@@ -10,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from weights_conversion.file_sums import NAME as CHECKSUMS
+from weights_conversion.fileio import sha256
 from weights_conversion.verification import causes, exact, numeric
 from weights_conversion.verification.padding import check_padding
 from weights_conversion.verification.report import ConfigField, Verification
@@ -23,9 +24,6 @@ from weights_conversion.verification.sides import (
     common_vocabulary,
     open_model,
 )
-
-CHECKSUMS = "checksums.sha256"
-HASH_BYTES = 4 << 20
 
 
 def prove(
@@ -115,19 +113,10 @@ def check_checksums(folder: Path, workers: int) -> list[str] | None:
         else:
             wanted.append((path, match[1].lower()))
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda entry: _sha256(folder / entry[0]), wanted)
+        found = pool.map(lambda entry: sha256(folder / entry[0]), wanted)
         problems += [
             f"{path} is not what {CHECKSUMS} says: it was changed after it was written"
             for (path, expected), actual in zip(wanted, found, strict=True)
             if actual != expected
         ]
     return problems
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    buffer = bytearray(HASH_BYTES)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from weights_conversion import hf_config, manifest, megatron_args
+from weights_conversion import fileio, hf_config, manifest, megatron_args
 from weights_conversion.architectures import ARCHITECTURES
-from weights_conversion.checkpoint import open_checkpoint, trained_from
+from weights_conversion.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
 from weights_conversion.config import FAMILIES, ConversionError, ModelConfig
 from weights_conversion.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META
-from weights_conversion.formats import huggingface, megatron, meta, torch_dist
+from weights_conversion.formats import huggingface, megatron, meta
+from weights_conversion.locate import in_huggingface, locate
 from weights_conversion.mapping import ParamMapping
 from weights_conversion.placement import Placed, main_dtype
-from weights_conversion.plan import Side, source_hf
+from weights_conversion.plan import Side
 
 Key = tuple[str, int | None]  # ParamMapping.megatron, layer
 
@@ -104,29 +105,24 @@ def check_kind(path: Path) -> None:
 def family_of(path: Path, load_iters: int | None) -> tuple[str | None, str | None]:
     """(the family that a checkpoint states, or None; the one that its numbers suggest, should nothing state it)."""
     if is_huggingface(path):
-        raw = huggingface.read_json(path / "config.json")
+        raw = fileio.read_json(path / "config.json")
         kind = raw.get("model_type")
         for family in ("falcon", "mistral"):
             if kind in hf_config.MODEL_TYPES[family]:
                 return family, family
         if kind not in hf_config.MODEL_TYPES["llama2"]:
             raise ConversionError(f"{path / 'config.json'} says model_type {kind!r}, which none of the families has")
-        return None, _llama(hf_config.read_rope(raw)[0], raw.get("rms_norm_eps"))
+        return None, _llama(hf_config.read_rope(raw, str(path / "config.json"))[0], raw.get("rms_norm_eps"))
     if is_meta(path):
         folder = meta.find_meta(path, "llama2", 0) or path
         raw = meta.read_params(folder)
         return None, _llama(raw.get("rope_theta"), raw.get("norm_eps"))
-    folder, iteration = megatron.find_iteration(path, load_iters)
-    ranks = any(folder.glob("mp_rank_*"))
-    args = (megatron.open_rank_files if ranks else torch_dist.open_dist)(folder, iteration).args
+    args = open_files(path, load_iters).args
     found = manifest.find([path, *trained_from(args)])
-    said = found[1].get("family") if found else None
-    if said in FAMILIES:
-        return said, said
-    if args.get("model_name") in FAMILIES:
-        return args["model_name"], args["model_name"]
-    if args.get("tokenizer_type") == "FalconTokenizer" or args.get("parallel_attn"):
-        return "falcon", "falcon"
+    claims = claimed_families(args, found[1] if found else None).values()
+    family = next((family for family in claims if family in FAMILIES), None)
+    if family:
+        return family, family
     return None, _llama(args.get("rope_theta"), args.get("layernorm_epsilon"))
 
 
@@ -165,25 +161,27 @@ def _open(
     path: Path, family: str, load_iters: int | None, fields: Mapping[str, Any] | None, true_vocab_size: int | None
 ) -> Model:
     if is_huggingface(path):
-        raw = huggingface.read_json(path / "config.json")
+        raw = fileio.read_json(path / "config.json")
         # The dialect that can express most, since nothing is to be written.
-        config = hf_config.read_config(family, raw, MEGATRON_LLM if family == "falcon" else MEGATRON_CORE)
+        config = hf_config.read_config(
+            family, raw, MEGATRON_LLM if family == "falcon" else MEGATRON_CORE, str(path / "config.json")
+        )
         tensors = huggingface.read_hf(path)
         assumed = frozenset({"max_position_embeddings"} if raw.get("max_position_embeddings") is None else ())
-        return _apart(path, Side(HF, megatron=False), config, tensors, assumed)
+        return _apart(path, Side(HF), config, tensors, assumed)
     if is_meta(path):
         folder = meta.find_meta(path, family, 0) or path
         tensors, raw = meta.read_meta(folder), meta.read_params(folder)
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
-        config = hf_config.read_params(family, raw, tensors)
-        return _apart(path, Side(META, megatron=False), config, tensors, frozenset(assumed))
+        config = hf_config.read_params(family, raw, tensors, str(folder / "params.json"))
+        return _apart(path, Side(META), config, tensors, frozenset(assumed))
     return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size)
 
 
 def _apart(
     path: Path, side: Side, config: ModelConfig, tensors: Mapping[str, Placed], assumed: frozenset[str]
 ) -> Model:
-    placed = source_hf(ARCHITECTURES[config.family], config, tensors, side.dialect)
+    placed = in_huggingface(ARCHITECTURES[config.family], config, tensors, side.dialect)
     files = len({block.ref.file for group in placed.values() for one in group for copy in one.copies for block in copy})
     layout = f"{files} file{'s' if files > 1 else ''}"
     return Model(path, side, config, placed, layout, config.vocab_size, assumed=assumed)
@@ -194,7 +192,7 @@ def _open_megatron(
 ) -> Model:
     opened = open_checkpoint(path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size)
     files, config = opened.files, opened.config
-    placed = files.sources(ARCHITECTURES[family], config)
+    placed = locate(files, ARCHITECTURES[family], config)
     assumed = {name for name, origin in opened.origins.items() if origin == "family"}
     contradicted = []
     if not megatron_args.was_reset(files.args):
@@ -209,7 +207,7 @@ def _open_megatron(
         contradicted.append(f"its head is {stored}, but its args say tie_embed_logits {files.args['tie_embed_logits']}")
     layout = str(files.parallel) if isinstance(files, megatron.RankFiles) else "torch_dist"
     return Model(
-        path, Side(files.dialect, megatron=True), config, placed, layout, files.vocabulary,
+        path, Side(files.dialect), config, placed, layout, files.vocabulary,
         vocabulary_known=opened.true_rows_known, release=files.iteration == "release", files=files,
         assumed=frozenset(assumed), contradicted=tuple(contradicted), notes=opened.warnings,
     )  # fmt: skip

@@ -13,22 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weights_conversion import forward
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.config import ConversionError, ModelConfig
-from weights_conversion.dialects import CORE_LOCAL_NORMS, MEGATRON_CORE
 from weights_conversion.execute import read_rows
 from weights_conversion.formats.megatron import RankFiles
-from weights_conversion.forward import Weights
-from weights_conversion.placement import Placed, TensorRef, rank_name
-from weights_conversion.plan import instances
+from weights_conversion.placement import Placed, TensorRef
 from weights_conversion.streams import Scratch, Source
+from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.sides import Key, Model
 
-CONVENTIONS = {
-    convention.title: convention
-    for convention in (forward.HF, forward.META, forward.MEGATRON_LLM, forward.MEGATRON_CORE)
-}
 BY_ROWS = ("word_embeddings.weight", "word_embeddings_for_head.weight", "lm_head", "output_layer.weight",
            "query_key_value.weight", "linear_qkv.weight", "dense_h_to_4h.weight", "linear_fc1.weight")  # fmt: skip
 BY_COLUMNS = (".dense.weight", "linear_proj.weight", "dense_4h_to_h.weight", "linear_fc2.weight")
@@ -105,18 +98,11 @@ class RankReader:
         order = self.order if name.endswith(self.only) else range(parallel.tensor)
         for rank in order:
             tensors = self.files.ranks[rank, stage]
-            ref = tensors.get(f"{key}.{name}") or tensors.get(f"{key}.{_local_norm(name)}")
+            ref = tensors.get(f"{key}.{name}") or tensors.get(f"{key}.{self.files.dialect.other_spelling(name)}")
             if ref is None:
                 raise ConversionError(f"rank {rank} of stage {stage} of {self.files.folder} has no {key}.{name}")
             found.append(ref)
         return found
-
-
-def _local_norm(name: str) -> str:
-    """The spelling of Megatron-Core's local layer spec."""
-    for fused, local in CORE_LOCAL_NORMS.items():
-        name = name.replace(fused.split("{}")[1], local.split("{}")[1])
-    return name
 
 
 def _read(ref: TensorRef, first: int, last: int, source: Source) -> Tensor:
@@ -153,7 +139,7 @@ def weights_of(
     placed: dict[str, Placed] = {}
     vectors = set()
     dialect = model.side.dialect
-    for row, layer in instances(ARCHITECTURES[model.config.family].parameters(model.config), model.config.num_layers):
+    for row, layer in ARCHITECTURES[model.config.family].instances(model.config):
         names = (row.megatron,) if model.side.megatron else row.hf
         for name, tensor in zip(names, model.placed[row.megatron, layer], strict=True):
             spelled = dialect.spell(name).format(layer)
@@ -167,7 +153,7 @@ def head_of(model: Model) -> str | None:
     """The last stage's copy of a tied embedding, by its stored name, where there is one."""
     tied = model.config.tie_word_embeddings and isinstance(model.files, RankFiles)
     if tied and model.files.parallel.pipeline > 1:
-        return TIED_COPY[MEGATRON_CORE.name if model.files.dialect is MEGATRON_CORE else "Megatron-LLM"]
+        return TIED_COPY[model.kind]
     return None
 
 
@@ -175,10 +161,10 @@ def keys_of(model: Model) -> dict[str, Key]:
     """Stored name -> the parameter that it is (a part of)."""
     config, dialect = model.config, model.side.dialect
     found: dict[str, Key] = {}
-    for row, layer in instances(ARCHITECTURES[config.family].parameters(config), config.num_layers):
+    for row, layer in ARCHITECTURES[config.family].instances(config):
         for name in (row.megatron,) if model.side.megatron else row.hf:
             spelled = dialect.spell(name).format(layer)
-            found[rank_name(spelled, dialect) if model.side.megatron else spelled] = (row.megatron, layer)
+            found[dialect.rank_name(spelled) if model.side.megatron else spelled] = (row.megatron, layer)
     return found
 
 

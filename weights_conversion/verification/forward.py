@@ -1,20 +1,19 @@
 """A float32 forward pass straight from stored weights, in the conventions of the side that stored them.
 
-It proves a conversion, so it shares no code with one: only `ModelConfig` and torch. Each side's names, rotary order,
-gate/up order and QKV grouping are written down here a second time, and two sides hold the same model when their traces
-agree. Weights are asked for one block of rows at a time; only the prompts' hidden states stay in memory.
+It proves a conversion, so it shares no code with one: only `ModelConfig` and torch. Two sides hold the same model when
+their traces agree. Weights are asked for one block of rows at a time; only the prompts' hidden states stay in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from weights_conversion.config import ConversionError, ModelConfig
+from weights_conversion.verification.conventions import Convention
 
 Weights = Callable[[str, slice | None], Tensor]
 """(full stored name, rows) -> those rows of the full, unsharded tensor in its stored dtype; None asks for all rows.
@@ -31,133 +30,6 @@ BLOCK_ELEMENTS = 1 << 22
 """Weights that are held in float32 at one time: 16 MiB, small enough that malloc reuses the pages."""
 
 
-@dataclass(frozen=True)
-class Names:
-    """Stored names. Those of a layer stand behind `layer`; `{}` is the global layer number."""
-
-    embedding: str
-    layer: str
-    attention_norm: str
-    qkv: tuple[str, ...]  # q, k and v; or one fused matrix
-    dense: str
-    mlp_norm: str
-    mlp_in: tuple[str, ...]  # two halves of a GLU, or one matrix: both halves fused, or all there is without a GLU
-    mlp_out: str
-    final_norm: str
-    head: str
-
-
-@dataclass(frozen=True)
-class Convention:
-    """How one side stores a model. `dataclasses.replace` makes a hypothesis about what a writer did wrong."""
-
-    title: str
-    names: Names
-    interleaved_rotary: bool  # rotate rows (2i, 2i+1) of a head; otherwise rows (i, i + head_dim/2)
-    gate_first: bool  # of the two halves of a GLU, by rows or in the order of `Names.mlp_in`
-    falcon: tuple[Names, ...] = ()  # with one norm in front of the parallel branches, and with two; empty: no falcon
-    grouped_qkv: bool = True  # fused QKV is [q .. q, k, v] per group; otherwise all q, all k, all v
-
-    def names_for(self, config: ModelConfig) -> Names:
-        """Raises ConversionError for a family that this side cannot store."""
-        if config.family != "falcon":
-            return self.names
-        if not self.falcon:
-            raise ConversionError(
-                f"{self.title} checkpoints cannot hold a falcon model, whose attention and MLP are parallel; "
-                "compare a Hugging Face or Megatron-LLM checkpoint."
-            )
-        return self.falcon[config.num_layernorms - 1]
-
-
-_HF_FALCON = Names(
-    embedding="transformer.word_embeddings.weight",
-    layer="transformer.h.{}.",
-    attention_norm="input_layernorm.weight",
-    qkv=("self_attention.query_key_value.weight",),
-    dense="self_attention.dense.weight",
-    mlp_norm="input_layernorm.weight",
-    mlp_in=("mlp.dense_h_to_4h.weight",),
-    mlp_out="mlp.dense_4h_to_h.weight",
-    final_norm="transformer.ln_f.weight",
-    head="lm_head.weight",
-)
-HF = Convention(
-    "Hugging Face",
-    Names(
-        embedding="model.embed_tokens.weight",
-        layer="model.layers.{}.",
-        attention_norm="input_layernorm.weight",
-        qkv=("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        dense="self_attn.o_proj.weight",
-        mlp_norm="post_attention_layernorm.weight",
-        mlp_in=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        mlp_out="mlp.down_proj.weight",
-        final_norm="model.norm.weight",
-        head="lm_head.weight",
-    ),
-    interleaved_rotary=False,
-    gate_first=True,
-    falcon=(_HF_FALCON, replace(_HF_FALCON, attention_norm="ln_attn.weight", mlp_norm="ln_mlp.weight")),
-)
-META = Convention(
-    "Meta",
-    Names(
-        embedding="tok_embeddings.weight",
-        layer="layers.{}.",
-        attention_norm="attention_norm.weight",
-        qkv=("attention.wq.weight", "attention.wk.weight", "attention.wv.weight"),
-        dense="attention.wo.weight",
-        mlp_norm="ffn_norm.weight",
-        mlp_in=("feed_forward.w1.weight", "feed_forward.w3.weight"),
-        mlp_out="feed_forward.w2.weight",
-        final_norm="norm.weight",
-        head="output.weight",
-    ),
-    interleaved_rotary=True,
-    gate_first=True,
-)
-_MEGATRON_LLM = Names(
-    embedding="language_model.embedding.word_embeddings.weight",
-    layer="language_model.encoder.layers.{}.",
-    attention_norm="input_layernorm.weight",
-    qkv=("self_attention.query_key_value.weight",),
-    dense="self_attention.dense.weight",
-    mlp_norm="post_attention_layernorm.weight",
-    mlp_in=("mlp.dense_h_to_4h.weight",),
-    mlp_out="mlp.dense_4h_to_h.weight",
-    final_norm="language_model.encoder.final_layernorm.weight",
-    head="language_model.lm_head",
-)
-MEGATRON_LLM = Convention(
-    "Megatron-LLM",
-    _MEGATRON_LLM,
-    interleaved_rotary=True,
-    gate_first=False,
-    falcon=(
-        replace(_MEGATRON_LLM, mlp_norm="input_layernorm.weight"),
-        replace(_MEGATRON_LLM, mlp_norm="mlp_layernorm.weight"),
-    ),
-)
-MEGATRON_CORE = Convention(
-    "Megatron-Core",
-    Names(
-        embedding="embedding.word_embeddings.weight",
-        layer="decoder.layers.{}.",
-        attention_norm="self_attention.linear_qkv.layer_norm_weight",
-        qkv=("self_attention.linear_qkv.weight",),
-        dense="self_attention.linear_proj.weight",
-        mlp_norm="mlp.linear_fc1.layer_norm_weight",
-        mlp_in=("mlp.linear_fc1.weight",),
-        mlp_out="mlp.linear_fc2.weight",
-        final_norm="decoder.final_layernorm.weight",
-        head="output_layer.weight",
-    ),
-    interleaved_rotary=False,
-    gate_first=True,
-)
-
-
 def default_prompts(config: ModelConfig, count: int = 3, length: int = 24) -> Tensor:
     """Token ids (count, length), the same on every machine, spread evenly over the vocabulary and thus over its shards.
 
@@ -169,20 +41,6 @@ def default_prompts(config: ModelConfig, count: int = 3, length: int = 24) -> Te
     # Multiples of the golden ratio leave no large gap in [0, 1). It is a fraction of integers here, to be exact.
     steps = torch.arange(1, count * length + 1, dtype=torch.int64) * 2654435769 % 2**32
     return (steps * config.vocab_size // 2**32).view(count, length)
-
-
-def whole_tensors(read: Callable[[str], Tensor]) -> Weights:
-    """`Weights` over a reader that knows no row ranges: keeps the last tensor, and only that one, in memory."""
-    last: tuple[str, Tensor] | None = None
-
-    def weights(name: str, rows: slice | None) -> Tensor:
-        nonlocal last
-        if last is None or last[0] != name:
-            last = None  # let go of one tensor before the next is read
-            last = (name, read(name))
-        return last[1] if rows is None else last[1][rows]
-
-    return weights
 
 
 def trace(

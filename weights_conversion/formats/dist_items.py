@@ -1,0 +1,163 @@
+"""The items of `.distcp` files: whole torch.save archives, opened one after another without reading their data."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from weights_conversion.config import ConversionError
+from weights_conversion.formats import archives, torch_files
+from weights_conversion.formats.dist_index import METADATA, StoredChunk
+from weights_conversion.formats.stand_ins import StoredTensor
+from weights_conversion.placement import TensorRef
+
+_MAX_AROUND = 1 << 16
+_MAX_OPEN = 128
+
+
+@dataclass(frozen=True)
+class _Around:
+    """The bytes before and behind an item's data, without those that the data decide, and the tensor they describe.
+
+    `holes` are the ranges of `tail` that the data decide: CRCs, and torch's serialization id.
+    """
+
+    ref: TensorRef
+    head: bytes
+    tail: bytes
+    holes: tuple[tuple[int, int], ...]
+
+    def plain(self, tail: bytes) -> bytes:
+        return _without(tail, self.holes)
+
+
+class Items:
+    """Opens items, without their data.
+
+    The archives that one release of torch writes for tensors of one shape and type are equal around their data, but for
+    a few bytes that opening does not look at. So an item whose bytes equal those of an earlier one, which was taken
+    apart and checked, needs no second look.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, tuple[int, int]] = {}
+        self._known: dict[tuple[int, tuple[int, ...], torch.dtype], list[_Around]] = defaultdict(list)
+
+    def __enter__(self) -> Items:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor, _size in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def ref(self, key: str, chunk: StoredChunk, dtype: torch.dtype) -> TensorRef:
+        """Where a chunk's data stand. What the item holds must be what the index says."""
+        descriptor, size = self._open(key, chunk.file)
+        if chunk.start + chunk.length > size:
+            raise ConversionError(
+                f"{self._folder / chunk.file} has {size} bytes, but {METADATA} places a part of {key} up to byte "
+                f"{chunk.start + chunk.length}: it is cut off; copy it again"
+            )
+        name = f"{key} {list(chunk.offsets)}"
+        known = self._known[chunk.length, chunk.sizes, dtype]
+        for around in known:
+            tail_at = chunk.start + chunk.length - len(around.tail)
+            if (
+                os.pread(descriptor, len(around.head), chunk.start) == around.head
+                and around.plain(os.pread(descriptor, len(around.tail), tail_at)) == around.tail
+            ):
+                return replace(around.ref, file=str(self._folder / chunk.file), name=name,
+                               offset=chunk.start + around.ref.offset)  # fmt: skip
+        ref, around = self._read(key, chunk, dtype, name, descriptor)
+        if around is not None and len(known) < 8:
+            known.append(around)
+        return ref
+
+    def _open(self, key: str, file: str) -> tuple[int, int]:
+        if file not in self._files:
+            if len(self._files) >= _MAX_OPEN:  # a training run leaves two files a rank
+                os.close(self._files.pop(next(iter(self._files)))[0])
+            path = self._folder / file
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise ConversionError(
+                    f"{path}, which holds a part of {key}, cannot be read ({error.strerror}); copy it again"
+                ) from error
+            self._files[file] = descriptor, os.fstat(descriptor).st_size
+        return self._files[file]
+
+    def _read(
+        self, key: str, chunk: StoredChunk, dtype: torch.dtype, name: str, descriptor: int
+    ) -> tuple[TensorRef, _Around | None]:
+        path = self._folder / chunk.file
+        if os.pread(descriptor, 4, chunk.start) != archives.LOCAL:
+            raise ConversionError(
+                f"{path} has no torch.save archive at byte {chunk.start}, where {METADATA} places a part of {key}: the "
+                "file is damaged, or in the safetensors format, which is not supported here nor used by Megatron-Core"
+            )
+        item = torch_files.read_torch_file(path, chunk.start, chunk.length)
+        if not isinstance(item.content, StoredTensor):
+            raise ConversionError(f"{path} holds a {type(item.content).__name__} at byte {chunk.start}, not {key}")
+        ref = item.ref(item.content, name)
+        if ref.shape != chunk.sizes or ref.dtype != dtype:
+            raise ConversionError(
+                f"{path}: the part of {key} at byte {chunk.start} has shape {list(ref.shape)} and type {ref.dtype}, "
+                f"{METADATA} says {list(chunk.sizes)} and {dtype}"
+            )
+        record = item.records[item.content.storage.key]
+        first, last = record.offset, record.offset + record.size
+        head_size, tail_size = first - chunk.start, chunk.start + chunk.length - last
+        if len(item.records) != 1 or max(head_size, tail_size) > _MAX_AROUND:
+            return ref, None
+        head, tail = os.pread(descriptor, head_size, chunk.start), os.pread(descriptor, tail_size, last)
+        holes = _holes(tail, chunk.length - tail_size, record.name)
+        if holes is None:
+            return ref, None
+        return ref, _Around(replace(ref, offset=ref.offset - chunk.start), head, _without(tail, holes), holes)
+
+
+def _without(tail: bytes, holes: Iterable[tuple[int, int]]) -> bytes:
+    plain = bytearray(tail)
+    for start, stop in holes:
+        plain[start:stop] = bytes(len(plain[start:stop]))
+    return bytes(plain)
+
+
+def _holes(tail: bytes, tail_at: int, data: str) -> tuple[tuple[int, int], ...] | None:
+    """The ranges of an archive's `tail` (its bytes from `tail_at` on) that the data in record `data` decide.
+
+    None where the archive is not laid out as torch lays out small ones.
+    """
+    end = tail.rfind(archives.END)
+    if end < 0:
+        return None
+    count, _, first = struct.unpack_from("<HII", tail, end + 10)
+    if first == 0xFFFFFFFF or first < tail_at:
+        return None
+    holes, position = [], first - tail_at
+    for _ in range(count):
+        if tail[position : position + 4] != archives.CENTRAL:
+            return None
+        (size,) = struct.unpack_from("<I", tail, position + 24)
+        name_size, extra, note = struct.unpack_from("<HHH", tail, position + 28)
+        (header,) = struct.unpack_from("<I", tail, position + 42)
+        name = tail[position + 46 : position + 46 + name_size].decode("utf-8", "replace")
+        if name == data:
+            holes += [(4, 8), (position + 16, position + 20)]  # the CRC in the descriptor, and in the directory
+        elif name.endswith("/.data/serialization_id"):
+            start = header - tail_at
+            if start < 0 or start + 30 > len(tail):
+                return None
+            start += 30 + sum(struct.unpack_from("<HH", tail, start + 26))
+            holes += [(start, start + size), (start + size + 4, start + size + 8), (position + 16, position + 20)]
+        position += 46 + name_size + extra + note
+    return tuple(holes)

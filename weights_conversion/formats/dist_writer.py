@@ -1,0 +1,167 @@
+"""Writes Megatron-Core's `torch_dist` checkpoints: `.distcp` files whose data follow later, and what stands around."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import pickle
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weights_conversion.formats import torch_files
+from weights_conversion.formats.archives import patch_crcs
+from weights_conversion.formats.torch_dist import COMMON
+from weights_conversion.placement import PAGE, TensorRef
+
+EXTRA_STATES = "__0_0.distcp"  # holds nothing else
+_EXTRA_STATE_MODULES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One archive of a .distcp file: its place, the bytes before and behind its data, and where those begin."""
+
+    ref: TensorRef
+    start: int
+    head: bytes = field(repr=False)
+    tail: bytes = field(repr=False)
+
+    @property
+    def data(self) -> int:
+        return self.start + len(self.head)
+
+    @property
+    def length(self) -> int:
+        return len(self.head) + self.ref.nbytes + len(self.tail)
+
+
+@dataclass(frozen=True)
+class DistFileTarget:
+    """A .distcp file to be written."""
+
+    file: str
+    refs: tuple[TensorRef, ...]
+
+    def items(self) -> list[Item]:
+        """Every item on a page of its own, so that its data begin on one."""
+        items, position = [], 0
+        for ref in self.refs:
+            head, tail = archive_around(ref.shape, ref.dtype)
+            items.append(Item(ref, position, head, tail))
+            position += -(-items[-1].length // PAGE) * PAGE
+        return items
+
+    def create(self, root: Path) -> dict[TensorRef, int]:
+        """Writes everything but the data, at its final size; returns the first byte of each tensor's data."""
+        path = root / self.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for item in self.items():
+                file.seek(item.start)
+                file.write(item.head)
+                file.seek(item.data + item.ref.nbytes)
+                file.write(item.tail)
+        return self.find(root)
+
+    def find(self, root: Path) -> dict[TensorRef, int]:
+        """What `create` returned, of a file that is there."""
+        return {item.ref: item.data for item in self.items()}
+
+    def finish(self, root: Path, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
+        """Puts the CRC-32 of each item's data where its archive keeps it."""
+        with (root / self.file).open("r+b") as file:
+            for item in self.items():
+                patch_crcs(file, item.start, item.length, {item.data: (item.ref.nbytes, crcs[item.ref])})
+
+
+_ARCHIVES: dict[tuple[tuple[int, ...], torch.dtype], tuple[bytes, bytes]] = {}
+
+
+def archive_around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What torch.save writes before and behind the data of one tensor; equal for all of one shape and type."""
+    if (shape, dtype) not in _ARCHIVES:
+        ref = TensorRef("archive.pt", "tensor", dtype, shape)
+        with tempfile.TemporaryDirectory() as folder:
+            offset = torch_files.write_without_data(Path(folder) / ref.file, ref)[ref]
+            with (Path(folder) / ref.file).open("rb") as file:
+                head = file.read(offset)
+                file.seek(offset + ref.nbytes)
+                _ARCHIVES[shape, dtype] = head, file.read()
+    return _ARCHIVES[shape, dtype]
+
+
+def metadata(targets: Sequence[DistFileTarget], extra: Mapping[str, tuple[str, int, int]]) -> bytes:
+    """The pickled index. `extra` are the byte entries: key -> (file, offset, length)."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    chunks: dict[str, list[ChunkStorageMetadata]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    storage = {}
+    for target in targets:
+        for item in target.items():
+            key, where = item.ref.name.split("@")
+            starts = [int(number) for number in where.split(",")]
+            offsets = torch.Size([*starts, *[0] * (len(item.ref.shape) - len(starts))])
+            chunks.setdefault(key, []).append(ChunkStorageMetadata(offsets, torch.Size(item.ref.shape)))
+            dtypes[key] = item.ref.dtype
+            storage[MetadataIndex(key, offsets)] = _StorageInfo(Path(target.file).name, item.start, item.length)
+    entries: dict[str, Any] = {}
+    for key, parts in chunks.items():
+        size = [max(c.offsets[axis] + c.sizes[axis] for c in parts) for axis in range(len(parts[0].sizes))]
+        properties = TensorProperties(dtype=dtypes[key])
+        ordered = sorted(parts, key=lambda chunk: tuple(chunk.offsets))
+        entries[key] = TensorStorageMetadata(properties, torch.Size(size), ordered)
+    for key, (file, offset, length) in extra.items():
+        entries[key] = BytesStorageMetadata()
+        storage[MetadataIndex(key)] = _StorageInfo(file, offset, length)
+    return pickle.dumps(Metadata(entries, None, storage), protocol=4)
+
+
+def extra_states(layers: int) -> tuple[bytes, dict[str, tuple[str, int, int]]]:
+    """Empty Transformer-Engine states, which a load under the default strictness demands: a file, and its entries."""
+    buffer = io.BytesIO()
+    torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
+    state = buffer.getvalue()
+    names = [f"decoder.layers.{m}._extra_state/shard_{i}_{layers}" for m in _EXTRA_STATE_MODULES for i in range(layers)]
+    names.append("decoder.final_layernorm._extra_state/shard_0_1")
+    entries = {name: (EXTRA_STATES, index * len(state), len(state)) for index, name in enumerate(names)}
+    return state * len(names), entries
+
+
+def small_files(args: Mapping[str, Any], iteration: int) -> dict[str, bytes]:
+    """common.pt and metadata.json."""
+    buffer = io.BytesIO()
+    common = {
+        "args": argparse.Namespace(**args),
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        "content_metadata": {"singleton_local_shards": False},
+    }
+    torch.save(common, buffer)
+    kinds = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    return {COMMON: buffer.getvalue(), "metadata.json": json.dumps(kinds).encode()}

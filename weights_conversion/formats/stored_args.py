@@ -1,0 +1,150 @@
+"""The args that a checkpoint's files carry: taken as plain values, and checked against each other and their folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import islice, pairwise, product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weights_conversion.config import ConversionError, Parallelism
+from weights_conversion.formats.stand_ins import EnumMember
+from weights_conversion.placement import rank_folder
+
+# args that every rank of one checkpoint shares.
+_SHARED = (
+    "num_layers",
+    "encoder_num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_attention_heads_kv",
+    "num_query_groups",
+    "padded_vocab_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "layernorm_epsilon",
+    "rope_theta",
+    "iteration",
+)
+# What args must be where they are there at all: counts, and positive numbers.
+_COUNTS = (
+    *("num_layers", "encoder_num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+    *("num_attention_heads_kv", "num_query_groups", "max_position_embeddings", "seq_length", "padded_vocab_size"),
+    *("make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("virtual_pipeline_model_parallel_size", "sliding_window_size"),
+)
+_NUMBERS = ("layernorm_epsilon", "norm_epsilon", "rope_theta", "rotary_base", "rope_scaling_factor")
+_TEXTS = ("model_name", "tokenizer_type", "vocab_file", "load", "vocab_extra_ids_list")
+
+
+def plain_args(args: Any, path: Path) -> dict[str, Any]:
+    """A Namespace read from `path` as a dict of plain values, those that decide a shape checked for their type.
+
+    What is not plain (nested containers, objects of the training code) is left out: nothing here needs it, and to
+    compare or print it may take forever, since containers in a pickle can share their parts.
+    """
+    if args is None or not hasattr(args, "__dict__"):
+        raise ConversionError(f"{path} holds no args, so nothing says what model it is")
+    plain = {name: plain_value(value) for name, value in vars(args).items() if isinstance(name, str)}
+    problems = []
+    for names, kind, suits in (
+        (_COUNTS, "a positive number", lambda value: type(value) is int and 0 < value < 1 << 31),
+        (_NUMBERS, "a positive number", lambda value: type(value) in (int, float) and 0 < value < math.inf),
+        (_TEXTS, "text", lambda value: isinstance(value, str)),
+    ):
+        for name in names:
+            value = plain.get(name)
+            if value is not None and not suits(value):
+                problems.append(f"the args in {path} have {name} {value!r}, where {kind} was expected")
+    if problems:
+        raise ConversionError(*problems)
+    return {name: value for name, value in plain.items() if not isinstance(value, _Other)}
+
+
+class _Other:
+    """Stands for a value that is not plain."""
+
+    def __init__(self, value: object) -> None:
+        self._kind = type(value).__name__
+
+    def __repr__(self) -> str:
+        return f"of type {self._kind}"
+
+
+def plain_value(value: Any, inner: bool = False) -> Any:
+    """A scalar, enumeration member or short flat list as it is, anything else as _Other."""
+    if isinstance(value, EnumMember):
+        return _Other(value) if isinstance(plain_value(value.value, True), _Other) else value
+    if isinstance(value, (list, tuple)) and not inner and len(value) <= 64:
+        parts = [plain_value(part, True) for part in value]
+        return _Other(value) if any(isinstance(part, _Other) for part in parts) else parts
+    huge = (isinstance(value, int) and abs(value) >= 1 << 63) or (isinstance(value, str) and len(value) > 100_000)
+    plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+    return value if plain and not huge else _Other(value)
+
+
+def left_out(args: Any, plain: Mapping[str, Any]) -> dict[str, str]:
+    """What plain_args left out of `plain`: the name of each value's type."""
+    stated = vars(args).items()
+    return {name: type(value).__name__ for name, value in stated if value is not None and name not in plain}
+
+
+def disagreements(args: Mapping, first: tuple[int, int], files: Mapping) -> list[str]:
+    problems = []
+    for rank, path in sorted(files.items()):
+        for name in _SHARED:
+            ours, theirs = args[first].get(name), args[rank].get(name)
+            if ours != theirs:
+                problems.append(f"{path} says {name} {theirs}, {files[first]} says {ours}: they are not one checkpoint")
+    return problems
+
+
+def strays(args: Mapping, files: Mapping) -> list[str]:
+    """Rank files that stand in each other's folders, by the process that each says it was written by.
+
+    Training numbers its processes tensor ranks first and stages last, whatever lies between, and each leaves its number
+    in its args; converters leave the same in all files, or none.
+    """
+    order = sorted(files, key=lambda rank: (rank[1], rank[0]))
+    writers = [args[rank].get("rank") for rank in order]
+    if not all(type(writer) is int for writer in writers) or len(set(writers)) == 1:
+        return []
+    return [
+        f"{files[rank]} was written by process {writer}, {files[before]} by process {earlier} (args.rank): they are "
+        "swapped, or one is a copy of another; put each rank's own file in its folder"
+        for (before, earlier), (rank, writer) in pairwise(zip(order, writers, strict=True))
+        if writer <= earlier
+    ]
+
+
+def parallelism(args: Mapping[str, Any], files: Mapping, folder: Path, problems: list[str]) -> Parallelism:
+    """From args where they say it, else from the folders; every rank must be there."""
+    found = Parallelism(max(tp for tp, _ in files) + 1, max(pp for _, pp in files) + 1)
+    sizes = []
+    for name, seen in (
+        ("tensor_model_parallel_size", found.tensor),
+        ("pipeline_model_parallel_size", found.pipeline),
+        ("virtual_pipeline_model_parallel_size", 1),
+    ):
+        value = args.get(name)
+        if value is None:
+            value = seen
+        if not isinstance(value, int) or not 1 <= value <= 100_000:
+            problems.append(f"the args of {folder} say {name} {value!r}, where a positive number was expected")
+            value = seen
+        sizes.append(value)
+    parallel = Parallelism(*sizes)
+    if args.get("standalone_embedding_stage"):
+        problems.append(f"{folder} was trained with --standalone_embedding_stage, which is not supported")
+    wanted = product(range(parallel.tensor), range(parallel.pipeline))
+    for rank in islice((rank for rank in wanted if rank not in files), 64):
+        problems.append(f"{folder / rank_folder(*rank, parallel)} is missing: its args say {parallel}")
+    for tp, pp in sorted(files):
+        if tp >= parallel.tensor or pp >= parallel.pipeline:
+            problems.append(f"{files[tp, pp].parent} is too many: its args say {parallel}")
+    return parallel
