@@ -624,6 +624,17 @@ def test_manifest_of_another_model(change: dict[str, Any], imported, tmp_path: P
     refuse_export(tmp_path / "mt", words=("manifest",))
 
 
+def test_manifest_with_half_a_character(imported, to_hf, tmp_path: Path) -> None:
+    """JSON can spell a lone surrogate, UTF-8 cannot: it is kept as it was spelled."""
+    shutil.copytree(imported("llama2"), tmp_path / "mt")
+    path = tmp_path / "mt" / "conversion_manifest.json"
+    content = tm.read_json(path)
+    content["config"]["note"] = "\ud800"
+    tm.write_json(path, content)
+    assert to_hf("--input_dir", tmp_path / "mt", "--output_dir", tmp_path / "out", "--no_tokenizer").code == 0
+    assert tm.read_json(tmp_path / "out" / "config.json")["note"] == "\ud800"
+
+
 @pytest.mark.parametrize(
     "change",
     [{"rope_theta": []}, {"rope_theta": "a\0b"}, {"rope_theta": 10**400}, {"rope_theta": True},

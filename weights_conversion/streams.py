@@ -60,27 +60,39 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 class Source:
-    """Positioned reads from any number of files, by path; descriptors stay open until `close`."""
+    """Positioned reads from any number of files, by path; descriptors stay open until `close`.
+
+    What was not in the page cache before is taken out of it again once it has been read: a conversion reads every byte
+    once, and would otherwise push out what the machine does need, through memory that is slow to get at first.
+    """
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = root
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._absent: set[tuple[int, int]] = set()  # (descriptor, first byte) of what prefetch found uncached
 
     def read(self, ref: TensorRef, start: int, into: Tensor) -> None:
         """Fill the contiguous tensor `into` from byte `start` of `ref` on."""
         descriptor = self._open(ref.file)
         left, position = bytes_of(into), ref.offset + start
+        whole = (descriptor, position, len(left))
         while left:
             count = os.preadv(descriptor, [left], position)
             if count == 0:
                 raise ConversionError(f"{ref.file} ends in the middle of {ref.name}; it was cut off while it was read")
             left, position = left[count:], position + count
+        if whole[:2] in self._absent:
+            self._absent.discard(whole[:2])
+            os.posix_fadvise(*whole, os.POSIX_FADV_DONTNEED)
 
     def prefetch(self, ref: TensorRef, start: int, length: int) -> None:
         """Ask the kernel to begin reading these bytes; where it cannot be asked, nothing is lost."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._open(ref.file), ref.offset + start, length, os.POSIX_FADV_WILLNEED)
+            descriptor, position = self._open(ref.file), ref.offset + start
+            if not _cached(descriptor, position + length // 2):  # its ends may share pages with what is read before
+                self._absent.add((descriptor, position))
+            os.posix_fadvise(descriptor, position, length, os.POSIX_FADV_WILLNEED)
 
     def _open(self, file: str) -> int:
         with self._lock:
@@ -92,6 +104,17 @@ class Source:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
+
+
+def _cached(descriptor: int, position: int) -> bool:
+    """Whether a byte of a file stands in the page cache; True where the filesystem does not say."""
+    try:
+        os.preadv(descriptor, [bytearray(1)], position, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except (AttributeError, OSError):
+        pass
+    return True
 
 
 class Target:

@@ -141,4 +141,7 @@ def _differences(source: Mapping[str, Any], exported: Mapping[str, Any]) -> list
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+        return (json.dumps(content, indent=2) + "\n").encode()
