@@ -59,15 +59,26 @@ def test_available(files: dict[str, str], expected: int | None, tmp_path: Path) 
 
 def test_check(tmp_path: Path) -> None:
     root = linux(tmp_path, MACHINE)
-    memory.check(16 * GB, root)
+    memory.check(16 * GB, root=root)
     with pytest.raises(ConversionError, match=r"20\.0 GB of memory are needed, but 16\.4 GB .*--workers"):
-        memory.check(20 * GB, root)
+        memory.check(20 * GB, root=root)
+    with pytest.raises(ConversionError, match=r"20\.0 GB of memory are needed"):
+        memory.check(5 * GB, 4, root)
+
+
+def test_swap_counts(tmp_path: Path) -> None:
+    root = linux(tmp_path, {"proc/meminfo": MACHINE["proc/meminfo"] + "SwapFree: 4000000 kB\n"})
+    assert memory.available(root) == 20_480_000_000
+
+
+def test_a_group_may_be_one_rank_s(tmp_path: Path) -> None:
+    group = {f"{STEP}/memory.max": f"{2 * GB}\n", f"{STEP}/memory.stat": "anon 0\n"}
+    memory.check(GB, 4, linux(tmp_path, MACHINE | GROUP_2 | group))
 
 
 def test_refused_before_the_first_byte(to_megatron, sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        memory, "available", lambda root=None: -(1 << 50)
-    )  # this process may hold more than a run needs
+    # Less than nothing, since this process may hold more than a run needs.
+    monkeypatch.setattr(memory, "_left_on_machine", lambda root: [-(1 << 50)])
     line = ("llama2", "--model-path", sources("llama2"), "--out", tmp_path / "out")
     to_megatron(*line).refused("memory", "--workers")
     assert not list(tmp_path.iterdir())

@@ -252,6 +252,14 @@ def test_records_that_overlap(tmp_path: Path) -> None:
         torch_files.read_torch_file(path)
 
 
+def test_folders_of_an_archive_are_passed_over(tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.pt")
+    folders = [("x/", b""), ("x/data/", b"")]
+    mutations.rezip(path, lambda _, content: content, extra=folders)
+    opened = torch_files.read_torch_file(path)
+    assert set(torch_files.tensors(opened, opened.content)) == set(torch.load(path, weights_only=True)) == {"a", "b"}
+
+
 def test_records_named_twice(tmp_path: Path) -> None:
     path = archive(tmp_path / "x.pt")
     with pytest.warns(UserWarning, match="Duplicate"):
@@ -471,6 +479,56 @@ def test_overwrite_interrupted_in_its_clean_up(
     to_megatron(*line).succeeded()  # the same command again: nothing is left to do but to clear away
     assert tree_of(out) == expected
     assert not out.with_name("out.partial").exists()
+
+
+def test_a_finished_output_does_not_answer_another_command(
+    sources, to_megatron: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only its clean-up was left, but sums were not asked for then: to exit 0 without them would be untrue."""
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "remove", lambda partial: None)
+        to_megatron(*line).succeeded()
+    to_megatron(*line, "--checksums").refused("exists and is complete", "--overwrite")
+    to_megatron(*line, "--checksums", "--overwrite").succeeded()
+    assert (tmp_path / "out" / "checksums.sha256").is_file()
+
+
+def test_an_output_that_appeared_while_waiting(tmp_path: Path) -> None:
+    """Another job held the lock and has finished OUT: nothing is converted a second time."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "latest_checkpointed_iteration.txt").write_text("release")
+    with pytest.raises(ConversionError, match="another run has finished"):
+        publish.prepare(out, "a plan")
+    assert not out.with_name("out.partial").exists()
+    publish.prepare(out, "a plan", overwrite=True).close()
+
+
+STUCK_MAIN = """
+import ctypes, os, signal, sys, threading
+sys.path.insert(0, {root!r})
+from weights_conversion import cli
+cli.STUCK_SECONDS = 1.0
+def work():
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+sys.exit(cli.run(work))
+"""
+
+
+def test_a_stuck_main_thread_is_ended() -> None:
+    """A call that never comes back, as into a filesystem whose server is gone, keeps Python's own handler waiting."""
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK_MAIN.format(root=str(sources.TESTS.parent))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 143, done.stderr
+    assert "terminated" in done.stderr
 
 
 def test_replaced_output_is_not_published(imported, sources, to_megatron: Script, tmp_path: Path, monkeypatch) -> None:

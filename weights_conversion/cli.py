@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -176,7 +177,7 @@ class _Signals:
     """
 
     def __init__(self, stuck: Callable[[int], None]) -> None:
-        self._asked = 0
+        self._asked = self._noticed = 0  # the signal, as the main thread and as the watching one have seen it
         self._left = threading.Event()
         self._stuck = stuck
         self._before: dict[int, Any] = {}
@@ -188,11 +189,17 @@ class _Signals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             if number == signal.SIGALRM or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._stop)
+        self._news, end = os.pipe()
+        os.set_blocking(end, False)
+        self._wakeup = signal.set_wakeup_fd(end, warn_on_full_buffer=False), end
         threading.Thread(target=self._watch, daemon=True, name="signals").start()
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
         if self._before:
+            before, end = self._wakeup
+            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
+            os.close(end)  # which the watching thread reads as the end
             signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook = self._hook
         for number, handler in self._before.items():
@@ -204,11 +211,18 @@ class _Signals:
             raise KeyboardInterrupt if self._asked == signal.SIGINT else Terminated
 
     def _watch(self) -> None:
-        waited = 0.0  # since a signal: seen by looking, for a handler must not wait for a lock
-        while waited < STUCK_SECONDS and not self._left.wait(0.5):
-            waited += 0.5 if self._asked else 0.0
-        if not self._left.is_set():
-            self._stuck(130 if self._asked == signal.SIGINT else 143)
+        # The C library's handler writes here even while the main thread is in a call that does not come back, and
+        # Python's own handler has to wait for it.
+        with os.fdopen(self._news, "rb", buffering=0) as news:  # to the end, for Python complains of a closed one
+            deadline = float("inf")
+            while time.monotonic() < deadline and not self._left.is_set():
+                if select.select([news], [], [], 0.5)[0]:
+                    seen = [number for number in news.read(64) if number in (signal.SIGINT, signal.SIGTERM)]
+                    if seen and not self._noticed:
+                        self._noticed, deadline = seen[0], time.monotonic() + STUCK_SECONDS
+            if not self._left.is_set():
+                self._stuck(130 if self._noticed == signal.SIGINT else 143)
+            self._left.wait()
 
     def _dropped(self, unraisable: Any) -> None:
         if self._asked and isinstance(unraisable.exc_value, (KeyboardInterrupt, Terminated)):

@@ -71,16 +71,19 @@ def run(job: Job, options: RunOptions) -> Report:
     needed = assembly.output_bytes(job.targets)
     chunks = job.plan.chunks()
     plan_digest = assembly.digest(job.plan, job.targets, options.dtype)
+    small = _small_files(job)
     if ranks.size > 1:
-        ranks.agree(_view(job, plan_digest))
+        ranks.agree(_view(job, plan_digest, small))
+    # Of the run: what another command would do otherwise, even where the weights are the same, is not continued.
+    run_digest = hashlib.sha256(f"{plan_digest} {small} {options.checksums} {options.verify}".encode()).hexdigest()
+    peak = peak_bytes(options.workers, chunks)
     files = [target.file for target in job.targets]
-    report.planned(job.out, needed, assembly.free_space(job.out), files, peak_bytes(options.workers))
+    report.planned(job.out, needed, assembly.free_space(job.out), files, peak)
     if ranks.size > 1:
         hosts = f"{ranks.hosts} host{'s' * (ranks.hosts > 1)}"
         report.notes.append(f"{ranks.size} ranks on {hosts} share the work; the memory is that of each")
     if not options.dry_run:  # every rank, since each has its own machine or limit
-        per_host = -(-ranks.size // ranks.hosts)
-        memory.check(per_host * (peak_bytes(options.workers) - progress.peak_memory()))
+        memory.check(peak - progress.peak_memory(), -(-ranks.size // ranks.hosts))
     source = Source()
     try:
         if ranks.rank == 0:
@@ -93,23 +96,28 @@ def run(job: Job, options: RunOptions) -> Report:
         if options.dry_run:
             report.notes += _predictions(needed, options)
             return report
-        _write(job, options, chunks, source, plan_digest, needed)
+        _write(job, options, chunks, source, run_digest, needed)
     finally:
         source.close()
     return report
 
 
-def _view(job: Job, plan_digest: str) -> dict[str, str]:
-    """What decides the output, as digests: ranks that differ in one of them would write different checkpoints."""
+def _small_files(job: Job) -> str:
+    """A digest of all that is written beside the weights."""
     small = hashlib.sha256()
     for name, content in sorted({**job.files, **job.last}.items()):
         data = content.read_bytes() if isinstance(content, Path) else content
         small.update(f"{name} {len(data)}\n".encode() + data)
+    return small.hexdigest()
+
+
+def _view(job: Job, plan_digest: str, small: str) -> dict[str, str]:
+    """What decides the output, as digests: ranks that differ in one of them would write different checkpoints."""
     config = hashlib.sha256(repr(job.plan.config).encode()).hexdigest()
     return {
         "release": __version__,
         "the model's config": config,
-        "configs and tokenizer files": small.hexdigest(),
+        "configs and tokenizer files": small,
         "weight files (names, sizes, times) and plan": plan_digest,
     }
 
@@ -147,7 +155,7 @@ class _Output:
     done: dict[int, list[Written]]
 
 
-def _lay_out(job: Job, ranks: distributed.Ranks, plan_digest: str, chunks: int) -> _Output:
+def _lay_out(job: Job, ranks: distributed.Ranks, plan_digest: str, chunks: int, overwrite: bool) -> _Output:
     """Rank 0 makes the files; the others find them, and hear from it what is left to be done."""
     refs = [ref for target in job.targets for ref in target.refs]
     folder = publish.partial_folder(job.out) / "journal"
@@ -162,7 +170,7 @@ def _lay_out(job: Job, ranks: distributed.Ranks, plan_digest: str, chunks: int) 
                 "filesystem that all nodes share"
             )
         return _Output(hold, offsets, Journal(folder, refs, ranks.rank, hold.journal), done)
-    hold = publish.prepare(job.out, plan_digest)
+    hold = publish.prepare(job.out, plan_digest, overwrite)
     try:
         journal, done = Journal(folder, refs, 0, hold.journal), {}
         if hold.resume:
@@ -189,7 +197,7 @@ def _write(
 ) -> None:  # fmt: skip
     started = time.monotonic()
     ranks = distributed.current()
-    output = _lay_out(job, ranks, plan_digest, len(chunks))
+    output = _lay_out(job, ranks, plan_digest, len(chunks), options.overwrite)
     try:
         _convert(job, options, chunks, source, output, needed)
     finally:
@@ -266,6 +274,7 @@ def verified(source: Path, model: str, options: RunOptions, **stated: Any) -> Ca
     return prove
 
 
-def peak_bytes(workers: int) -> int:
-    """Peak memory of a run, in bytes: the interpreter with torch, and each worker's buffers."""
-    return BASE_BYTES + workers * THREADS_PER_WORKER * 3 * CHUNK_BYTES
+def peak_bytes(workers: int, chunks: Sequence[Chunk]) -> int:
+    """Peak memory of a run, in bytes: the interpreter with torch, and the buffers of each thread that finds work."""
+    largest = max((chunk.nbytes for chunk in chunks), default=0)
+    return BASE_BYTES + min(workers * THREADS_PER_WORKER, len(chunks)) * 3 * max(largest, CHUNK_BYTES // 8)

@@ -15,22 +15,33 @@ def available(root: Path = Path("/")) -> int | None:
 
     Page cache does not count as taken: the kernel gives it up when memory is asked for.
     """
+    return min([*_left_on_machine(root), *_left_in_groups(root)], default=None)
+
+
+def _left_on_machine(root: Path) -> Iterator[int]:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
-        return None
-    machine = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return min([*machine, *_left_in_groups(root)], default=None)
+        return
+    free = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest}
+    if "MemAvailable" in free:
+        yield free["MemAvailable"] + free.get("SwapFree", 0)
 
 
-def check(needed: int, root: Path = Path("/")) -> None:
-    """Refuses to begin what will be killed for its memory. `needed` is the estimated peak in bytes."""
-    left = available(root)
-    if left is not None and needed > left:
-        raise ConversionError(
-            f"about {needed / 1e9:.1f} GB of memory are needed, but {left / 1e9:.1f} GB are available to this process; "
-            "fewer --workers need less, or ask the scheduler for more (--mem)"
-        )
+def check(needed: int, processes: int = 1, root: Path = Path("/")) -> None:
+    """Refuses to begin what will be killed for its memory: `needed` bytes in each of `processes` on this machine.
+
+    A control group may be one process's or all of theirs, so that there it is this process that must fit.
+    """
+    for left, wanted in (
+        (min(_left_on_machine(root), default=None), needed * processes),
+        (min(_left_in_groups(root), default=None), needed),
+    ):
+        if left is not None and wanted > left:
+            raise ConversionError(
+                f"about {wanted / 1e9:.1f} GB of memory are needed, but {left / 1e9:.1f} GB are available here; "
+                "fewer --workers need less, or ask the scheduler for more (--mem)"
+            )
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:

@@ -85,11 +85,15 @@ class Hold:
                 setattr(self, name, -1)
 
 
-def prepare(out: Path, plan_digest: str) -> Hold:
-    """Makes OUT.partial ready for this process alone."""
+def prepare(out: Path, plan_digest: str, overwrite: bool = False) -> Hold:
+    """Makes OUT.partial ready for this process alone. What it waited for may have written OUT: then it is refused."""
     partial = partial_folder(out)
     hold = Hold(_lock_alone(partial))
     try:
+        if not overwrite and not published(out) and out.is_dir() and any(out.iterdir()):
+            if not (partial / "journal").exists():
+                remove(partial)
+            raise ConversionError(f"another run has finished {out}; --overwrite replaces it, or name another folder")
         hold.resume = _can_continue(out, plan_digest)
         if not hold.resume:
             _start_over(partial)
@@ -161,12 +165,15 @@ def _lock_alone(partial: Path) -> int:
         if partial.is_symlink():
             raise ConversionError(f"{partial} is a symbolic link, and was not left by this converter; move it away")
         partial.mkdir(parents=True, exist_ok=True)
-        strange = {path.name for path in partial.iterdir()} - _PARTS
+        try:
+            strange = {path.name for path in partial.iterdir()} - _PARTS
+        except FileNotFoundError:  # another process has just finished and removed the folder
+            continue
         if any(not name.startswith(".nfs") for name in strange):  # NFS keeps removed files that a node has open
             raise ConversionError(f"{partial} exists and was not left by this converter; move it away")
         path = partial / "lock"
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # another process has just finished and removed the folder
             continue
         try:

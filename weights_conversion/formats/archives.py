@@ -109,6 +109,9 @@ def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
             stored, plain = _sizes64(entries, position, name, extra, stored, plain)
         header_at = _header_offset(entries, position, name, extra)
         label = entries[position + 46 : position + 46 + name].decode("utf-8", "replace")
+        if label.endswith("/") and not plain:  # a folder's own entry, as zip makes them
+            position += 46 + name + extra + note
+            continue
         if method or flags & 1 or stored != plain:
             raise damaged(f"record {label} is compressed, which torch.save never does")
         if disk:
