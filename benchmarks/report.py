@@ -123,7 +123,10 @@ def plot(sessions: Sequence[Mapping[str, Any]], path: Path) -> None:
             left.text(summary[name]["seconds"], place, f" {ratio:.2f} x", va="center", fontsize=8)
         left.set_yticks([place + 0.2 for place in places], labels, fontsize=8)
         shape = session["shape"]
-        left.set_title(f"{shape['name']}, {session['bytes'] / 1e9:.1f} GB, {session['cache']} cache", fontsize=9)
+        left.set_title(
+            f"{shape['name']}, {session['bytes'] / 1e9:.1f} GB, {session['cache']} cache, "
+            f"idle {session['settle_seconds']:g} s before", fontsize=9,
+        )  # fmt: skip
         left.set_xlabel("seconds (median), and ratio to the copy", fontsize=8)
         left.margins(x=0.12)
         left.legend(fontsize=7, loc="lower right")
