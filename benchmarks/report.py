@@ -129,7 +129,7 @@ def plot(sessions: Sequence[Mapping[str, Any]], path: Path) -> None:
         )  # fmt: skip
         left.set_xlabel("seconds (median), and ratio to the copy", fontsize=8)
         left.margins(x=0.12)
-        left.legend(fontsize=7, loc="lower right")
+        left.legend(fontsize=7, loc="upper right", bbox_to_anchor=(0.0, 0.0))
         right.barh(places, [summary[n]["private"] / 1e9 for n in names], 0.4, label="private", color="#1f6f8b")
         resident = [summary[n]["resident"] / 1e9 for n in names]
         right.barh(beside, resident, 0.4, label="resident", color="#8bbf9f")
