@@ -123,7 +123,7 @@ def reserve(path: Path) -> None:
                 return  # not known here: a full disk will show when it is written
 
 
-def lay_out(out: Path, targets: Sequence[TargetFile], plan_digest: str) -> dict[TensorRef, int]:
+def lay_out(out: Path, targets: Sequence[TargetFile], run_digest: str) -> dict[TensorRef, int]:
     """Creates every file at its final size; where each tensor's data begin."""
     partial = publish.partial_folder(out)
     root, offsets = partial / "checkpoint", {}
@@ -136,7 +136,7 @@ def lay_out(out: Path, targets: Sequence[TargetFile], plan_digest: str) -> dict[
         raise
     _sync_all(root, targets)
     note = partial / "journal" / "digest"
-    note.write_text(plan_digest)
+    note.write_text(run_digest)
     publish.sync_path(note)
     publish.sync_path(note.parent)
     return offsets
@@ -152,14 +152,14 @@ def find_layout(out: Path, targets: Sequence[TargetFile]) -> dict[TensorRef, int
 
 
 def join_layout(
-    out: Path, targets: Sequence[TargetFile], plan_digest: str
+    out: Path, targets: Sequence[TargetFile], run_digest: str
 ) -> tuple[publish.Hold, dict[TensorRef, int]]:  # fmt: skip
     """Another rank's hold on what rank 0 has laid out; a network filesystem may show the files a little late."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     partial = publish.partial_folder(out)
     while True:
         try:
-            hold = publish.join(out, plan_digest)
+            hold = publish.join(out, run_digest)
             try:
                 return hold, find_layout(out, targets)
             except BaseException:

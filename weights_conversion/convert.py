@@ -19,7 +19,7 @@ from weights_conversion.config import ConversionError
 from weights_conversion.execute import THREADS_PER_WORKER, Written, execute, inconsistencies
 from weights_conversion.journal import Journal
 from weights_conversion.placement import TensorRef
-from weights_conversion.plan import CHUNK_BYTES, Chunk, Plan
+from weights_conversion.plan import Chunk, Plan
 from weights_conversion.progress import Report
 from weights_conversion.streams import Source, Target
 
@@ -155,14 +155,14 @@ class _Output:
     done: dict[int, list[Written]]
 
 
-def _lay_out(job: Job, ranks: distributed.Ranks, plan_digest: str, chunks: int, overwrite: bool) -> _Output:
+def _lay_out(job: Job, ranks: distributed.Ranks, run_digest: str, chunks: int, overwrite: bool) -> _Output:
     """Rank 0 makes the files; the others find them, and hear from it what is left to be done."""
     refs = [ref for target in job.targets for ref in target.refs]
     folder = publish.partial_folder(job.out) / "journal"
     if ranks.rank:
         said = json.loads(ranks.hear("prepared"))
         done: dict[int, list[Written]] = {number: [] for start, stop in said["done"] for number in range(start, stop)}
-        hold, offsets = assembly.join_layout(job.out, job.targets, plan_digest)
+        hold, offsets = assembly.join_layout(job.out, job.targets, run_digest)
         if _places(offsets) != said["places"]:
             hold.close()
             raise ConversionError(
@@ -170,7 +170,7 @@ def _lay_out(job: Job, ranks: distributed.Ranks, plan_digest: str, chunks: int, 
                 "filesystem that all nodes share"
             )
         return _Output(hold, offsets, Journal(folder, refs, ranks.rank, hold.journal), done)
-    hold = publish.prepare(job.out, plan_digest, overwrite)
+    hold = publish.prepare(job.out, run_digest, overwrite)
     try:
         journal, done = Journal(folder, refs, 0, hold.journal), {}
         if hold.resume:
@@ -178,7 +178,7 @@ def _lay_out(job: Job, ranks: distributed.Ranks, plan_digest: str, chunks: int, 
             done = {n: [] for n in range(chunks)} if publish.published(job.out) else journal.load()
             job.report.notes.append(f"continued an interrupted run: {len(done)} of {chunks} parts were good")
         else:
-            offsets = assembly.lay_out(job.out, job.targets, plan_digest)
+            offsets = assembly.lay_out(job.out, job.targets, run_digest)
         if ranks.size > 1:
             hold.share()
         ranks.tell("prepared", json.dumps({"done": scale.to_ranges(sorted(done)), "places": _places(offsets)}))
@@ -193,11 +193,11 @@ def _places(offsets: Mapping[TensorRef, int]) -> str:
 
 
 def _write(
-    job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, plan_digest: str, needed: int
+    job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, run_digest: str, needed: int
 ) -> None:  # fmt: skip
     started = time.monotonic()
     ranks = distributed.current()
-    output = _lay_out(job, ranks, plan_digest, len(chunks), options.overwrite)
+    output = _lay_out(job, ranks, run_digest, len(chunks), options.overwrite)
     try:
         _convert(job, options, chunks, source, output, needed)
     finally:
@@ -277,4 +277,4 @@ def verified(source: Path, model: str, options: RunOptions, **stated: Any) -> Ca
 def peak_bytes(workers: int, chunks: Sequence[Chunk]) -> int:
     """Peak memory of a run, in bytes: the interpreter with torch, and the buffers of each thread that finds work."""
     largest = max((chunk.nbytes for chunk in chunks), default=0)
-    return BASE_BYTES + min(workers * THREADS_PER_WORKER, len(chunks)) * 3 * max(largest, CHUNK_BYTES // 8)
+    return BASE_BYTES + min(workers * THREADS_PER_WORKER, len(chunks)) * 3 * largest

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from weights_conversion.config import ConversionError
-from weights_conversion.group import Group, Limits, SaidElsewhere
+from weights_conversion.endings import Limits, SaidElsewhere
+from weights_conversion.group import Group
 from weights_conversion.launch import find_launch
 from weights_conversion.ranks import Ranks
 

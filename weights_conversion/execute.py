@@ -87,10 +87,10 @@ def as_megatron(op: Op, tensors: list[Tensor], ctx: Context, scratch: Scratch) -
 
 def transform(plan: Plan, op: Op, units: int, tensors: list[Tensor], scratch: Scratch) -> list[Tensor]:
     """Source tensors of `units` units, as the target wants them (its dtype is applied when they are written)."""
-    hf = HF if plan.source.megatron else plan.source.dialect
-    source, target = plan.source.context(plan.config, hf), plan.target.context(plan.config, hf)
+    hf = HF if plan.source.megatron else plan.source
+    source, target = Context.of(plan.config, plan.source, hf), Context.of(plan.config, plan.target, hf)
     if plan.source.megatron and plan.target.megatron:
-        if plan.source.dialect.interleaved == plan.target.dialect.interleaved:
+        if plan.source.interleaved == plan.target.interleaved:
             return tensors
         return as_megatron(op, as_hf(op, units, tensors, source, scratch), target, scratch)
     if plan.target.megatron:

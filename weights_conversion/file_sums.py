@@ -8,23 +8,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from weights_conversion.fileio import sha256
+
 NAME = "checksums.sha256"
 
 
 def sums(root: Path, names: Sequence[str], further: Mapping[str, bytes], workers: int) -> bytes:
     """The lines for files below `root`, and for `further` contents, on so many threads. Reads the disk."""
     stop = threading.Event()
-
-    def sum_of(name: str) -> str:
-        sha, buffer = hashlib.sha256(), memoryview(bytearray(8 << 20))
-        with (root / name).open("rb", buffering=0) as file:
-            while (count := file.readinto(buffer)) and not stop.is_set():
-                sha.update(buffer[:count])
-        return sha.hexdigest()
-
     with ThreadPoolExecutor(workers, thread_name_prefix="checksums") as pool:
         try:
-            found = dict(zip(names, pool.map(sum_of, names), strict=True))
+            found = dict(zip(names, pool.map(lambda name: sha256(root / name, stop), names), strict=True))
         except BaseException:
             stop.set()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+def sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; of no use once `stop` is set, which ends it early."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_BYTES))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
             digest.update(buffer[:count])
     return digest.hexdigest()

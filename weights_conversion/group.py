@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from weights_conversion.config import ConversionError
+from weights_conversion.endings import CONTINUES, Ended, Failure, Limits, SaidElsewhere, sentence
 from weights_conversion.launch import Launch
 from weights_conversion.ranks import Ranks
+from weights_conversion.rendezvous import connect
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -25,40 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DEAD = "no sign of life, it was killed or its node is down"
-CONTINUES = "the same command, on any number of ranks, continues where this one stopped"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds. A death is known to all ranks, and they have ended, after at most silence + exit."""
-
-    join: float = 40.0  # from the start of one rank until all have started
-    silence: float = 25.0  # without a sign of life, after which a rank counts as dead
-    beat: float = 1.0  # between signs of life
-    nudge: float = 6.0  # after which a rank that is busy elsewhere is interrupted to hear of the end
-    exit: float = 20.0  # after which it is ended
-    farewell: float = 8.0  # how long the end of a rank waits for the others to hear of it
-
-
-class SaidElsewhere(Exception):
-    """This rank ends with `code` and says nothing: rank 0 speaks for all."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
-class Ended(Exception):
-    """Another rank's failure ended this rank's work."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why the job ends. `told`: rank 0 knows it, and says it."""
-
-    rank: int
-    text: str
-    told: bool = True
 
 
 class Group(Ranks):
@@ -174,7 +140,7 @@ class Group(Ranks):
         elsewhere = self._failure is not None and (self._nudged or self._failure.rank != self.rank)
         own = not isinstance(error, Ended) and not (interrupted and elsewhere)
         if own and self._failure is None:
-            self._fail(Failure(self.rank, _sentence(error), told=True), tell=True)
+            self._fail(Failure(self.rank, sentence(error), told=True), tell=True)
         failure = self._failure
         if interrupted or self.rank == 0:
             _ignore_termination()  # the launcher ends all when one has ended; the reason must still get out
@@ -276,7 +242,7 @@ class Group(Ranks):
             for handler in root.handlers:
                 handler.setFormatter(logging.Formatter(f"rank {self.rank} on {self._host}: %(levelname)s: %(message)s"))
         deadline = time.monotonic() + limits.join
-        store = self._connect(deadline)
+        store = connect(self._launch, limits, deadline)
         self._set(store, f"host/{self.rank}", self._host)
         self._set(store, f"alive/{self.rank}", "0 0")
         wanted = [self._key(f"host/{rank}") for rank in range(self.size)] if self.rank == 0 else [self._key("joined")]
@@ -301,36 +267,6 @@ class Group(Ranks):
         threading.Thread(target=self._talk, daemon=True, name="ranks").start()
         threading.Thread(target=self._guard, daemon=True, name="ranks-guard").start()
         self.check()
-
-    def _connect(self, deadline: float) -> TCPStore:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each refused attempt would be a warning
-        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-        launch = self._launch
-        timeout = timedelta(seconds=self._limits.silence)
-        if launch.serves:
-            try:
-                return TCPStore("localhost", launch.port, None, True, timeout, False)
-            except RuntimeError as error:
-                raise ConversionError(
-                    f"rank 0 cannot listen at port {launch.port} of {self._host}: {_first_line(error)}; "
-                    "MASTER_PORT names another one"
-                ) from error
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                short = timedelta(seconds=max(1.0, min(left, 5.0)))  # a signal is handled between attempts
-                store = TCPStore(launch.address, launch.port, None, False, short, False)
-                store.set_timeout(timeout)
-                return store
-            except RuntimeError as error:
-                if left <= 0:
-                    raise ConversionError(self._from(self.rank, (
-                        f"cannot reach rank 0 at {launch.address} port {launch.port} within {self._limits.join:.0f} s "
-                        f"({_first_line(error)}); see whether rank 0 has started and the port is open, or set "
-                        "MASTER_ADDR and MASTER_PORT"
-                    ))) from error  # fmt: skip
-                time.sleep(0.2)
 
     def _not_joined(self, store: TCPStore) -> None:
         absent = [rank for rank in range(self.size) if not store.check([self._key(f"host/{rank}")])]
@@ -439,20 +375,6 @@ class Group(Ranks):
             if now - self._failed_at > limits.nudge and not self._nudged and callable(signal.getsignal(signal.SIGTERM)):
                 self._nudged = True
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, ConversionError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; {CONTINUES}"
-    if isinstance(error, Exception):
-        return f"{type(error).__name__}: {error}"
-    return f"was interrupted; {CONTINUES}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _ignore_termination() -> None:

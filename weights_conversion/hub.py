@@ -8,17 +8,16 @@ repository is ever fetched.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import shutil
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weights_conversion.config import ConversionError
+from weights_conversion.hub_choice import MAX_SMALL_BYTES, choices, few, with_shards
 from weights_conversion.hub_errors import broke_in_mid_file, explain
 
 if TYPE_CHECKING:
@@ -47,10 +46,6 @@ SMALL_FILES = (
 )
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 
-MAX_SMALL_BYTES = (
-    64 << 20
-)  # of a config, a tokenizer file or an index; those of the default repositories are below 5 MB
-FORMATS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # transformers' stems, the preferred one first
 ATTEMPTS = 5  # per file, at a connection that breaks in mid-file
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = re.compile(r"(?!.*\.\.)[^\s/\\:~^?*\[\x00-\x1f-][^\s\\:~^?*\[\x00-\x1f]*(?<!/)")  # git's own rules for names
@@ -143,13 +138,13 @@ def _from_hub(repository: str, revision: str, cache: Path, weights: bool) -> Sna
         _remember_absence(repository, commit, cache)
 
     if weights:
-        files = _choices(sizes)[0]
+        files = choices(sizes)[0]
         if files[0].endswith(".json"):
             _download(repository, files[0], commit, cache)
-        files = _with_shards(files, first.parent, repository)
+        files = with_shards(files, first.parent, repository)
         if lacking := [name for name in files if name not in sizes]:
             raise ConversionError(
-                f"Repository {repository} is incomplete at revision {revision}, without {_few(lacking)}: give another "
+                f"Repository {repository} is incomplete at revision {revision}, without {few(lacking)}: give another "
                 "--revision, or another repository with --model-path."
             )
         _check_space(info, files, first.parent, repository)
@@ -197,12 +192,12 @@ def _sizes(info: ModelInfo) -> dict[str, int | None]:
 def _check_listing(sizes: dict[str, int | None], repository: str, revision: str, weights: bool) -> None:
     """Refuse, before anything is fetched, a repository that cannot be used."""
     at = f"Repository {repository} has, at revision {revision},"
-    if weights and not _choices(sizes):
+    if weights and not choices(sizes):
         others = sorted({Path(name).suffix for name in sizes} & {".gguf", ".pth", ".h5", ".msgpack", ".onnx", ".pt"})
         others += [name for name in sorted(sizes) if re.fullmatch(r"(consolidated|adapter_model).*\.safetensors", name)]
         raise ConversionError(
             f"{at} no weight file that can be read (model*.safetensors or pytorch_model*.bin)"
-            f"{f', only {_few(others)}' if others else ''}: name another repository with --model-path."
+            f"{f', only {few(others)}' if others else ''}: name another repository with --model-path."
         )
     if weights and "config.json" not in sizes:
         raise ConversionError(f"{at} no config.json, which its weights need: name another with --model-path.")
@@ -260,54 +255,6 @@ def _check_space(info: ModelInfo, files: list[str], folder: Path, repository: st
         logger.info("Fetching %.2f GB of %s at %s", needed / 1e9, repository, info.sha)
 
 
-# Choosing
-
-
-def _choices(names: Collection[str]) -> list[list[str]]:
-    """The sets of weight files that `names` offers, the best first; a lone index stands for its set.
-
-    As in transformers, a whole file goes before an index. A set without an index is all that its files' own names
-    count, in `names` or not.
-    """
-    choices = []
-    for stem, suffix in FORMATS:
-        whole, index = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
-        shard = re.compile(rf"{stem}-\d{{5}}-of-(\d{{5}}){re.escape(suffix)}")
-        counts = {match[1] for name in names if (match := shard.fullmatch(name))}
-        if whole in names:
-            choices.append([whole])
-        if index in names:
-            choices.append([index])
-        elif len(counts) == 1:
-            choices += ([f"{stem}-{i:05}-of-{count}{suffix}" for i in range(1, int(count) + 1)] for count in counts)
-    return choices
-
-
-def _with_shards(files: list[str], folder: Path, repository: str) -> list[str]:
-    """A choice with the shards that its index, if it is one, names: plain file names of the same format."""
-    index = folder / files[0]
-    if index.suffix != ".json":
-        return files
-    try:
-        if index.stat().st_size > MAX_SMALL_BYTES:
-            raise ValueError(f"{index.stat().st_size} bytes")
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        if not shards or not all(isinstance(name, str) for name in shards):
-            raise ValueError("no file names")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConversionError(
-            f"{index.name} of repository {repository} is not an index of weight files: choose another --revision or "
-            "--model-path."
-        ) from error
-    suffix = Path(index.name.removesuffix(".index.json")).suffix
-    if hostile := [name for name in shards if not re.fullmatch(rf"\w[\w.+-]*{re.escape(suffix)}", name, re.ASCII)]:
-        raise ConversionError(
-            f"{index.name} of repository {repository} names {_few([repr(name) for name in hostile])}, which is no "
-            f"{suffix} file beside it: do not use this repository, name another with --model-path."
-        )
-    return [*files, *shards]
-
-
 # Without a network
 
 
@@ -329,12 +276,8 @@ def _from_cache(repository: str, revision: str, cache: Path, weights: bool) -> S
     files = []
     if weights:
         present = {path.name for path in folder.iterdir() if path.is_file()}
-        sets = [_with_shards(choice, folder, repository) for choice in _choices(present)]
+        sets = [with_shards(choice, folder, repository) for choice in choices(present)]
         files = next((files for files in sets if present.issuperset(files)), None)
         if files is None:
-            return f"{at} {_few([name for name in sets[0] if name not in present]) if sets else 'its weight files'}"
+            return f"{at} {few([name for name in sets[0] if name not in present]) if sets else 'its weight files'}"
     return Snapshot(folder, repository, folder.name, (*(name for name in SMALL_FILES if name in paths), *files))
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -16,7 +16,7 @@ from typing import Protocol
 from torch import Tensor
 
 from weights_conversion.config import ModelConfig
-from weights_conversion.dialects import Dialect
+from weights_conversion.dialects import HF, Dialect
 
 Range = tuple[int, int]  # first row, row behind the last
 
@@ -28,6 +28,11 @@ class Context:
     config: ModelConfig
     hf: Dialect
     megatron: Dialect
+
+    @classmethod
+    def of(cls, config: ModelConfig, dialect: Dialect, hf: Dialect = HF) -> Context:
+        """For tensors that are stored in `dialect`; where that is Megatron's, `hf` is what they are turned into."""
+        return cls(config, hf, dialect) if dialect.megatron else cls(config, dialect, dialect)
 
     @property
     def permutes_rotary(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import gcd
 
 from weights_conversion.config import ModelConfig
-from weights_conversion.dialects import HF, Dialect
+from weights_conversion.dialects import Dialect
 from weights_conversion.mapping import ParamMapping
 from weights_conversion.ops import Context, Range
 from weights_conversion.placement import PAGE, Placed, TensorRef
@@ -44,27 +44,12 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of a conversion."""
-
-    dialect: Dialect
-
-    @property
-    def megatron(self) -> bool:
-        """Whether its tensors are Megatron's (fused) or HF's (apart)."""
-        return self.dialect.megatron
-
-    def context(self, config: ModelConfig, hf: Dialect = HF) -> Context:
-        return Context(config, hf, self.dialect) if self.megatron else Context(config, self.dialect, self.dialect)
-
-
-@dataclass(frozen=True)
 class Plan:
     """`targets` lists the tensors of every file to be written, in file order. `new_rows` is "last" or "mean"."""
 
     config: ModelConfig
-    source: Side
-    target: Side
+    source: Dialect
+    target: Dialect
     steps: tuple[Step, ...]
     targets: Mapping[str, tuple[TensorRef, ...]] = field(hash=False)
     new_rows: str = "last"
@@ -78,13 +63,13 @@ class Plan:
         return self._pieces(self.target, step.target, step, start, stop)
 
     def _pieces(
-        self, side: Side, tensors: tuple[Placed, ...], step: Step, start: int, stop: int
+        self, dialect: Dialect, tensors: tuple[Placed, ...], step: Step, start: int, stop: int
     ) -> list[tuple[Placed, Range]]:
         op = step.mapping.op
-        if not side.megatron:
+        if not dialect.megatron:
             return list(zip(tensors, op.hf_rows(start, stop, self.config), strict=True))
         (fused,) = tensors
-        return [(fused, rows) for rows in op.megatron_rows(start, stop, fused.rows, side.context(self.config))]
+        return [(fused, rows) for rows in op.megatron_rows(start, stop, fused.rows, Context.of(self.config, dialect))]
 
     def chunks(self, limit: int = CHUNK_BYTES) -> list[Chunk]:
         """The work, cut so that a chunk reads at most `limit` bytes (or one unit) and starts on a page where it can."""

@@ -11,7 +11,7 @@ from weights_conversion.config import ConversionError, ModelConfig, Parallelism
 from weights_conversion.dialects import Dialect
 from weights_conversion.mapping import Architecture, ParamMapping
 from weights_conversion.placement import PAGE, Located, Placed, TensorRef, place_dist, place_megatron, whole
-from weights_conversion.plan import Plan, Side, Step, balanced
+from weights_conversion.plan import Plan, Step, balanced
 
 FILE_BYTES = 4 << 30  # of a torch_dist checkpoint
 
@@ -52,7 +52,7 @@ def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: in
 
 def plan_to_megatron(
     architecture: Architecture, config: ModelConfig, sources: Located,
-    source: Side, target: Side, parallel: Parallelism, vocabulary: int, dtype: torch.dtype | None,
+    source: Dialect, target: Dialect, parallel: Parallelism, vocabulary: int, dtype: torch.dtype | None,
     rank_file: Callable[[int, int], str], new_rows: str = "last",
 ) -> Plan:  # fmt: skip
     """Into one file per rank, `rank_file(tp, pp)`. `vocabulary`: rows to write; `dtype` None: each tensor's own."""
@@ -66,7 +66,7 @@ def plan_to_megatron(
             return targets[file].setdefault(name, TensorRef(file, name, dtype or kept, shape))
 
         shape = row.megatron_shape(config, vocabulary)
-        return place_megatron(row, layer, shape, config, parallel, target.dialect, find)
+        return place_megatron(row, layer, shape, config, parallel, target, find)
 
     steps = []
     for row, layer in architecture.instances(config):
@@ -78,7 +78,7 @@ def plan_to_megatron(
 
 def plan_to_dist(
     architecture: Architecture, config: ModelConfig, sources: Located,
-    source: Side, target: Side, vocabulary: int, dtype: torch.dtype | None, folder: str, new_rows: str = "last",
+    source: Dialect, target: Dialect, vocabulary: int, dtype: torch.dtype | None, folder: str, new_rows: str = "last",
 ) -> Plan:  # fmt: skip
     """Into torch_dist files of about FILE_BYTES below `folder`."""
     placed = [
@@ -104,7 +104,7 @@ def plan_to_dist(
 
 def plan_to_hf(
     architecture: Architecture, config: ModelConfig, sources: Located,
-    source: Side, target: Side, shards: int, dtype: torch.dtype | None,
+    source: Dialect, target: Dialect, shards: int, dtype: torch.dtype | None,
 ) -> Plan:  # fmt: skip
     """Into `shards` safetensors files, balanced by bytes, tensors in model order."""
     wanted: list[TensorRef] = []

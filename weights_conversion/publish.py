@@ -85,7 +85,7 @@ class Hold:
                 setattr(self, name, -1)
 
 
-def prepare(out: Path, plan_digest: str, overwrite: bool = False) -> Hold:
+def prepare(out: Path, run_digest: str, overwrite: bool = False) -> Hold:
     """Makes OUT.partial ready for this process alone. What it waited for may have written OUT: then it is refused."""
     partial = partial_folder(out)
     hold = Hold(_lock_alone(partial))
@@ -94,7 +94,7 @@ def prepare(out: Path, plan_digest: str, overwrite: bool = False) -> Hold:
             if not (partial / "journal").exists():
                 remove(partial)
             raise ConversionError(f"another run has finished {out}; --overwrite replaces it, or name another folder")
-        hold.resume = _can_continue(out, plan_digest)
+        hold.resume = _can_continue(out, run_digest)
         if not hold.resume:
             _start_over(partial)
         _open_folders(hold, out)
@@ -104,7 +104,7 @@ def prepare(out: Path, plan_digest: str, overwrite: bool = False) -> Hold:
     return hold
 
 
-def join(out: Path, plan_digest: str) -> Hold:
+def join(out: Path, run_digest: str) -> Hold:
     """Another rank's hold on what rank 0 has prepared; OSError while it is not to be seen, or is another run's."""
     path = partial_folder(out) / "lock"
     hold = Hold(os.open(path, os.O_RDWR | os.O_CLOEXEC))
@@ -115,7 +115,7 @@ def join(out: Path, plan_digest: str) -> Hold:
             raise FileNotFoundError(errno.ENOENT, "has been replaced", str(path))
         _open_folders(hold, out)  # before the digest is read: what is opened later can only be a newer run's
         with os.fdopen(os.open("digest", os.O_RDONLY, dir_fd=hold.journal)) as file:
-            if file.read() != plan_digest:
+            if file.read() != run_digest:
                 raise FileNotFoundError(errno.ENOENT, "belongs to another run", str(path.parent))
     except BaseException:
         hold.close()
@@ -123,10 +123,10 @@ def join(out: Path, plan_digest: str) -> Hold:
     return hold
 
 
-def _can_continue(out: Path, plan_digest: str) -> bool:
+def _can_continue(out: Path, run_digest: str) -> bool:
     partial = partial_folder(out)
     note = partial / "journal" / "digest"
-    same = note.is_file() and note.read_text() == plan_digest
+    same = note.is_file() and note.read_text() == run_digest
     if published(out):
         if same:
             return True

@@ -17,7 +17,6 @@ from weights_conversion.formats.megatron import TRACKER
 from weights_conversion.locate import in_huggingface, locate
 from weights_conversion.mapping import Architecture
 from weights_conversion.placement import Placed
-from weights_conversion.plan import Side
 from weights_conversion.tokenizer.files import source_tokenizer_files
 
 # What training decided about the tokenizer, which another layout or dialect of the checkpoint keeps.
@@ -29,7 +28,7 @@ class Opened:
     """A source that has been opened: headers read, no data. `sources` finds and checks every parameter."""
 
     folder: Path
-    side: Side
+    dialect: Dialect
     config: ModelConfig
     sources: Callable[[Architecture], dict[tuple[str, int | None], tuple[Placed, ...]]]
     raw_config: Mapping[str, Any] | None = None
@@ -92,7 +91,7 @@ def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
     generation_config = fileio.read_json(generation) if generation.is_file() else None
     tensors = huggingface.read_hf(folder)
     return Opened(
-        folder, Side(HF), config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
+        folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
         raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
     )  # fmt: skip
 
@@ -101,7 +100,7 @@ def open_meta(model: str, folder: Path) -> Opened:
     tensors = meta.read_meta(folder)
     config = hf_config.read_params(model, meta.read_params(folder), tensors, str(folder / "params.json"))
     return Opened(
-        folder, Side(META), config, lambda architecture: in_huggingface(architecture, config, tensors, META),
+        folder, META, config, lambda architecture: in_huggingface(architecture, config, tensors, META),
         tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
     )  # fmt: skip
 
@@ -133,7 +132,7 @@ def open_megatron(
         kept["vocab_file"] = args["vocab_file"]  # so that an export knows that training had one of its own
     assumed = tuple(sorted(name for name, origin in opened.origins.items() if reset and origin == "family"))
     return Opened(
-        root, Side(opened.files.dialect), config,
+        root, opened.files.dialect, config,
         lambda architecture: locate(opened.files, architecture, config), said.get("config"),
         said.get("generation_config"), said.get("repository"), said.get("revision"), known, tokenizer, kept,
         opened.files.vocabulary, assumed, notes=opened.notes, warnings=opened.warnings,

@@ -17,7 +17,6 @@ from weights_conversion.dialects import HF
 from weights_conversion.formats import huggingface
 from weights_conversion.locate import locate
 from weights_conversion.placement import main_dtype
-from weights_conversion.plan import Side
 from weights_conversion.planners import plan_to_hf
 from weights_conversion.progress import Report
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
@@ -51,7 +50,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     sources = locate(opened.files, architecture, config)
     dtype = DTYPES.get(options.dtype)
     plan = plan_to_hf(
-        architecture, config, sources, Side(opened.files.dialect), Side(HF),
+        architecture, config, sources, opened.files.dialect, HF,
         options.num_output_shards, dtype,
     )  # fmt: skip
     assembly.check_apart(out, plan)

@@ -18,7 +18,7 @@ from weights_conversion.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 from weights_conversion.formats import dist_index, dist_writer, megatron, torch_files
 from weights_conversion.formats.megatron import TRACKER
 from weights_conversion.placement import main_dtype, rank_folder
-from weights_conversion.plan import Plan, Side
+from weights_conversion.plan import Plan
 from weights_conversion.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
 from weights_conversion.progress import Report
 from weights_conversion.sources import open_source
@@ -74,7 +74,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     if problems := check_parallelism(config, parallel, vocabulary, dialect):
         raise ConversionError(*problems)
 
-    architecture, target = ARCHITECTURES[options.model], Side(dialect)
+    architecture = ARCHITECTURES[options.model]
     sources = opened.sources(architecture)
     dtype = DTYPES.get(options.dtype)
     written = dtype or main_dtype([placed for group in sources.values() for placed in group])
@@ -84,13 +84,13 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     files: dict[str, bytes | Path] = {path.name: path for path in opened.tokenizer}
     if ckpt_format == "torch_dist":
         plan = plan_to_dist(
-            architecture, config, sources, opened.side, target, vocabulary, dtype, "release", options.new_rows
+            architecture, config, sources, opened.dialect, dialect, vocabulary, dtype, "release", options.new_rows
         )
         targets, small = dist_targets(plan, config, written, divisible_by, opened.kept_args)
         files |= small
     else:
         plan = plan_to_megatron(
-            architecture, config, sources, opened.side, target, parallel, vocabulary, dtype,
+            architecture, config, sources, opened.dialect, dialect, parallel, vocabulary, dtype,
             rank_file("release", parallel), options.new_rows,
         )  # fmt: skip
         args = _rank_args(config, parallel, dialect, written, divisible_by, vocabulary) | dict(opened.kept_args)
@@ -117,7 +117,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     files[manifest.NAME] = text.encode()
     prove = verified(
         opened.folder, options.model, options, source_iters=options.load_iters, fields=options.fields,
-        true_vocab_size=config.vocab_size if opened.side.megatron else None,
+        true_vocab_size=config.vocab_size if opened.dialect.megatron else None,
     )  # fmt: skip
     return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}, prove), options)
 

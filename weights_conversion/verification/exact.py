@@ -72,7 +72,7 @@ def read_hf(
 ) -> list[Tensor]:  # fmt: skip
     """HF's tensors of some units of a parameter, whatever the side's dialect."""
     placed, ranges = model.tensors(row, layer), stored_ranges(model, row, layer, units, config)
-    placed = placed * len(ranges) if model.side.megatron else placed
+    placed = placed * len(ranges) if model.dialect.megatron else placed
     tensors = [read_rows(one, rows, files, scratch) for one, rows in zip(placed, ranges, strict=True)]
     return as_huggingface(model, row.op, units[1] - units[0], tensors, config, scratch)
 
@@ -80,18 +80,18 @@ def read_hf(
 def stored_ranges(
     model: Model, row: ParamMapping, layer: int | None, units: tuple[int, int], config: ModelConfig
 ) -> tuple[tuple[int, int], ...]:
-    if not model.side.megatron:
+    if not model.dialect.megatron:
         return row.op.hf_rows(*units, config)
     rows = row.megatron_shape(config)[0] if row.pads_vocabulary else model.tensors(row, layer)[0].rows
-    return row.op.megatron_rows(*units, rows, model.side.context(config))
+    return row.op.megatron_rows(*units, rows, Context.of(config, model.dialect))
 
 
 def as_huggingface(
     model: Model, op: Op, units: int, tensors: list[Tensor], config: ModelConfig, scratch: Scratch
 ) -> list[Tensor]:
-    if model.side.megatron:
-        return as_hf(op, units, tensors, model.side.context(config), scratch)
-    if model.side.dialect is META:  # by way of Megatron, whose ops know both
+    if model.dialect.megatron:
+        return as_hf(op, units, tensors, Context.of(config, model.dialect), scratch)
+    if model.dialect is META:  # by way of Megatron, whose ops know both
         fused = as_megatron(op, tensors, Context(config, META, MEGATRON_LLM), scratch)
         return as_hf(op, units, fused, Context(config, HF, MEGATRON_LLM), scratch)
     return tensors
@@ -163,7 +163,7 @@ def _copies(pair: Pair, model: Model, files: Source) -> list[str]:
     """Parameters whose copies on several ranks differ, and tied heads that differ from the embedding."""
     steps = [Step(row, layer, model.placed[row.megatron, layer], (), 0)
              for row, layer in pair.parameters if (row.megatron, layer) in model.placed]  # fmt: skip
-    plan = Plan(model.config, model.side, model.side, tuple(steps), {})
+    plan = Plan(model.config, model.dialect, model.dialect, tuple(steps), {})
     return [sentence.split("; --allow-inconsistent")[0] for sentence in inconsistencies(plan, files)]
 
 
@@ -188,7 +188,7 @@ def _compare_chunk(
             if where is None:
                 where = stored_rows(pair.checkpoint, row, layer, units, pair.config)
             placed = pair.checkpoint.tensors(row, layer)
-            one = placed[0] if pair.checkpoint.side.megatron else placed[index]
+            one = placed[0] if pair.checkpoint.dialect.megatron else placed[index]
             step = max(BLOCK_VALUES // a.shape[1], 1)
             for first in range(0, a.shape[0], step):
                 part = block_difference(found, a[first : first + step], b[first : first + step], start + first)

@@ -22,7 +22,7 @@ def check_padding(pair: Pair, model: Model) -> tuple[list[str], list[str]]:
     files, scratch = Source(), Scratch()
     try:
         for row, layer in pair.parameters:
-            if not (model.side.megatron and row.pads_vocabulary and (row.megatron, layer) in model.placed):
+            if not (model.dialect.megatron and row.pads_vocabulary and (row.megatron, layer) in model.placed):
                 continue
             (placed,) = model.placed[row.megatron, layer]
             common = pair.config.vocab_size

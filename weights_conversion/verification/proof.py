@@ -83,7 +83,7 @@ def _compare_configs(result: Verification, one: Model, two: Model) -> None:
         same = ours == theirs
         if name == "vocab_size" and not same:
             # Rows that an import added for new tokens: they are checked as padding is.
-            same = two.side.megatron and theirs > ours
+            same = two.dialect.megatron and theirs > ours
             if same:
                 result.notes.append(f"checkpoint: {theirs} rows are tokens, {theirs - ours} more than the source has")
         if not same and assumed and name != "vocab_size":

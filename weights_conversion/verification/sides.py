@@ -13,12 +13,11 @@ from weights_conversion import fileio, hf_config, manifest, megatron_args
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
 from weights_conversion.config import FAMILIES, ConversionError, ModelConfig
-from weights_conversion.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META
+from weights_conversion.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
 from weights_conversion.formats import huggingface, megatron, meta
 from weights_conversion.locate import in_huggingface, locate
 from weights_conversion.mapping import ParamMapping
 from weights_conversion.placement import Placed, main_dtype
-from weights_conversion.plan import Side
 
 Key = tuple[str, int | None]  # ParamMapping.megatron, layer
 
@@ -47,7 +46,7 @@ class Model:
     """One side. `assumed`: fields of `config` that the files do not state; `contradicted`: what they state twice."""
 
     path: Path
-    side: Side
+    dialect: Dialect
     config: ModelConfig
     placed: Mapping[Key, tuple[Placed, ...]] = field(repr=False)
     layout: str
@@ -61,7 +60,7 @@ class Model:
 
     @property
     def kind(self) -> str:
-        return self.side.dialect.name
+        return self.dialect.name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,23 +167,23 @@ def _open(
         )
         tensors = huggingface.read_hf(path)
         assumed = frozenset({"max_position_embeddings"} if raw.get("max_position_embeddings") is None else ())
-        return _apart(path, Side(HF), config, tensors, assumed)
+        return _apart(path, HF, config, tensors, assumed)
     if is_meta(path):
         folder = meta.find_meta(path, family, 0) or path
         tensors, raw = meta.read_meta(folder), meta.read_params(folder)
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
         config = hf_config.read_params(family, raw, tensors, str(folder / "params.json"))
-        return _apart(path, Side(META), config, tensors, frozenset(assumed))
+        return _apart(path, META, config, tensors, frozenset(assumed))
     return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size)
 
 
 def _apart(
-    path: Path, side: Side, config: ModelConfig, tensors: Mapping[str, Placed], assumed: frozenset[str]
+    path: Path, dialect: Dialect, config: ModelConfig, tensors: Mapping[str, Placed], assumed: frozenset[str]
 ) -> Model:
-    placed = in_huggingface(ARCHITECTURES[config.family], config, tensors, side.dialect)
+    placed = in_huggingface(ARCHITECTURES[config.family], config, tensors, dialect)
     files = len({block.ref.file for group in placed.values() for one in group for copy in one.copies for block in copy})
     layout = f"{files} file{'s' if files > 1 else ''}"
-    return Model(path, side, config, placed, layout, config.vocab_size, assumed=assumed)
+    return Model(path, dialect, config, placed, layout, config.vocab_size, assumed=assumed)
 
 
 def _open_megatron(
@@ -207,7 +206,7 @@ def _open_megatron(
         contradicted.append(f"its head is {stored}, but its args say tie_embed_logits {files.args['tie_embed_logits']}")
     layout = str(files.parallel) if isinstance(files, megatron.RankFiles) else "torch_dist"
     return Model(
-        path, Side(files.dialect), config, placed, layout, files.vocabulary,
+        path, files.dialect, config, placed, layout, files.vocabulary,
         vocabulary_known=opened.true_rows_known, release=files.iteration == "release", files=files,
         assumed=frozenset(assumed), contradicted=tuple(contradicted), notes=opened.warnings,
     )  # fmt: skip

@@ -138,9 +138,9 @@ def weights_of(
         return RankReader(model.files, model.config, source, tuple(order), only, halves)
     placed: dict[str, Placed] = {}
     vectors = set()
-    dialect = model.side.dialect
+    dialect = model.dialect
     for row, layer in ARCHITECTURES[model.config.family].instances(model.config):
-        names = (row.megatron,) if model.side.megatron else row.hf
+        names = (row.megatron,) if model.dialect.megatron else row.hf
         for name, tensor in zip(names, model.placed[row.megatron, layer], strict=True):
             spelled = dialect.spell(name).format(layer)
             placed[spelled] = tensor
@@ -159,12 +159,12 @@ def head_of(model: Model) -> str | None:
 
 def keys_of(model: Model) -> dict[str, Key]:
     """Stored name -> the parameter that it is (a part of)."""
-    config, dialect = model.config, model.side.dialect
+    config, dialect = model.config, model.dialect
     found: dict[str, Key] = {}
     for row, layer in ARCHITECTURES[config.family].instances(config):
-        for name in (row.megatron,) if model.side.megatron else row.hf:
+        for name in (row.megatron,) if model.dialect.megatron else row.hf:
             spelled = dialect.spell(name).format(layer)
-            found[dialect.rank_name(spelled) if model.side.megatron else spelled] = (row.megatron, layer)
+            found[dialect.rank_name(spelled) if model.dialect.megatron else spelled] = (row.megatron, layer)
     return found
 
 
