@@ -13,7 +13,6 @@ downloaded is removed. No GPU, no Megatron and little memory are needed: weights
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from weights_conversion import cli
@@ -128,4 +127,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.script(main)

@@ -12,7 +12,6 @@ checkpoint, or the hub, in this order. --no_tokenizer leaves it out.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from weights_conversion import cli
@@ -106,4 +105,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.script(main)

@@ -531,6 +531,41 @@ def test_a_stuck_main_thread_is_ended() -> None:
     assert "terminated" in done.stderr
 
 
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from weights_conversion import cli
+def main():
+    if {before}:
+        os.kill(os.getpid(), signal.{name})
+    code = cli.run(lambda: "the report")
+    os.kill(os.getpid(), signal.{name})
+    return code
+cli.script(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("before", [True, False])
+def test_signals_outside_of_the_work(before: bool, name: str) -> None:
+    """Before it they end the process, with the same sentence; after it the exit code tells of the work alone."""
+    line = [sys.executable, "-c", SIGNALLED.format(root=str(sources.TESTS.parent), before=before, name=name)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    if before:
+        assert done.returncode == (130 if name == "SIGINT" else 143)
+        assert "the same command continues" in done.stderr
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (0, "the report\n", "")
+
+
+def test_a_report_that_nobody_can_read() -> None:
+    """The work is done, whether its report finds room or not."""
+    line = [sys.executable, "-c", SIGNALLED.format(root=str(sources.TESTS.parent), before=False, name="SIGTERM")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_replaced_output_is_not_published(imported, sources, to_megatron: Script, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "out"
     line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import select
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from weights_conversion.config import ConversionError
 
@@ -168,6 +169,40 @@ class Terminated(BaseException):
 STUCK_SECONDS = 12.0  # after a signal, in which a read or write may still come back
 
 
+_begun = False  # whether `_Signals` has been entered in this process
+
+
+def script(main: Callable[[], int]) -> NoReturn:
+    """Runs `main` as the whole life of a process, which signals end with a sentence; exits with the code it returns.
+
+    Before the work begins (torch takes a moment to be imported) a signal ends the process at once, in it `_Signals`
+    says when, and after it none does: what has been converted stands, and the exit code says so.
+    """
+    global _begun
+    _begun = False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _outside)
+    code = main()
+    _flush()
+    os._exit(code)  # not by way of the interpreter's end, which waits for threads that a filesystem may hold for ever
+
+
+def _outside(signum: int, frame: FrameType | None) -> None:
+    if not _begun:
+        code = 130 if signum == signal.SIGINT else 143
+        _say(STOPPED[code])
+        _flush()
+        os._exit(code)
+
+
+def _flush() -> None:
+    """Flushes stdout and stderr as far as they can be written."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
 class _Signals:
     """Within its block, SIGINT and SIGTERM (where they are not ignored) end the run from wherever it is, once.
 
@@ -183,8 +218,10 @@ class _Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
+        global _begun
         if threading.current_thread() is not threading.main_thread():
             return
+        _begun = True
         self._hook, sys.unraisablehook = sys.unraisablehook, self._dropped
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             if number == signal.SIGALRM or signal.getsignal(number) != signal.SIG_IGN:
@@ -281,7 +318,7 @@ def _outcome(work: Callable[[], str]) -> int:
         return 1
     try:
         print(printable(report), flush=True)
-    except BrokenPipeError:  # whoever read the report has gone; the work is done all the same
+    except OSError:  # whoever read the report has gone, or its disk is full; the work is done all the same
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

@@ -53,11 +53,10 @@ def start(line: list[str], log: Path, last: int | None = None, exchange: bool = 
     child = os.fork()
     if child:
         return child
-    code = 70
     try:
         import importlib
 
-        from weights_conversion import journal, publish
+        from weights_conversion import cli, journal, publish
 
         os.setpgid(0, 0)
         journal.SYNC_BYTES = SYNC_BYTES
@@ -66,9 +65,10 @@ def start(line: list[str], log: Path, last: int | None = None, exchange: bool = 
         if last is not None:
             count_events(last, log.with_name("events"))
         with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-            code = importlib.import_module(Path(line[0]).stem).main(line[1:])
+            main = importlib.import_module(Path(line[0]).stem).main
+            cli.script(lambda: main(line[1:]))
     finally:
-        os._exit(code)
+        os._exit(70)
 
 
 def finish(child: int) -> int:
