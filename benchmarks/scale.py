@@ -36,7 +36,7 @@ CAPPED = """
 import fcntl, os, struct, sys, time
 sys.path.insert(0, {repository!r})
 import hf_to_megatron
-from weights_conversion import execute
+from weights_conversion.engine import execute
 
 bucket = os.open({bucket!r}, os.O_RDWR)
 write = execute.Target.write
@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--launcher", choices=("torchrun", "srun"), default="torchrun")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
-    from weights_conversion.scale import predicted_seconds
+    from weights_conversion.engine.scale import predicted_seconds
 
     model, out = args.folder / "model", args.folder / "out"
     try:

@@ -10,8 +10,8 @@ import functools
 import importlib
 import sys
 
-from weights_conversion import convert
-from weights_conversion.streams import Target
+from weights_conversion.engine import run as convert
+from weights_conversion.engine.streams import Target
 
 if __name__ == "__main__":
     script, *arguments = sys.argv[1:]

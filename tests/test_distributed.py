@@ -20,9 +20,11 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from weights_conversion import convert, publish, scale
-from weights_conversion.config import ConversionError
-from weights_conversion.launch import find_launch, first_host
+from weights_conversion.engine import run as convert
+from weights_conversion.engine import scale
+from weights_conversion.errors import ConversionError
+from weights_conversion.launch.environment import find_launch, first_host
+from weights_conversion.output import publish
 
 MODEL = "llama2-gqa"
 CUT = ("--tensor-model-parallel-size", 4, "--pipeline-model-parallel-size", 2)
@@ -35,7 +37,10 @@ import importlib, json, os, sys, time, traceback
 import torch
 import torch._subclasses.fake_tensor, torch.distributed.checkpoint, torch.utils.serialization
 sys.path.insert(0, sys.argv[1])
-from weights_conversion import cli, convert, distributed, execute, publish, to_hf, to_megatron
+from weights_conversion import cli, to_hf, to_megatron
+from weights_conversion.engine import execute, run as convert
+from weights_conversion.launch import distributed
+from weights_conversion.output import publish
 
 def be(rank, job, group):
     os.setpgid(0, group)
@@ -281,7 +286,7 @@ def test_one_rank_connects_to_nothing(sources, imported, to_megatron, tmp_path: 
 
 FETCHES = """
 from pathlib import Path
-from weights_conversion import hub
+from weights_conversion.hub import repositories as hub
 
 def snapshot(repository, revision, cache_dir):
     rank, log = os.environ["SLURM_PROCID"], Path({log!r})

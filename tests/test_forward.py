@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from weights_conversion.config import ConversionError, ModelConfig
+from weights_conversion.config import ModelConfig
+from weights_conversion.errors import ConversionError
 from weights_conversion.verification import forward
 from weights_conversion.verification.conventions import HF, MEGATRON_CORE, MEGATRON_LLM, META, Convention
 from weights_conversion.verification.forward import Weights, default_prompts, trace

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from hub_standin import HubStandIn, Repository, default_repository_files, shards, small
 
-from weights_conversion import hub as hub_module
-from weights_conversion.config import FAMILIES, ConversionError
+from weights_conversion.config import FAMILIES
+from weights_conversion.errors import ConversionError
+from weights_conversion.hub import repositories as hub_module
 
 ROOT = Path(__file__).parents[1]
 NEEDED = {
@@ -49,8 +50,8 @@ logging.basicConfig(level=logging.INFO)
 request = json.loads(sys.argv[1])
 if request.pop("file_size_limit", None):
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
-from weights_conversion.hub import snapshot
-from weights_conversion.config import ConversionError
+from weights_conversion.hub.repositories import snapshot
+from weights_conversion.errors import ConversionError
 if request.get("cache_dir"):
     request["cache_dir"] = Path(request["cache_dir"])
 try:

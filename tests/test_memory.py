@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from weights_conversion import memory
-from weights_conversion.config import ConversionError
+from weights_conversion.engine import memory
+from weights_conversion.errors import ConversionError
 
 GB = 1_000_000_000
 

@@ -20,8 +20,9 @@ from megatron_files import Checkpoint, assert_same_ranks, assert_same_tensors, r
 from naive_layout import megatron_ranks, padded_rows
 from test_golden import CASES, GOLDEN
 
-from weights_conversion import ops, placement
-from weights_conversion.mapping import Shard
+from weights_conversion.layouts import placement
+from weights_conversion.mapping import ops
+from weights_conversion.mapping.parameters import Shard
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 GLU_NAME, QKV_NAME = "dense_h_to_4h.weight", "query_key_value.weight"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from weights_conversion import ops
+from weights_conversion.mapping import ops
 
 
 def layout(tp: int, pp: int) -> list[object]:

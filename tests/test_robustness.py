@@ -27,12 +27,12 @@ import torch
 from conftest import Script
 
 from tests.robustness import full_disk, fuzz, kill_runs, mutations, sources
-from weights_conversion import assembly, file_sums, publish
-from weights_conversion import journal as journals
-from weights_conversion.config import ConversionError
-from weights_conversion.execute import Written
+from weights_conversion.engine.execute import Written
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, pickles, stored_args, torch_files
-from weights_conversion.placement import TensorRef
+from weights_conversion.layouts.placement import TensorRef
+from weights_conversion.output import assembly, file_sums, publish
+from weights_conversion.output import journal as journals
 
 GQA = tm.MODELS["llama2-gqa"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tokenizer_models as tiny
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 from weights_conversion.tokenizer import (
     TokenizerOptions,
     TokenizerPlan,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_golden import FOLDERS, GOLDEN, Case
 from test_mutations import CUT, MUTATIONS
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 from weights_conversion.verify import verify
 
 TP2_PP2 = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 
 
 def option(parser: Any, *names: str, **settings: Any) -> None:
@@ -270,7 +270,7 @@ class _Signals:
 
 def run(work: Callable[[], str]) -> int:
     """Runs `work`, on all ranks of a torchrun or srun job together, and says how it ended; returns the exit code."""
-    from weights_conversion import distributed
+    from weights_conversion.launch import distributed
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     for name in ("httpx", "httpx2", "huggingface_hub", "urllib3"):
@@ -280,7 +280,7 @@ def run(work: Callable[[], str]) -> int:
 
 def _give_up(code: int) -> None:
     """Ends a process that was interrupted and cannot come to its end; in a job of ranks, after all have been told."""
-    from weights_conversion import distributed
+    from weights_conversion.launch import distributed
 
     if not distributed.current().stuck():
         _say(STOPPED[code])
@@ -290,7 +290,7 @@ def _give_up(code: int) -> None:
 
 def _outcome(work: Callable[[], str]) -> int:
     """Prints the report that `work` returns, and turns what can go wrong into sentences and an exit code."""
-    from weights_conversion.distributed import SaidElsewhere
+    from weights_conversion.launch.distributed import SaidElsewhere
 
     try:
         with _Signals(_give_up):

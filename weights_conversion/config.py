@@ -1,23 +1,10 @@
-"""The model and its parallel layout as plain values, and the one error that users see."""
+"""The model and its parallel layout as plain values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 FAMILIES = ("codellama", "falcon", "llama", "llama2", "mistral")
-
-
-class ConversionError(Exception):
-    """One or more problems with what the user gave us, each a sentence naming the finding and its remedy."""
-
-    def __init__(self, *problems: str):
-        super().__init__(*problems)
-        self.problems = problems
-
-    def __str__(self) -> str:
-        if len(self.problems) == 1:
-            return self.problems[0]
-        return "\n".join([f"{len(self.problems)} problems:", *(f"  - {problem}" for problem in self.problems)])
 
 
 @dataclass(frozen=True)

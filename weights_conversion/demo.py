@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weights_conversion import cli
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FAMILY = "llama2"

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 
 MAX_JSON_BYTES = 100_000_000  # safetensors' limit for its headers; no config or index comes near it
 _HASH_BYTES = 4 << 20

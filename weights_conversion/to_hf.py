@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import assembly, distributed, hf_config, hub, manifest, publish
 from weights_conversion.architectures import ARCHITECTURES
-from weights_conversion.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
-from weights_conversion.config import ConversionError
-from weights_conversion.convert import DTYPES, Job, RunOptions, run, verified
-from weights_conversion.dialects import HF
+from weights_conversion.configs import hf_config, manifest
+from weights_conversion.engine.progress import Report
+from weights_conversion.engine.run import DTYPES, Job, RunOptions, run, verified
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface
-from weights_conversion.locate import locate
-from weights_conversion.placement import main_dtype
-from weights_conversion.planners import plan_to_hf
-from weights_conversion.progress import Report
+from weights_conversion.hub import repositories as hub
+from weights_conversion.launch import distributed
+from weights_conversion.layouts.placement import main_dtype
+from weights_conversion.layouts.planners import plan_to_hf
+from weights_conversion.mapping.dialects import HF
+from weights_conversion.output import assembly, publish
+from weights_conversion.sources.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
+from weights_conversion.sources.locate import locate
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
 
 

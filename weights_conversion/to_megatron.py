@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 
-from weights_conversion import assembly, core_args, distributed, manifest, megatron_args, publish
 from weights_conversion.architectures import ARCHITECTURES
-from weights_conversion.config import ConversionError, ModelConfig, Parallelism
-from weights_conversion.convert import DIVISIBLE_BY, DTYPES, Job, RunOptions, run, verified
-from weights_conversion.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
+from weights_conversion.config import ModelConfig, Parallelism
+from weights_conversion.configs import core_args, manifest, megatron_args
+from weights_conversion.engine.progress import Report
+from weights_conversion.engine.run import DIVISIBLE_BY, DTYPES, Job, RunOptions, run, verified
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats import dist_index, dist_writer, megatron, torch_files
 from weights_conversion.formats.megatron import TRACKER
-from weights_conversion.placement import main_dtype, rank_folder
-from weights_conversion.plan import Plan
-from weights_conversion.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
-from weights_conversion.progress import Report
-from weights_conversion.sources import open_source
+from weights_conversion.launch import distributed
+from weights_conversion.layouts.placement import main_dtype, rank_folder
+from weights_conversion.layouts.plan import Plan
+from weights_conversion.layouts.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
+from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
+from weights_conversion.output import assembly, publish
+from weights_conversion.sources.opening import open_source
 
 TARGETS: dict[str, Dialect] = {"megatron-llm": MEGATRON_LLM, "megatron-core": MEGATRON_CORE}
 

@@ -33,7 +33,7 @@ def run(line: list[str], log: Path, stage: str = "", limit: int | None = None) -
     if not child:
         code = 70
         try:
-            from weights_conversion import assembly
+            from weights_conversion.output import assembly
 
             if stage in STAGES[1:]:
                 assembly.check_space = lambda out, needed: None

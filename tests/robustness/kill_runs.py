@@ -56,7 +56,8 @@ def start(line: list[str], log: Path, last: int | None = None, exchange: bool = 
     try:
         import importlib
 
-        from weights_conversion import cli, journal, publish
+        from weights_conversion import cli
+        from weights_conversion.output import journal, publish
 
         os.setpgid(0, 0)
         journal.SYNC_BYTES = SYNC_BYTES

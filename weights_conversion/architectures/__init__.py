@@ -4,7 +4,7 @@ from weights_conversion.architectures.codellama import CODELLAMA
 from weights_conversion.architectures.falcon import FALCON
 from weights_conversion.architectures.llama import LLAMA, LLAMA2
 from weights_conversion.architectures.mistral import MISTRAL
-from weights_conversion.mapping import Architecture
+from weights_conversion.mapping.parameters import Architecture
 
 ARCHITECTURES: dict[str, Architecture] = {
     "codellama": CODELLAMA,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from weights_conversion.config import ModelConfig
-from weights_conversion.mapping import COLUMN, ROW, Architecture, ParamMapping
-from weights_conversion.ops import PermuteRotary
+from weights_conversion.mapping.ops import PermuteRotary
+from weights_conversion.mapping.parameters import COLUMN, ROW, Architecture, ParamMapping
 
 EMBEDDING = ParamMapping(
     "embedding.word_embeddings.weight", ("transformer.word_embeddings.weight",), ("vocab", "hidden"), COLUMN

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from weights_conversion.config import ModelConfig
-from weights_conversion.mapping import COLUMN, GLU, ROW, Architecture, ParamMapping
-from weights_conversion.ops import FuseGLU, FuseQKV
+from weights_conversion.mapping.ops import FuseGLU, FuseQKV
+from weights_conversion.mapping.parameters import COLUMN, GLU, ROW, Architecture, ParamMapping
 
 PARAMETERS = (
     ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"), COLUMN),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 
 LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _DESCRIPTOR, _END64, _LOCATOR = b"PK\x07\x08", b"PK\x06\x06", b"PK\x06\x07"

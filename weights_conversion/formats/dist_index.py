@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats import pickles
 
 METADATA = ".metadata"

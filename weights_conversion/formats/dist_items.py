@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats import archives, torch_files
 from weights_conversion.formats.dist_index import METADATA, StoredChunk
 from weights_conversion.formats.stand_ins import StoredTensor
-from weights_conversion.placement import TensorRef
+from weights_conversion.layouts.placement import TensorRef
 
 _MAX_AROUND = 1 << 16
 _MAX_OPEN = 128

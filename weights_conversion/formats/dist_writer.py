@@ -17,7 +17,7 @@ import torch
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.archives import patch_crcs
 from weights_conversion.formats.torch_dist import COMMON
-from weights_conversion.placement import PAGE, TensorRef
+from weights_conversion.layouts.placement import PAGE, TensorRef
 
 EXTRA_STATES = "__0_0.distcp"  # holds nothing else
 _EXTRA_STATE_MODULES = (

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import read_json
 from weights_conversion.formats import torch_files
-from weights_conversion.placement import PAGE, Placed, TensorRef, whole
+from weights_conversion.layouts.placement import PAGE, Placed, TensorRef, whole
 
 DTYPES = {
     "F64": torch.float64,

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.config import ConversionError, Parallelism
-from weights_conversion.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
+from weights_conversion.config import Parallelism
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.stored_args import disagreements, left_out, parallelism, plain_args, plain_value, strays
-from weights_conversion.placement import TensorRef, chunk_key
+from weights_conversion.layouts.placement import TensorRef, chunk_key
+from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the latter beside a distributed optimizer's optim.pt

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import read_json
 from weights_conversion.formats import torch_files
-from weights_conversion.placement import Placed, TensorRef, joined, two_dimensional
+from weights_conversion.layouts.placement import Placed, TensorRef, joined, two_dimensional
 
 # Along which dimension Meta's parts were cut; what is not named here is the same in every part.
 _CUT = {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Opaque, storage_of
 
 MAX_PICKLE_BYTES = 64 << 20  # hundreds of thousands of tensors

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from weights_conversion.config import ConversionError, Parallelism
+from weights_conversion.config import Parallelism
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats.stand_ins import EnumMember
-from weights_conversion.placement import rank_folder
+from weights_conversion.layouts.placement import rank_folder
 
 # args that every rank of one checkpoint shares.
 _SHARED = (

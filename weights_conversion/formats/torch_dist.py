@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.config import ConversionError, Parallelism
-from weights_conversion.dialects import MEGATRON_CORE, Dialect
+from weights_conversion.config import Parallelism
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk, read_metadata
 from weights_conversion.formats.stand_ins import Opaque
 from weights_conversion.formats.stored_args import left_out, plain_args
+from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
 
 COMMON = "common.pt"
 RUN_CONFIG = "run_config.yaml"  # Megatron-Bridge's, in place of args

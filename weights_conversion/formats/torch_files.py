@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats import pickles
 from weights_conversion.formats.archives import Record, Window, directory, patch_crcs
 from weights_conversion.formats.stand_ins import StoredTensor
-from weights_conversion.placement import PAGE, TensorRef
+from weights_conversion.layouts.placement import PAGE, TensorRef
 
 # A state dict may hold one dict under many names, so that what it takes to walk it is not bounded by the file's size.
 _MAX_DEPTH, _MAX_LEAVES, _MAX_NAME = 32, 1_000_000, 1000

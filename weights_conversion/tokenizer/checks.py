@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 from weights_conversion.tokenizer import tokenizer_json
 from weights_conversion.tokenizer.files import Source
 

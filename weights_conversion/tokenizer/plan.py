@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 from weights_conversion.tokenizer import checks, special_tokens, tokenizer_config, tokenizer_json
 from weights_conversion.tokenizer.files import (
     ADDED,
@@ -22,12 +22,7 @@ from weights_conversion.tokenizer.files import (
     Source,
     locate,
 )
-from weights_conversion.tokenizer.special_tokens import (
-    CONFIG_KEYS,
-    NEW_TOKENS,
-    Extension,
-    Vocabulary,
-)
+from weights_conversion.tokenizer.special_tokens import CONFIG_KEYS, NEW_TOKENS, Extension, Vocabulary
 
 
 @dataclass(frozen=True)

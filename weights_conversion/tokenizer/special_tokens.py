@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.config import ConversionError
+from weights_conversion.errors import ConversionError
 
 KEYS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 CONFIG_KEYS = ("bos", "eos", "pad")  # those that config.json and generation_config.json hold the id of
@@ -117,7 +117,7 @@ def trusted_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ConversionError for a tokenizer type whose ids cannot be reproduced, or that is another family's.
     """
-    from weights_conversion.megatron_args import was_reset
+    from weights_conversion.configs.megatron_args import was_reset
 
     kind = args.get("tokenizer_type")
     wrong = kind == "SentencePieceTokenizer" if family == "falcon" else kind in OTHER_TYPES

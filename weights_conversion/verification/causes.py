@@ -14,8 +14,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from weights_conversion.mapping import ParamMapping
-from weights_conversion.streams import Scratch, Source
+from weights_conversion.engine.streams import Scratch, Source
+from weights_conversion.mapping.parameters import ParamMapping
 from weights_conversion.verification.differences import BLOCK_VALUES, INTEGERS, Difference, Exact
 from weights_conversion.verification.exact import Pair, read_hf
 from weights_conversion.verification.sides import Model

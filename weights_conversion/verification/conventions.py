@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from weights_conversion.config import ConversionError, ModelConfig
+from weights_conversion.config import ModelConfig
+from weights_conversion.errors import ConversionError
 
 
 @dataclass(frozen=True)

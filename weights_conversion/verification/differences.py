@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from weights_conversion.mapping import ParamMapping
+from weights_conversion.mapping.parameters import ParamMapping
 
 BLOCK_VALUES = 1 << 20  # values that are compared one by one at a time: they need a few float32 copies
 # Of values in a wider type, the part that no narrower type holds: 7/8 for float16 and bfloat16, nearly all for float32.

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from weights_conversion.architectures import ARCHITECTURES
 from weights_conversion.config import ModelConfig
-from weights_conversion.dialects import HF, MEGATRON_LLM, META
-from weights_conversion.execute import as_hf, as_megatron, inconsistencies, read_rows
-from weights_conversion.mapping import ParamMapping
-from weights_conversion.ops import Context, Op
-from weights_conversion.plan import Plan, Step
-from weights_conversion.streams import Scratch, Source
+from weights_conversion.engine.execute import as_hf, as_megatron, inconsistencies, read_rows
+from weights_conversion.engine.streams import Scratch, Source
+from weights_conversion.layouts.plan import Plan, Step
+from weights_conversion.mapping.dialects import HF, MEGATRON_LLM, META
+from weights_conversion.mapping.ops import Context, Op
+from weights_conversion.mapping.parameters import ParamMapping
 from weights_conversion.verification.differences import (
     BLOCK_VALUES,
     Difference,

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weights_conversion.config import ConversionError, ModelConfig
+from weights_conversion.config import ModelConfig
+from weights_conversion.errors import ConversionError
 from weights_conversion.verification.conventions import Convention
 
 Weights = Callable[[str, slice | None], Tensor]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from weights_conversion.config import ModelConfig
+from weights_conversion.engine.streams import Source
 from weights_conversion.formats.megatron import RankFiles
-from weights_conversion.streams import Source
 from weights_conversion.verification import forward
 from weights_conversion.verification.conventions import CONVENTIONS, Convention
 from weights_conversion.verification.forward import Weights

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from weights_conversion.execute import read_rows
-from weights_conversion.placement import Placed
-from weights_conversion.streams import Scratch, Source
+from weights_conversion.engine.execute import read_rows
+from weights_conversion.engine.streams import Scratch, Source
+from weights_conversion.layouts.placement import Placed
 from weights_conversion.verification.exact import Pair
 from weights_conversion.verification.sides import Model
 

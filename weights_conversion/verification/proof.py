@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.file_sums import NAME as CHECKSUMS
 from weights_conversion.fileio import sha256
+from weights_conversion.output.file_sums import NAME as CHECKSUMS
 from weights_conversion.verification import causes, exact, numeric
 from weights_conversion.verification.padding import check_padding
 from weights_conversion.verification.report import ConfigField, Verification

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
-from weights_conversion import fileio, hf_config, manifest, megatron_args
+from weights_conversion import fileio
 from weights_conversion.architectures import ARCHITECTURES
-from weights_conversion.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
-from weights_conversion.config import FAMILIES, ConversionError, ModelConfig
-from weights_conversion.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
+from weights_conversion.config import FAMILIES, ModelConfig
+from weights_conversion.configs import hf_config, manifest, megatron_args
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, meta
-from weights_conversion.locate import in_huggingface, locate
-from weights_conversion.mapping import ParamMapping
-from weights_conversion.placement import Placed, main_dtype
+from weights_conversion.layouts.placement import Placed, main_dtype
+from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
+from weights_conversion.mapping.parameters import ParamMapping
+from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
+from weights_conversion.sources.locate import in_huggingface, locate
 
 Key = tuple[str, int | None]  # ParamMapping.megatron, layer
 

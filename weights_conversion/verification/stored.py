@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from weights_conversion.architectures import ARCHITECTURES
-from weights_conversion.config import ConversionError, ModelConfig
-from weights_conversion.execute import read_rows
+from weights_conversion.config import ModelConfig
+from weights_conversion.engine.execute import read_rows
+from weights_conversion.engine.streams import Scratch, Source
+from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
-from weights_conversion.placement import Placed, TensorRef
-from weights_conversion.streams import Scratch, Source
+from weights_conversion.layouts.placement import Placed, TensorRef
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.sides import Key, Model
 

@@ -1,0 +1,245 @@
+"""Megatron-Core's args: written for Megatron-LM, and read, respelled as Megatron-LLM's."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weights_conversion.config import ModelConfig, Parallelism
+from weights_conversion.configs import megatron_args
+from weights_conversion.errors import ConversionError
+
+# Megatron-Core's name -> Megatron-LLM's, where they differ and the value is the same.
+_RESPELLED = {"num_query_groups": "num_attention_heads_kv", "rotary_base": "rope_theta"}
+# Features that the five families do not have: (name in args, value that means "without it", what it is).
+_FOREIGN: tuple[tuple[str, Any, str], ...] = (
+    ("num_experts", None, "mixture of experts"),
+    ("num_moe_experts", None, "mixture of experts"),
+    ("multi_latent_attention", False, "multi-latent attention"),
+    ("add_qkv_bias", False, "biases of q, k and v"),
+    ("add_bias_linear", False, "biases of linear layers"),
+    ("qk_layernorm", False, "norms of q and k"),
+    ("apply_layernorm_1p", False, "norm weights around zero"),
+    ("layernorm_zero_centered_gamma", False, "norm weights around zero"),
+    ("apply_residual_connection_post_layernorm", False, "residual connections behind the norms"),
+    ("attention_output_gate", False, "gated attention"),
+    ("softmax_type", "vanilla", "a softmax with an offset"),
+    ("window_attn_skip_freq", None, "windows on some layers only"),
+    ("no_rope_freq", None, "layers without rotary embedding"),
+    ("rotary_interleaved", False, "interleaved rotary embedding"),
+    ("use_rope_scaling", False, "Llama 3's rope scaling"),
+    ("rope_scaling", False, "Llama 3's rope scaling"),
+    ("scale_factor", None, "Llama 3's rope scaling"),
+    ("mtp_num_layers", None, "multi-token prediction"),
+    ("squared_relu", False, "squared ReLU"),
+    ("swiglu", True, "an MLP without SwiGLU"),
+    ("gated_linear_unit", True, "an MLP without SwiGLU"),
+    ("activation_func", "silu", "an MLP without SwiGLU"),
+    ("normalization", "RMSNorm", "LayerNorm"),
+    ("rotary_percent", 1.0, "rotary embedding on a part of each head"),
+    ("position_embedding_type", "rope", "position embeddings other than rotary"),
+    ("hybrid_override_pattern", None, "state-space layers"),
+    ("hybrid_layer_pattern", None, "state-space layers"),
+    ("is_hybrid_model", False, "state-space layers"),
+)
+_FACTORS = ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
+_ZERO_IS_NONE = ("num_experts", "num_moe_experts", "no_rope_freq", "mtp_num_layers")
+# What the names of tensors betray, where args are silent.
+_FOREIGN_TENSORS = (
+    (re.compile(r"\.(experts|shared_experts|router)\."), "mixture of experts"),
+    (re.compile(r"\.linear_(q|kv)_(down|up)_proj\.|self_attention\.linear_q_proj\."), "multi-latent attention"),
+    (re.compile(r"\.[qk]_layernorm\."), "norms of q and k"),
+    (re.compile(r"\.mixer\."), "state-space layers"),
+    (re.compile(r"^mtp\."), "multi-token prediction"),
+    (re.compile(r"\.(adapter|lora_[ab])\.", re.IGNORECASE), "LoRA adapters, which are merged before an export,"),
+    (re.compile(r"position_embeddings\.weight$"), "learned position embeddings"),
+    (re.compile(r"layer_?norm(_|\.)bias$"), "LayerNorm"),
+    (re.compile(r"\.bias$"), "biases of linear layers"),
+)
+
+
+def write_args(
+    config: ModelConfig, parallel: Parallelism, *, dtype: torch.dtype, divisible_by: int, ckpt_format: str,
+    vocabulary: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Args of plain types, for Megatron-LM's --use-checkpoint-args. `vocabulary` None: each run pads for its own TP."""
+    grouped = config.num_query_groups != config.num_attention_heads
+    args: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "encoder_num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "group_query_attention": grouped,
+        "kv_channels": config.head_dim,
+        "seq_length": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": True,
+        "rotary_base": _whole(config.rope_theta),
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": factor if (factor := _whole(config.rope_scaling_factor)) != 1 else None,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "swiglu": True,
+        "squared_relu": False,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.layernorm_epsilon,
+        "layernorm_epsilon": config.layernorm_epsilon,
+        "apply_layernorm_1p": False,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "window_size": _window(config),
+        "make_vocab_size_divisible_by": divisible_by,
+        "tokenizer_type": "Llama2Tokenizer",
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "expert_model_parallel_size": 1,
+        **megatron_args.virtual_stages(config, parallel),
+        "num_experts": None,
+        "ckpt_format": ckpt_format,
+        "no_save_optim": True,
+        "no_save_rng": True,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "world_size": parallel.tensor * parallel.pipeline,
+        "data_parallel_size": 1,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+    }
+    if vocabulary is not None:
+        args["padded_vocab_size"] = vocabulary
+    return args
+
+
+def _whole(value: float) -> float:
+    """An int where it can be one: Megatron-LM's flags are whole numbers."""
+    return int(value) if value == int(value) else value
+
+
+def _window(config: ModelConfig) -> tuple[int, int] | None:
+    """Megatron-Core counts the tokens to the left; Hugging Face's window includes the token itself."""
+    return None if config.sliding_window is None else (config.sliding_window - 1, 0)
+
+
+def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
+    """What --use-checkpoint-args does not restore, or not in every release (the rotary base)."""
+    flags = [f"--norm-epsilon {config.layernorm_epsilon}", f"--rotary-base {_whole(config.rope_theta)}"]
+    if config.sliding_window is not None:
+        flags.append(f"--window-size {config.sliding_window - 1},0")
+    if config.rope_scaling_factor != 1.0:
+        flags.append(f"--rotary-seq-len-interpolation-factor {_whole(config.rope_scaling_factor)}")
+    if dtype in (torch.bfloat16, torch.float16):
+        flags.append("--bf16" if dtype is torch.bfloat16 else "--fp16")
+    return flags
+
+
+def training_warnings(config: ModelConfig) -> list[str]:
+    """What no flag of training can be given."""
+    if config.rope_scaling_factor == int(config.rope_scaling_factor):
+        return []
+    return [
+        f"Megatron-LM reads --rotary-seq-len-interpolation-factor as a whole number, this model needs "
+        f"{config.rope_scaling_factor}: set seq_len_interpolation_factor in its code"
+    ]
+
+
+def foreign_tensors(names: Iterable[str], folder: Path) -> list[str]:
+    """Sentences on tensors that none of the five families has, one for each kind."""
+    kinds: dict[str, str] = {}
+    for name in sorted(names):
+        what = next((what for pattern, what in _FOREIGN_TENSORS if pattern.search(name)), None)
+        if what is not None:
+            kinds.setdefault(what, name)
+    return [
+        f"{folder} holds a model with {what} (it has a tensor {name}), which is none of the supported families"
+        for what, name in kinds.items()
+    ]
+
+
+def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> list[str]:
+    """Sentences on normalised args that `family` cannot have, and that no shape would betray."""
+    window = args.get("sliding_window_size")
+    if family == "mistral" or window is None:
+        return []
+    return [
+        f"{folder} holds a model with a sliding window of {window} tokens, which {family} does not have; if it is a "
+        "mistral, say --model mistral"
+    ]
+
+
+def unreadable(left_out: Mapping[str, str], folder: Path) -> list[str]:
+    """Sentences on args that decide what model it is, but are no plain values: `left_out` names the type of each."""
+    deciding = (*(name for name, _, _ in _FOREIGN), *_FACTORS, "window_size")
+    return [
+        f"the args of {folder} have {name} of type {left_out[name]}, which is not understood"
+        for name in deciding
+        if name in left_out
+    ]
+
+
+def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Plain args in Megatron-LLM's names. A model that is none of the five families is refused by name."""
+    problems = [
+        f"{folder} holds a model with {what} ({name} is {args[name]!r}), which is none of the supported families"
+        for name, plain, what in _FOREIGN
+        if args.get(name) is not None and args[name] != plain and not (name in _ZERO_IS_NONE and args[name] in (0, 1))
+    ]
+    factor, window = _factor(args, folder, problems), _left(args, folder, problems)
+    if problems:
+        raise ConversionError(*dict.fromkeys(problems))
+    result = dict(args)
+    # By this flag Megatron-LLM's resharding tool is known, which loses values; NVIDIA's sets it too, and keeps them.
+    result.pop("use_cpu_initialization", None)
+    for theirs, ours in _RESPELLED.items():
+        if args.get(theirs) is not None:
+            result[ours] = args[theirs]
+    if args.get("group_query_attention") is False or result.get("num_attention_heads_kv") is None:
+        result["num_attention_heads_kv"] = args.get("num_attention_heads")
+    if args.get("norm_epsilon") is not None:
+        result["layernorm_epsilon"] = args["norm_epsilon"]
+    if result.get("rope_theta") is not None:
+        result["rope_theta"] = float(result["rope_theta"])
+    result["rope_scaling_factor"] = factor
+    result["sliding_window_size"] = None if window is None else window + 1
+    if args.get("untie_embeddings_and_output_weights") is not None:
+        result["tie_embed_logits"] = not args["untie_embeddings_and_output_weights"]
+    elif args.get("share_embeddings_and_output_weights") is not None:
+        result["tie_embed_logits"] = bool(args["share_embeddings_and_output_weights"])
+    if result.get("max_position_embeddings") is None:
+        result["max_position_embeddings"] = args.get("seq_length")
+    return result
+
+
+def _factor(args: Mapping[str, Any], folder: Path, problems: list[str]) -> float:
+    """Linear scaling of positions."""
+    for name in _FACTORS:
+        value = args.get(name)
+        if value is not None:
+            if type(value) in (int, float) and 0 < value < math.inf:
+                return float(value)
+            problems.append(f"the args of {folder} have {name} {value!r}, where a positive number was expected")
+    return 1.0
+
+
+def _left(args: Mapping[str, Any], folder: Path, problems: list[str]) -> int | None:
+    """Tokens that attention sees to the left of its own, None: all."""
+    window = args.get("window_size")
+    if window is None:
+        return None
+    if isinstance(window, (list, tuple)) and len(window) == 2 and all(type(side) is int for side in window):
+        left, right = window
+        if right in (0, -1) and -1 <= left < 1 << 31:  # a causal mask cuts the right side off anyway
+            return None if left == -1 else left
+    problems.append(f"the args of {folder} have window_size {window!r}, where (tokens to the left, 0) was expected")
+    return None

@@ -1,0 +1,221 @@
+"""Megatron-LLM's args <-> ModelConfig: what they say, what they can be trusted for, where each value comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from weights_conversion.config import ModelConfig, Parallelism
+from weights_conversion.errors import ConversionError
+
+# ModelConfig field -> Megatron-LLM's name in args.
+NAMES = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_attention_heads_kv",
+    "head_dim": "kv_channels",
+    "max_position_embeddings": "max_position_embeddings",
+    "layernorm_epsilon": "layernorm_epsilon",
+    "rope_theta": "rope_theta",
+    "rope_scaling_factor": "rope_scaling_factor",
+    "sliding_window": "sliding_window_size",
+    "tie_word_embeddings": "tie_embed_logits",
+}
+# Fields that the original's resharding tool re-creates from its defaults.
+RESET_BY_RESHARDING = ("layernorm_epsilon", "rope_theta", "rope_scaling_factor", "sliding_window")
+# What a family uses where nothing that can be trusted says otherwise.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "codellama": {"layernorm_epsilon": 1e-5, "rope_theta": 1e6},
+    "falcon": {"layernorm_epsilon": 1e-5, "rope_theta": 1e4},
+    "llama": {"layernorm_epsilon": 1e-6, "rope_theta": 1e4},
+    "llama2": {"layernorm_epsilon": 1e-5, "rope_theta": 1e4},
+    "mistral": {"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "sliding_window": 4096},
+}
+# Values of the forward pass that no weight's shape would betray.
+SILENT = ("max_position_embeddings", *RESET_BY_RESHARDING)
+# What --use_checkpoint_args does not restore, by ModelConfig field.
+NOT_RESTORED = ("rope_theta", "rope_scaling_factor", "layernorm_epsilon")
+
+
+def write_args(
+    config: ModelConfig, parallel: Parallelism, *, vocabulary: int, dtype: torch.dtype, divisible_by: int
+) -> dict[str, Any]:
+    """The args of a rank file: plain values, everything that Megatron-LLM reads when it loads or resumes."""
+    falcon = config.family == "falcon"
+    return {
+        **{name: getattr(config, field) for field, name in NAMES.items()},
+        "encoder_num_layers": config.num_layers,
+        "seq_length": config.max_position_embeddings,
+        "make_vocab_size_divisible_by": divisible_by,
+        "padded_vocab_size": vocabulary,
+        "tokenizer_type": "FalconTokenizer" if falcon else "SentencePieceTokenizer",
+        "position_embedding_type": "rotary",
+        "parallel_attn": falcon,
+        "parallel_layernorm": config.num_layernorms == 2,
+        "use_flash_attn": True,
+        "use_rms_norm": not falcon,
+        "glu_activation": None if falcon else "swiglu",
+        "use_bias": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_gelu_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_droput_fusion": False,  # the original's misspelling, which its loader knows
+        "params_dtype": dtype,
+        "model_name": config.family,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "transformer_pipeline_model_parallel_size": parallel.pipeline,
+        **virtual_stages(config, parallel),
+        "iteration": "release",
+    }
+
+
+def virtual_stages(config: ModelConfig, parallel: Parallelism) -> dict[str, int | None]:
+    """How args say that stages are interleaved (None: they are not)."""
+    interleaved = parallel.virtual > 1
+    per_stage = config.num_layers // (parallel.pipeline * parallel.virtual)
+    return {
+        "virtual_pipeline_model_parallel_size": parallel.virtual if interleaved else None,
+        "num_layers_per_virtual_pipeline_stage": per_stage if interleaved else None,
+    }
+
+
+def training_flags(config: ModelConfig, vocabulary: int, divisible_by: int, tp: int) -> list[str]:
+    """Flags that training must be given, because the checkpoint's args cannot carry them."""
+    flags = [f"--{NAMES[name]} {getattr(config, name)}" for name in NOT_RESTORED if _matters(config, name)]
+    if config.family == "mistral" and config.sliding_window is not None:
+        flags.append(f"--sliding_window_size {config.sliding_window}")
+    if vocabulary % (divisible_by * tp):
+        step = next(step for step in (64, 32, 16, 8, 4, 2, 1) if vocabulary % (step * tp) == 0)
+        flags.append(f"--make_vocab_size_divisible_by {step}")
+    return flags
+
+
+def _matters(config: ModelConfig, name: str) -> bool:
+    return name != "rope_scaling_factor" or config.rope_scaling_factor != 1.0
+
+
+def was_reset(args: Mapping[str, Any]) -> bool:
+    """Whether the original's resharding tool wrote this file and re-created its args from defaults."""
+    return bool(
+        args.get("use_cpu_initialization")
+        and not args.get("perform_initialization", True)
+        and args.get("no_save_optim")
+        and args.get("no_save_rng")
+    )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A ModelConfig, where each field came from ("flag", "manifest", "args", "family"), and what disagreed."""
+
+    config: ModelConfig
+    origins: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+def from_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The ModelConfig fields that args state or imply (the original leaves out many in a release file)."""
+    values = {field: args[name] for field, name in NAMES.items() if args.get(name) is not None}
+    if "num_layers" not in values and args.get("encoder_num_layers") is not None:
+        values["num_layers"] = args["encoder_num_layers"]
+    missing = [NAMES[name] for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in values]
+    if missing:
+        raise ConversionError(f"the checkpoint's args lack {', '.join(missing)}; it cannot be read without them")
+    values.setdefault("num_query_groups", values["num_attention_heads"])
+    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
+    values.setdefault("tie_word_embeddings", family == "falcon")
+    if family != "mistral":
+        values.pop("sliding_window", None)
+    values["num_layernorms"] = 2 if args.get("parallel_layernorm") else 1
+    return values
+
+
+def foreign(family: str, args: Mapping[str, Any]) -> list[str]:
+    """Args that ask for a forward pass that no model of `family` has, and that no weight's shape betrays: sentences."""
+    falcon = family == "falcon"
+    expected = {
+        "glu_activation": None if falcon else "swiglu",
+        "use_rms_norm": not falcon,
+        "parallel_attn": falcon,
+        "use_bias": False,
+        "use_post_ln": False,
+        "apply_residual_connection_post_layernorm": False,
+    }
+    problems = [
+        f"the checkpoint's args say {name} {args[name]!r}, but {family} models have {value!r}"
+        for name, value in expected.items()
+        if name in args and args[name] != value and not (args[name] is None and value is False)
+    ]
+    position = args.get("position_embedding_type")
+    if position not in (None, "rotary", "PositionEmbeddingType.rotary", "rope") and getattr(position, "value", 0) != 1:
+        shown = getattr(position, "value", position)
+        problems.append(
+            f"the checkpoint's args say position_embedding_type {shown!r}, but {family} models have 'rotary'"
+        )
+    return problems
+
+
+def resolve(
+    family: str, args: Mapping[str, Any], manifest: Mapping[str, Any] | None, flags: Mapping[str, Any], vocabulary: int
+) -> Resolved:
+    """Each field by precedence: flag, manifest, args (where they can be trusted), family. Disagreements are warned of.
+
+    `manifest` and `flags` hold ModelConfig fields. A manifest that contradicts the args about the model's shape belongs
+    to another model and is an error.
+    """
+    stated = from_args(family, args)
+    reset = was_reset(args)
+    args_say = {name: value for name, value in stated.items() if not (reset and name in RESET_BY_RESHARDING)}
+    if family == "mistral" and "sliding_window_size" in args and not reset:
+        args_say["sliding_window"] = args["sliding_window_size"]
+    defaults = {field.name: field.default for field in fields(ModelConfig) if field.name in RESET_BY_RESHARDING}
+    family_says = {**defaults, **FAMILY_DEFAULTS[family], "max_position_embeddings": args.get("seq_length")}
+    sources = (("flag", flags), ("manifest", manifest or {}), ("args", args_say), ("family", family_says))
+
+    values: dict[str, Any] = {"family": family, "vocab_size": vocabulary}
+    origins, warnings, problems = {}, [], []
+    for field in fields(ModelConfig):
+        name = field.name
+        if name in values:
+            continue
+        said = [(origin, source[name]) for origin, source in sources if name in source]
+        if not said or (said[0][1] is None and name != "sliding_window"):
+            problems.append(f"nothing says what {NAMES.get(name, name)} is; the checkpoint's args lack it")
+            continue
+        origins[name], values[name] = said[0]
+        rivals = [(origin, value) for origin, value in said[1:] if origin != "family" and value != values[name]]
+        if origins[name] == "flag":
+            continue
+        for origin, value in rivals:
+            sentence = f"{NAMES.get(name, name)} is {values[name]} in the {origins[name]} and {value} in the {origin}"
+            if name in SILENT:
+                warnings.append(f"{sentence}; {values[name]} is used, --{NAMES[name]} overrides it")
+            else:
+                problems.append(
+                    f"{sentence}, so the manifest belongs to another model; remove conversion_manifest.json"
+                )
+        if reset and name in RESET_BY_RESHARDING:
+            said_there = args.get(NAMES[name])
+            if origins[name] == "family" and (
+                name in FAMILY_DEFAULTS[family] or said_there not in (values[name], None)
+            ):
+                warnings.append(
+                    f"{NAMES[name]} is lost: the args say {said_there}, but the resharding tool has reset them; "
+                    f"{values[name]}, as usual for {family}, is used, --{NAMES[name]} overrides it"
+                )
+            elif origins[name] == "manifest" and said_there != values[name]:
+                warnings.append(
+                    f"{NAMES[name]} is {said_there} in the args, which the resharding tool has reset, and "
+                    f"{values[name]} in the manifest, which is used"
+                )
+    if problems:
+        raise ConversionError(*problems)
+    return Resolved(ModelConfig(**values), origins, tuple(warnings))

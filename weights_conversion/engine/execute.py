@@ -1,0 +1,226 @@
+"""Executes a plan: positioned reads into reused buffers, one strided copy at most, positioned writes.
+
+Reads, copies, checksums and writes all release the GIL, so a few threads keep the filesystem busy. Memory is the
+threads' buffers, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weights_conversion.engine.streams import Scratch, Source, Target, bytes_of
+from weights_conversion.errors import ConversionError
+from weights_conversion.layouts.placement import Placed, TensorRef, overlaps
+from weights_conversion.layouts.plan import CHUNK_BYTES, Chunk, Plan, Step
+from weights_conversion.mapping.dialects import HF
+from weights_conversion.mapping.ops import Context, Op, Range, to_hf, to_megatron
+
+THREADS_PER_WORKER = 2
+
+
+@dataclass(frozen=True)
+class Written:
+    """Bytes start..start+length of a target tensor have been written, and have this CRC-32 (0 where none is kept)."""
+
+    ref: TensorRef
+    start: int
+    length: int
+    crc: int
+
+
+def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, copy: int = 0) -> Tensor:
+    """Rows of a placed tensor, (rows, columns), gathered from its blocks."""
+    first, last = rows
+    full = scratch.take((last - first, placed.columns), placed.dtype)
+    for block, start, stop in overlaps(placed.copies[copy], rows):
+        part = full[start - first : stop - first, block.columns[0] : block.columns[1]]
+        if part.is_contiguous() and block.ref.dtype == placed.dtype:
+            source.read(block.ref, block.byte(start), part)
+        else:
+            stored = scratch.take(part.shape, block.ref.dtype)
+            source.read(block.ref, block.byte(start), stored)
+            part.copy_(stored)
+    return full
+
+
+def read_source(plan: Plan, step: Step, start: int, stop: int, source: Source, scratch: Scratch) -> list[Tensor]:
+    """The source tensors of units start..stop: one per HF tensor, or one per row range of the Megatron tensor."""
+    pieces = plan.source_pieces(step, start, stop)
+    return [read_rows(placed, rows, source, scratch) for placed, rows in pieces]
+
+
+def prefetch_chunk(plan: Plan, chunk: Chunk, source: Source) -> None:
+    """Begin reading a chunk's source while others are being written: on a cold cache reads and writes then overlap."""
+    if chunk.adds:
+        return
+    for placed, rows in plan.source_pieces(plan.steps[chunk.step], chunk.start, chunk.stop):
+        for block, start, stop in overlaps(placed.copies[0], rows):
+            source.prefetch(block.ref, block.byte(start), block.byte(stop) - block.byte(start))
+
+
+def as_hf(op: Op, units: int, tensors: list[Tensor], ctx: Context, scratch: Scratch) -> list[Tensor]:
+    """Megatron's tensors of `units` units as HF's, in the same dtype."""
+    if op.moves_rows_only(ctx):
+        return tensors
+    ranges = op.hf_rows(0, units, ctx.config)
+    result = [scratch.take((stop - start, tensors[0].shape[1]), tensors[0].dtype) for start, stop in ranges]
+    to_hf(op, tensors, result, ctx)
+    return result
+
+
+def as_megatron(op: Op, tensors: list[Tensor], ctx: Context, scratch: Scratch) -> list[Tensor]:
+    """HF's tensors of some units as Megatron's, in the same dtype."""
+    if op.moves_rows_only(ctx):
+        return tensors
+    fused = scratch.take((sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]), tensors[0].dtype)
+    to_megatron(op, [fused], tensors, ctx)
+    return [fused]
+
+
+def transform(plan: Plan, op: Op, units: int, tensors: list[Tensor], scratch: Scratch) -> list[Tensor]:
+    """Source tensors of `units` units, as the target wants them (its dtype is applied when they are written)."""
+    hf = HF if plan.source.megatron else plan.source
+    source, target = Context.of(plan.config, plan.source, hf), Context.of(plan.config, plan.target, hf)
+    if plan.source.megatron and plan.target.megatron:
+        if plan.source.interleaved == plan.target.interleaved:
+            return tensors
+        return as_megatron(op, as_hf(op, units, tensors, source, scratch), target, scratch)
+    if plan.target.megatron:
+        return as_megatron(op, tensors, target, scratch)
+    if plan.source.megatron:
+        return as_hf(op, units, tensors, source, scratch)
+    return tensors
+
+
+def write_rows(
+    placed: Placed, rows: Range, tensor: Tensor, target: Target, scratch: Scratch, crc: bool
+) -> Iterable[Written]:
+    """Writes rows (rows, columns) to every block of every copy that holds some of them; takes their CRC-32 if asked."""
+    first, _ = rows
+    if tensor.dtype != placed.dtype:
+        cast = scratch.take(tensor.shape, placed.dtype).copy_(tensor)
+        if torch.isinf(cast).any() and not torch.equal(torch.isinf(cast), torch.isinf(tensor)):
+            largest = tensor[torch.isfinite(tensor)].abs().max()
+            raise ConversionError(
+                f"{placed.name} has values up to {largest:g}, too large for {placed.dtype}; choose another --dtype"
+            )
+        tensor = cast
+    for copy in placed.copies:
+        for block, start, stop in overlaps(copy, rows):
+            part = tensor[start - first : stop - first, block.columns[0] : block.columns[1]]
+            if not part.is_contiguous():
+                part = scratch.take(part.shape, part.dtype).copy_(part)
+            target.write(block.ref, block.byte(start), part)
+            data = bytes_of(part)
+            yield Written(block.ref, block.byte(start), len(data), zlib.crc32(data) if crc else 0)
+
+
+def added_rows(plan: Plan, step: Step, count: int, source: Source, scratch: Scratch) -> Tensor:
+    """`count` new vocabulary rows: copies of the last row, or the mean row."""
+    (placed,) = step.source
+    if plan.new_rows == "mean":
+        total = torch.zeros(placed.columns, dtype=torch.float64)
+        for start in range(0, step.units, 1024):
+            block = read_rows(placed, (start, min(start + 1024, step.units)), source, scratch)
+            total += block.to(torch.float64).sum(0)
+            scratch.reset()
+        row = (total / step.units).to(placed.dtype).unsqueeze(0)
+    else:
+        row = read_rows(placed, (step.units - 1, step.units), source, scratch)
+    return scratch.take((count, placed.columns), placed.dtype).copy_(row)
+
+
+def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Target, scratch: Scratch) -> list[Written]:
+    """Reads, converts and writes one chunk."""
+    scratch.reset()
+    step = plan.steps[chunk.step]
+    written: list[Written] = []
+    crc = plan.target.megatron  # torch.save archives keep one of every record, safetensors has none
+    if chunk.adds:
+        rows = added_rows(plan, step, chunk.stop - chunk.start, source, scratch)
+        written += write_rows(step.target[0], (chunk.start, chunk.stop), rows, target, scratch, crc)
+        return written
+    tensors = read_source(plan, step, chunk.start, chunk.stop, source, scratch)
+    tensors = transform(plan, step.mapping.op, chunk.stop - chunk.start, tensors, scratch)
+    pieces = plan.target_pieces(step, chunk.start, chunk.stop)
+    for tensor, (placed, rows) in zip(tensors, pieces, strict=True):
+        written += write_rows(placed, rows, tensor, target, scratch, crc)
+    return written
+
+
+def execute(
+    plan: Plan,
+    chunks: Sequence[tuple[int, Chunk]],
+    source: Source,
+    target: Target,
+    workers: int,
+    done: Callable[[int, Chunk, list[Written]], None],
+    stop: threading.Event | None = None,
+) -> None:
+    """Converts `chunks` (number, chunk). `done` is called as each is finished, from its thread; `stop` ends it early.
+
+    Each worker is a pair of threads: while one waits for its write, the other reads, converts and checksums.
+    """
+    stop, failed = stop or threading.Event(), threading.Event()
+    taken = itertools.count()
+    threads = workers * THREADS_PER_WORKER
+
+    def work() -> None:
+        scratch = Scratch()
+        while not (stop.is_set() or failed.is_set()):
+            index = next(taken)
+            if index >= len(chunks):
+                return
+            number, chunk = chunks[index]
+            try:
+                if index + threads < len(chunks):
+                    prefetch_chunk(plan, chunks[index + threads][1], source)
+                done(number, chunk, convert_chunk(plan, chunk, source, target, scratch))
+            except BaseException:
+                failed.set()
+                raise
+
+    torch.set_num_threads(1)  # the workers are the parallelism; torch's own threads would fight them
+    with ThreadPoolExecutor(threads, thread_name_prefix="convert") as pool:
+        try:
+            futures = [pool.submit(work) for _ in range(threads)]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
+            failed.set()
+            raise
+    for future in futures:
+        future.result()
+
+
+def inconsistencies(plan: Plan, source: Source) -> list[str]:
+    """Compares the copies of every source tensor that has several (norms on tensor ranks, tied heads), bit by bit."""
+    problems, scratch = [], Scratch()
+    for step in plan.steps:
+        for placed in step.source:
+            for number in range(1, len(placed.copies)):
+                problems += _difference(placed, number, source, scratch)
+    return problems
+
+
+def _difference(placed: Placed, number: int, source: Source, scratch: Scratch) -> list[str]:
+    rows = max(CHUNK_BYTES // placed.row_bytes, 1)
+    for start in range(0, placed.rows, rows):
+        scratch.reset()
+        span = (start, min(start + rows, placed.rows))
+        first = read_rows(placed, span, source, scratch)
+        other = read_rows(placed, span, source, scratch, copy=number)
+        if not torch.equal(first.view(torch.uint8), other.view(torch.uint8)):
+            one, two = placed.copies[0][0], placed.copies[number][0]
+            return [
+                f"{placed.name} differs between {one.ref.file} ({one.ref.name}) and {two.ref.file} ({two.ref.name}), "
+                "which must hold the same values; --allow-inconsistent takes the first"
+            ]
+    return []

@@ -1,0 +1,121 @@
+"""The plan: every tensor of a conversion with its source and target places, complete and checked before a byte moves.
+
+A plan is a list of steps, one for each parameter of the architecture, and each step is cut into chunks of bounded size
+that any thread or process can convert by itself. Chunks depend on nothing but the plan, so that a resumed run and runs
+with other numbers of workers do the same writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+
+from weights_conversion.config import ModelConfig
+from weights_conversion.layouts.placement import PAGE, Placed, TensorRef
+from weights_conversion.mapping.dialects import Dialect
+from weights_conversion.mapping.ops import Context, Range
+from weights_conversion.mapping.parameters import ParamMapping
+
+CHUNK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Step:
+    """One parameter: `units` of its op go from source to target, then target rows `added` are new ones."""
+
+    mapping: ParamMapping
+    layer: int | None
+    source: tuple[Placed, ...]
+    target: tuple[Placed, ...]
+    units: int
+    added: Range = (0, 0)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Units start..stop of a step; or, with `adds`, target rows start..stop, which hold added vocabulary."""
+
+    step: int
+    start: int
+    stop: int
+    nbytes: int
+    adds: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`targets` lists the tensors of every file to be written, in file order. `new_rows` is "last" or "mean"."""
+
+    config: ModelConfig
+    source: Dialect
+    target: Dialect
+    steps: tuple[Step, ...]
+    targets: Mapping[str, tuple[TensorRef, ...]] = field(hash=False)
+    new_rows: str = "last"
+
+    def source_pieces(self, step: Step, start: int, stop: int) -> list[tuple[Placed, Range]]:
+        """Where units start..stop of a step come from, piece by piece: a tensor, and which of its rows."""
+        return self._pieces(self.source, step.source, step, start, stop)
+
+    def target_pieces(self, step: Step, start: int, stop: int) -> list[tuple[Placed, Range]]:
+        """Where units start..stop of a step go to, piece by piece: a tensor, and which of its rows."""
+        return self._pieces(self.target, step.target, step, start, stop)
+
+    def _pieces(
+        self, dialect: Dialect, tensors: tuple[Placed, ...], step: Step, start: int, stop: int
+    ) -> list[tuple[Placed, Range]]:
+        op = step.mapping.op
+        if not dialect.megatron:
+            return list(zip(tensors, op.hf_rows(start, stop, self.config), strict=True))
+        (fused,) = tensors
+        return [(fused, rows) for rows in op.megatron_rows(start, stop, fused.rows, Context.of(self.config, dialect))]
+
+    def chunks(self, limit: int = CHUNK_BYTES) -> list[Chunk]:
+        """The work, cut so that a chunk reads at most `limit` bytes (or one unit) and starts on a page where it can."""
+        chunks = []
+        for index, step in enumerate(self.steps):
+            unit = sum((stop - start) * placed.row_bytes for placed, (start, stop) in self.source_pieces(step, 0, 1))
+            targets = self.target_pieces(step, 0, 1)
+            align = max(_aligned_units(placed, stop - start) for placed, (start, stop) in targets)
+            size = max(limit // unit, 1)
+            size = size // align * align or min(size, step.units)
+            for start in range(0, step.units, size):
+                stop = min(start + size, step.units)
+                chunks.append(Chunk(index, start, stop, (stop - start) * unit))
+            if step.added[0] < step.added[1]:
+                width = step.target[0].row_bytes
+                rows = max(limit // width, 1)
+                for start in range(*step.added, rows):
+                    stop = min(start + rows, step.added[1])
+                    chunks.append(Chunk(index, start, stop, (stop - start) * width, adds=True))
+        return chunks
+
+
+def _aligned_units(placed: Placed, rows_per_unit: int) -> int:
+    """How many units fill whole pages in every block of `placed`."""
+    widths = {columns[1] - columns[0] for copy in placed.copies for columns in (block.columns for block in copy)}
+    return max(PAGE // gcd(PAGE, width * placed.dtype.itemsize * rows_per_unit) for width in widths)
+
+
+def balanced(sizes: Sequence[int], parts: int) -> list[Range]:
+    """Cuts `sizes` into `parts` runs, none empty, so that the largest sum is as small as can be."""
+
+    def runs(limit: int) -> list[Range]:
+        cut, start, total = [], 0, 0
+        for index, size in enumerate(sizes):
+            left = parts - len(cut) - 1  # runs still to come after this one
+            if index > start and (total + size > limit or len(sizes) - index == left):
+                cut.append((start, index))
+                start, total = index, 0
+            total += size
+        return [*cut, (start, len(sizes))]
+
+    low, high = max(sizes), sum(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if len(runs(middle)) > parts:
+            low = middle + 1
+        else:
+            high = middle
+    return runs(low)

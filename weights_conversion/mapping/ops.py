@@ -1,0 +1,176 @@
+"""How rows of one Megatron tensor relate to rows of the Hugging Face tensors that it is made of.
+
+An op is a list of view pairs, (Megatron view, HF view), of equal shape: copying right to left converts to Megatron,
+left to right converts back. So every op is its own inverse by construction, and both directions are one strided copy.
+
+Ops work on *units*: the smallest slices that convert on their own (a row, a GLU row pair, a query group). A tensor of
+any size is converted some units at a time, which is what bounds memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from weights_conversion.config import ModelConfig
+from weights_conversion.mapping.dialects import HF, Dialect
+
+Range = tuple[int, int]  # first row, row behind the last
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an op may need to know: the model, the HF-side dialect (HF or Meta), and the Megatron-side dialect."""
+
+    config: ModelConfig
+    hf: Dialect
+    megatron: Dialect
+
+    @classmethod
+    def of(cls, config: ModelConfig, dialect: Dialect, hf: Dialect = HF) -> Context:
+        """For tensors that are stored in `dialect`; where that is Megatron's, `hf` is what they are turned into."""
+        return cls(config, hf, dialect) if dialect.megatron else cls(config, dialect, dialect)
+
+    @property
+    def permutes_rotary(self) -> bool:
+        return self.hf.interleaved != self.megatron.interleaved
+
+
+class Op(Protocol):
+    def units(self, rows: int, config: ModelConfig) -> int:
+        """How many units a Megatron tensor of `rows` rows has."""
+        ...
+
+    def megatron_rows(self, start: int, stop: int, rows: int, ctx: Context) -> tuple[Range, ...]:
+        """Rows of the Megatron tensor that hold units start..stop, as few ranges as possible."""
+        ...
+
+    def hf_rows(self, start: int, stop: int, config: ModelConfig) -> tuple[Range, ...]:
+        """Rows that hold units start..stop, one range for each HF tensor."""
+        ...
+
+    def moves_rows_only(self, ctx: Context) -> bool:
+        """Whether the tensors of both sides are the same, pair by pair, so that nothing needs to be copied."""
+        ...
+
+    def views(self, megatron: Sequence[Tensor], hf: Sequence[Tensor], ctx: Context) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of views of equal shape. `megatron` has one tensor per range of `megatron_rows`, `hf` per HF tensor."""
+        ...
+
+
+def to_megatron(op: Op, megatron: Sequence[Tensor], hf: Sequence[Tensor], ctx: Context) -> None:
+    """Fill `megatron` from `hf` (casting, where the dtypes differ)."""
+    for megatron_view, hf_view in op.views(megatron, hf, ctx):
+        megatron_view.copy_(hf_view)
+
+
+def to_hf(op: Op, megatron: Sequence[Tensor], hf: Sequence[Tensor], ctx: Context) -> None:
+    """Fill `hf` from `megatron` (casting, where the dtypes differ)."""
+    for megatron_view, hf_view in op.views(megatron, hf, ctx):
+        hf_view.copy_(megatron_view)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One HF tensor, the same rows in the same order. A unit is a row."""
+
+    def units(self, rows: int, config: ModelConfig) -> int:
+        return rows
+
+    def megatron_rows(self, start: int, stop: int, rows: int, ctx: Context) -> tuple[Range, ...]:
+        return ((start, stop),)
+
+    def hf_rows(self, start: int, stop: int, config: ModelConfig) -> tuple[Range, ...]:
+        return ((start, stop),)
+
+    def moves_rows_only(self, ctx: Context) -> bool:
+        return True
+
+    def views(self, megatron: Sequence[Tensor], hf: Sequence[Tensor], ctx: Context) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(megatron, hf, strict=True))
+
+
+@dataclass(frozen=True)
+class FuseGLU(Copy):
+    """HF's (gate, up) one above the other, in the order of the Megatron dialect. A unit is one row of each."""
+
+    def units(self, rows: int, config: ModelConfig) -> int:
+        return rows // 2
+
+    def megatron_rows(self, start: int, stop: int, rows: int, ctx: Context) -> tuple[Range, ...]:
+        gate, up = (rows // 2, 0) if ctx.megatron.up_first else (0, rows // 2)
+        return ((gate + start, gate + stop), (up + start, up + stop))
+
+    def hf_rows(self, start: int, stop: int, config: ModelConfig) -> tuple[Range, ...]:
+        return ((start, stop), (start, stop))
+
+
+@dataclass(frozen=True)
+class PermuteRotary:
+    """HF's grouped QKV (falcon), whose q and k heads change between halves and interleaved pairs. A unit is a group."""
+
+    def units(self, rows: int, config: ModelConfig) -> int:
+        return config.num_query_groups
+
+    def megatron_rows(self, start: int, stop: int, rows: int, ctx: Context) -> tuple[Range, ...]:
+        group = rows // ctx.config.num_query_groups
+        return ((start * group, stop * group),)
+
+    def hf_rows(self, start: int, stop: int, config: ModelConfig) -> tuple[Range, ...]:
+        group = (config.num_attention_heads // config.num_query_groups + 2) * config.head_dim
+        return ((start * group, stop * group),)
+
+    def moves_rows_only(self, ctx: Context) -> bool:
+        return not ctx.permutes_rotary
+
+    def views(self, megatron: Sequence[Tensor], hf: Sequence[Tensor], ctx: Context) -> list[tuple[Tensor, Tensor]]:
+        heads, d = ctx.config.num_attention_heads // ctx.config.num_query_groups, ctx.config.head_dim
+        theirs = megatron[0].unflatten(0, (-1, heads + 2, d))  # (groups*(heads+2)*d, H) -> (groups, heads+2, d, H)
+        ours = hf[0].unflatten(0, (-1, heads + 2, d))
+        return [
+            _rotary_pair(theirs[:, : heads + 1], ours[:, : heads + 1], ctx),
+            (theirs[:, heads + 1], ours[:, heads + 1]),
+        ]
+
+
+@dataclass(frozen=True)
+class FuseQKV:
+    """HF's (q, k, v) fused group by group: [q .. q, k, v] for each kv head. A unit is a group."""
+
+    def units(self, rows: int, config: ModelConfig) -> int:
+        return config.num_query_groups
+
+    def megatron_rows(self, start: int, stop: int, rows: int, ctx: Context) -> tuple[Range, ...]:
+        group = rows // ctx.config.num_query_groups
+        return ((start * group, stop * group),)
+
+    def hf_rows(self, start: int, stop: int, config: ModelConfig) -> tuple[Range, ...]:
+        q, d = config.num_attention_heads // config.num_query_groups * config.head_dim, config.head_dim
+        return ((start * q, stop * q), (start * d, stop * d), (start * d, stop * d))
+
+    def moves_rows_only(self, ctx: Context) -> bool:
+        return False
+
+    def views(self, megatron: Sequence[Tensor], hf: Sequence[Tensor], ctx: Context) -> list[tuple[Tensor, Tensor]]:
+        heads, d = ctx.config.num_attention_heads // ctx.config.num_query_groups, ctx.config.head_dim
+        fused = megatron[0].unflatten(0, (-1, heads + 2, d))  # (groups*(heads+2)*d, H) -> (groups, heads+2, d, H)
+        q, k, v = hf
+        return [
+            _rotary_pair(fused[:, :heads], q.unflatten(0, (-1, heads, d)), ctx),
+            _rotary_pair(fused[:, heads], k.unflatten(0, (-1, d)), ctx),
+            (fused[:, heads + 1], v.unflatten(0, (-1, d))),
+        ]
+
+
+def _rotary_pair(megatron: Tensor, hf: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    """Views of q or k heads, (..., d, H) on both sides, pairing row 2i+j of interleaved with row j*d/2+i of halves."""
+    if not ctx.permutes_rotary:
+        return megatron, hf
+    half = ctx.config.head_dim // 2
+    halves, interleaved = (megatron, hf) if ctx.hf.interleaved else (hf, megatron)
+    interleaved = interleaved.unflatten(-2, (half, 2))
+    halves = halves.unflatten(-2, (2, half)).transpose(-3, -2)  # (..., 2, d/2, H) -> (..., d/2, 2, H)
+    return (halves, interleaved) if ctx.hf.interleaved else (interleaved, halves)

@@ -1,0 +1,253 @@
+"""Lays out every file of an output at its final size, and finishes what has been written into them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from weights_conversion import __version__
+from weights_conversion.engine.execute import Written
+from weights_conversion.errors import ConversionError
+from weights_conversion.layouts.placement import TensorRef
+from weights_conversion.layouts.plan import Chunk, Plan
+from weights_conversion.output import crc32, file_sums, publish
+from weights_conversion.output.journal import VISIBLE_SECONDS
+
+logger = logging.getLogger(__name__)
+
+
+class TargetFile(Protocol):
+    """A file of tensors that can be laid out before its data exist."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]: ...
+
+    def create(self, root: Path) -> dict[TensorRef, int]:
+        """Writes everything but the data, at its final size; returns the first byte of each tensor's data."""
+        ...
+
+    def find(self, root: Path) -> dict[TensorRef, int]:
+        """What `create` returned, of a file that is there, with some of its data, and is left as it is."""
+        ...
+
+    def finish(self, root: Path, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
+        """Puts in what only the data tell, such as the CRC-32 of each tensor."""
+        ...
+
+
+def check_apart(out: Path, plan: Plan) -> None:
+    """Refuses an OUT that is, or holds, a file that the plan reads: --overwrite would delete its own source."""
+    real = out.resolve()
+    for file in source_files(plan):
+        path = Path(file)
+        if real in path.resolve().parents or real in (path.parent.resolve() / path.name).parents:
+            raise ConversionError(f"{out} holds the source ({file}), which it would replace; name another folder")
+
+
+def source_files(plan: Plan) -> list[str]:
+    """Every file that the plan reads tensors from."""
+    return sorted({b.ref.file for s in plan.steps for p in s.source for copy in p.copies for b in copy})
+
+
+def digest(plan: Plan, targets: Sequence[TargetFile], extra: str) -> str:
+    """Changes with everything that decides an output byte: sources (by size and time), plan, options, releases."""
+    whole = (__version__, torch.__version__, extra, plan.new_rows, plan.source, plan.target, plan.config)
+    sha = hashlib.sha256(repr(whole).encode())
+    for file in source_files(plan):
+        stat = os.stat(file)
+        sha.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for step in plan.steps:
+        sha.update(repr(step).encode())
+    for target in targets:
+        sha.update(f"{target.file} {target.refs} {getattr(target, 'content', None)}\n".encode())
+    return sha.hexdigest()
+
+
+def output_bytes(targets: Sequence[TargetFile]) -> int:
+    return sum(ref.nbytes for target in targets for ref in target.refs)
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuses to begin where the filesystem has not the space, or the folder cannot be written."""
+    folder = _existing_parent(out)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConversionError(f"{folder} is not writable; name another place for {out.name}")
+    if needed > (free := free_space(out)):
+        raise ConversionError(
+            f"{out} needs {needed / 1e9:.3f} GB, but its filesystem has {free / 1e9:.3f} GB free; "
+            "free some space, or name a place elsewhere"
+        )
+
+
+def free_space(out: Path) -> int:
+    """Bytes that the output may take: what is free, and what an interrupted run of it holds already."""
+    stat = os.statvfs(_existing_parent(out))
+    return stat.f_bavail * stat.f_frsize + _allocated(publish.partial_folder(out))
+
+
+def _existing_parent(out: Path) -> Path:
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _allocated(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def reserve(path: Path) -> None:
+    """Allocates a file's blocks now, so that a full disk or quota shows before the work and not within it."""
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(libc, "fallocate"):
+            return
+        # The C library's fallocate, not posix_fallocate: the latter writes every block where the call is not known.
+        while size and libc.fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+            code = ctypes.get_errno()
+            if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(code, os.strerror(code), str(path))
+            if code != errno.EINTR:
+                return  # not known here: a full disk will show when it is written
+
+
+def lay_out(out: Path, targets: Sequence[TargetFile], run_digest: str) -> dict[TensorRef, int]:
+    """Creates every file at its final size; where each tensor's data begin."""
+    partial = publish.partial_folder(out)
+    root, offsets = partial / "checkpoint", {}
+    try:
+        for target in targets:
+            offsets |= target.create(root)
+            reserve(root / target.file)
+    except OSError:
+        publish.remove(partial)  # nothing is gained yet, and the disk may be full of it
+        raise
+    _sync_all(root, targets)
+    note = partial / "journal" / "digest"
+    note.write_text(run_digest)
+    publish.sync_path(note)
+    publish.sync_path(note.parent)
+    return offsets
+
+
+def find_layout(out: Path, targets: Sequence[TargetFile]) -> dict[TensorRef, int]:
+    """What `lay_out` returned, of the files that it made; OSError or ConversionError where one is not to be seen."""
+    root, offsets = publish.root_of(out), {}
+    for target in targets:
+        os.close(os.open(root / target.file, os.O_RDONLY))
+        offsets |= target.find(root)
+    return offsets
+
+
+def join_layout(
+    out: Path, targets: Sequence[TargetFile], run_digest: str
+) -> tuple[publish.Hold, dict[TensorRef, int]]:  # fmt: skip
+    """Another rank's hold on what rank 0 has laid out; a network filesystem may show the files a little late."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    partial = publish.partial_folder(out)
+    while True:
+        try:
+            hold = publish.join(out, run_digest)
+            try:
+                return hold, find_layout(out, targets)
+            except BaseException:
+                hold.close()
+                raise
+        except (OSError, ConversionError) as error:
+            logger.debug("%s is not to be seen yet: %s", partial, error)
+        if time.monotonic() > deadline:
+            raise ConversionError(
+                f"{partial.absolute()}, which rank 0 has made, is not to be seen here; the output must be on a "
+                "filesystem that all nodes share"
+            )
+        time.sleep(0.5)
+
+
+def _sync_all(root: Path, targets: Sequence[TargetFile]) -> None:
+    """Makes the files, and the folders that name them, survive a power cut."""
+    for target in targets:
+        publish.sync_path(root / target.file)
+    folders = {folder for target in targets for folder in Path(target.file).parents}
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        publish.sync_path(root / folder)
+
+
+def combine_crcs(targets: Sequence[TargetFile], written: Iterable[Written]) -> dict[TensorRef, int]:
+    """The CRC-32 of every tensor. Proves on the way that each byte of each tensor was written exactly once."""
+    parts: dict[TensorRef, list[tuple[int, int, int]]] = {}
+    for write in written:
+        parts.setdefault(write.ref, []).append((write.start, write.length, write.crc))
+    crcs = {}
+    for target in targets:
+        for ref in target.refs:
+            position = 0
+            for start, length, _ in sorted(parts.get(ref, [])):
+                if start != position:
+                    raise RuntimeError(f"{ref.file}: {ref.name} has bytes {position} to {start} written twice or never")
+                position += length
+            if position != ref.nbytes:
+                raise RuntimeError(f"{ref.file}: {ref.name} has {ref.nbytes} bytes, {position} of them were written")
+            crcs[ref] = crc32.combine([(crc, length) for _, length, crc in sorted(
+                (start, length, crc) for start, length, crc in parts.get(ref, []))])  # fmt: skip
+    return crcs
+
+
+def finish(
+    out: Path, targets: Sequence[TargetFile], offsets: Mapping[TensorRef, int], written: Iterable[Written],
+    files: Mapping[str, bytes | Path], last: Mapping[str, bytes], overwrite: bool, sum_workers: int = 0,
+    prove: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
+    """CRCs, small files (`last` ones after all others are on the disk), then the rename that makes OUT appear.
+
+    `sum_workers` > 0: SHA-256 sums are written too, on so many threads. `prove` is called with the
+    finished folder just before the rename; should it raise ConversionError, the folder becomes OUT.unverified instead.
+    """
+    if publish.published(out):
+        publish.remove(publish.partial_folder(out))
+        return
+    root = publish.partial_folder(out) / "checkpoint"
+    crcs = combine_crcs(targets, written)
+    for target in targets:
+        target.finish(root, crcs, offsets)
+    _remove_strays(root, {*(target.file for target in targets), *files})
+    for name, content in files.items():
+        publish.write_file(root / name, content)
+    if sum_workers:
+        names = [*(target.file for target in targets), *files]
+        publish.write_file(root / file_sums.NAME, file_sums.sums(root, names, last, sum_workers))
+    _sync_all(root, targets)
+    for name, text in last.items():
+        publish.write_file(root / name, text)
+    publish.sync_path(root)
+    if prove is not None:
+        try:
+            prove(root)
+        except ConversionError as error:
+            raise ConversionError(
+                *error.problems, f"the output is kept as {publish.set_aside(out)} for inspection"
+            ) from error
+    publish.publish(out, overwrite)
+
+
+def _remove_strays(root: Path, expected: set[str]) -> None:
+    """Removes what the finish of an earlier run wrote and this one will not, as a tokenizer file that is gone."""
+    for path in root.rglob("*"):
+        if not path.is_dir() and path.relative_to(root).as_posix() not in expected:
+            path.unlink()
+
+
+def remaining(chunks: Sequence[Chunk], done: Mapping[int, list[Written]]) -> list[tuple[int, Chunk]]:
+    return [(number, chunk) for number, chunk in enumerate(chunks) if number not in done]

@@ -1,0 +1,93 @@
+"""What of an unfinished output is known to be good, so that a run that was killed can be continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from weights_conversion.engine.execute import Written
+from weights_conversion.errors import ConversionError
+from weights_conversion.layouts.placement import TensorRef
+
+SYNC_BYTES = 1 << 30  # how much may have to be done again after a kill, per process
+VISIBLE_SECONDS = 20.0  # how long another node's files may take to be seen here
+
+
+class Journal:
+    """Which chunks are written and on the disk. A file per process; entries follow a sync of their data.
+
+    `descriptor` is the open `folder`: what is noted then goes there and nowhere else, whatever comes to its name.
+    """
+
+    def __init__(
+        self, folder: Path, refs: Sequence[TensorRef], rank: int = 0, descriptor: int | None = None
+    ) -> None:  # fmt: skip
+        self._folder, self._rank, self._descriptor = folder, rank, descriptor
+        self._number = {ref: number for number, ref in enumerate(refs)}
+        self._refs = refs
+        self._waiting: list[str] = []
+        self._bytes = 0
+        self._sync_failed = False
+        self._lock = threading.Lock()
+
+    def load(self) -> dict[int, list[Written]]:
+        """Chunks that any process has finished, with what they wrote."""
+        done: dict[int, list[Written]] = {}
+        for path in sorted(self._folder.glob("chunks.*")):
+            for line in path.read_text().splitlines():
+                try:
+                    number, writes = json.loads(line)
+                except ValueError:  # the line that a kill cut off
+                    continue
+                done[number] = [Written(self._refs[ref], start, length, crc) for ref, start, length, crc in writes]
+        return done
+
+    def load_all(self, count: int) -> dict[int, list[Written]]:
+        """All of `count` chunks, as the ranks noted them; a network filesystem may show their notes a little late."""
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while len(done := self.load()) < count:
+            if time.monotonic() > deadline:
+                raise ConversionError(
+                    f"{self._folder} shows {len(done)} of {count} parts as written, after all ranks have written "
+                    "theirs; the output must be on a filesystem that all nodes share"
+                )
+            time.sleep(0.5)
+        return done
+
+    def add(self, number: int, written: Iterable[Written], sync: Callable[[], None]) -> None:
+        """Notes a finished chunk; after every SYNC_BYTES the data are synced and the notes written."""
+        writes = [(self._number[w.ref], w.start, w.length, w.crc) for w in written]
+        with self._lock:
+            self._waiting.append(json.dumps([number, writes]))
+            self._bytes += sum(length for _, _, length, _ in writes)
+            if self._bytes < SYNC_BYTES:
+                return
+            self._flush(sync)
+
+    def flush(self, sync: Callable[[], None]) -> None:
+        with self._lock:
+            self._flush(sync)
+
+    def _flush(self, sync: Callable[[], None]) -> None:
+        lines, self._waiting, self._bytes = self._waiting, [], 0
+        if not lines or self._sync_failed:
+            return
+        try:
+            sync()
+        except OSError:
+            self._sync_failed = True  # the kernel reports lost data once, so no later sync vouches for anything
+            raise
+        with open(self._open(), "a") as file:
+            file.write("\n" + "\n".join(lines) + "\n")  # in front too: a kill may have left half a line
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _open(self) -> int:
+        name, flags = f"chunks.{self._rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        if self._descriptor is None:
+            return os.open(self._folder / name, flags, 0o666)
+        return os.open(name, flags, 0o666, dir_fd=self._descriptor)

@@ -1,0 +1,155 @@
+"""Opens a Megatron checkpoint of any kind, and decides what model it holds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weights_conversion.config import FAMILIES, ModelConfig, Parallelism
+from weights_conversion.configs import core_args, manifest, megatron_args
+from weights_conversion.errors import ConversionError
+from weights_conversion.formats.dist_index import METADATA
+from weights_conversion.formats.megatron import RankFiles, find_iteration, open_rank_files
+from weights_conversion.formats.stored_args import plain_args
+from weights_conversion.formats.torch_dist import RUN_CONFIG, DistCheckpoint, open_dist
+from weights_conversion.mapping.dialects import MEGATRON_CORE
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A Megatron checkpoint with the model that it holds: headers and args read, no data."""
+
+    files: RankFiles | DistCheckpoint
+    config: ModelConfig
+    manifest: Mapping[str, Any] | None
+    origins: Mapping[str, str]
+    true_rows_known: bool
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def open_files(root: Path, load_iters: int | None = None) -> RankFiles | DistCheckpoint:
+    """Opens an iteration in whichever format it is, its args respelled in Megatron-LLM's names. No data are read."""
+    folder, iteration = find_iteration(root, load_iters)
+    dist = (folder / METADATA).is_file()
+    files = open_dist(folder, iteration) if dist else open_rank_files(folder, iteration)
+    if files.dialect is not MEGATRON_CORE:
+        return files
+    if problems := core_args.unreadable(files.left_out, folder):
+        raise ConversionError(*problems)
+    return dataclasses.replace(files, args=core_args.normalise(files.args or _args_of_manifest(folder), folder))
+
+
+def _args_of_manifest(folder: Path) -> dict[str, Any]:
+    """What stands for the args of a checkpoint that stores none: what an import said in its manifest."""
+    found = manifest.find([folder.parent])
+    if found is None:
+        raise ConversionError(
+            f"{folder} holds no args, no {RUN_CONFIG} and no {manifest.NAME} beside it, so nothing says what model it "
+            f"is; copy {RUN_CONFIG} there"
+        )
+    path, said = found
+    try:
+        config = ModelConfig(family=said["family"], vocab_size=1, **manifest.model_fields(said))
+        args = core_args.write_args(
+            config, Parallelism(), dtype=torch.bfloat16, divisible_by=1, ckpt_format="torch_dist", vocabulary=None
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConversionError(f"{path} does not describe a model ({error})") from error
+    return plain_args(argparse.Namespace(**args), path)
+
+
+def open_checkpoint(
+    root: Path, model: str, *, load_iters: int | None = None, true_vocab_size: int | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> OpenedCheckpoint:  # fmt: skip
+    """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep."""
+    files = open_files(root, load_iters)
+    found = manifest.find([root, *trained_from(files.args)])
+    said = found[1] if found else None
+    _check_family(model, files.args, said, root)
+    if files.dialect is MEGATRON_CORE:
+        problems = core_args.foreign_tensors(files.names, files.folder)
+        problems += core_args.foreign_to_family(files.args, model, files.folder)
+    else:
+        problems = megatron_args.foreign(model, files.args)
+    if problems:
+        raise ConversionError(*problems)
+    notes: list[str] = []
+    warnings: list[str] = []
+    if found:
+        notes.append(f"config     from {found[0]}")
+    rows, known = _rows(files.vocabulary, true_vocab_size, said, notes)
+    fields = manifest.model_fields(said) if said else None
+    args = dict(files.args)
+    if model == "falcon":  # the original's release files leave it out
+        args["tie_embed_logits"] = not files.has_head()
+    elif not files.has_head() and not args.get("tie_embed_logits"):
+        raise ConversionError(f"{files.folder} has no output layer (lm_head) on its last stage, which {model} needs")
+    resolved = megatron_args.resolve(model, args, fields, flags or {}, rows)
+    warnings += resolved.warnings
+    for name in (said or {}).get("assumed", []):
+        if resolved.origins.get(name) == "manifest":
+            flag, value = megatron_args.NAMES[name], getattr(resolved.config, name)
+            warnings.append(f"{flag} {value} is not known, it was assumed for {model} by an earlier conversion; "
+                            f"--{flag} overrides it")  # fmt: skip
+    padded = files.args.get("padded_vocab_size")
+    if padded is not None and padded != files.vocabulary:
+        warnings.append(
+            f"args say padded_vocab_size {padded}, the embedding has {files.vocabulary} rows, which are used"
+        )
+    return OpenedCheckpoint(files, resolved.config, said, resolved.origins, known, tuple(notes), tuple(warnings))
+
+
+def trained_from(args: Mapping[str, Any]) -> list[Path]:
+    """Folders that training named, where the import that it started from may have left its manifest."""
+    load, vocab = args.get("load"), args.get("vocab_file")
+    named = [Path(load)] if isinstance(load, str) and load else []
+    return [*named, *([Path(vocab).parent] if isinstance(vocab, str) and vocab else [])]
+
+
+def claimed_families(args: Mapping[str, Any], said: Mapping[str, Any] | None) -> dict[str, str]:
+    """What args and manifest (`said`) state: origin -> family, the ones to be trusted most first.
+
+    Anyone may have called a model anything in its args (model_name), so names of no family do not count there.
+    """
+    claims = {}
+    if (said or {}).get("family") is not None:
+        claims["manifest"] = (said or {})["family"]
+    if args.get("model_name") in FAMILIES:
+        claims["args (model_name)"] = args["model_name"]
+    if args.get("tokenizer_type") == "FalconTokenizer" or args.get("parallel_attn"):
+        claims["args (parallel_attn)"] = "falcon"
+    return claims
+
+
+def _check_family(model: str, args: Mapping[str, Any], said: Mapping[str, Any] | None, root: Path) -> None:
+    claims = claimed_families(args, said)
+    if model == "falcon" and args.get("use_rms_norm") and "args (parallel_attn)" not in claims:
+        claims["args (use_rms_norm)"] = "llama2"
+    for origin, family in claims.items():
+        if family != model:
+            raise ConversionError(f"--model {model} was given, but {root} holds a {family} model, say its {origin}")
+
+
+def _rows(stored: int, flag: int | None, said: Mapping[str, Any] | None, notes: list[str]) -> tuple[int, bool]:
+    """(vocabulary rows to keep, whether that is known to be the true number)."""
+    recorded = (said or {}).get("true_vocab_size")
+    rows = flag if flag is not None else recorded
+    if rows is None:
+        notes.append(
+            f"vocabulary {stored} rows, all kept: nothing records the true number (--true_vocab_size gives it)"
+        )
+        return stored, False
+    origin = "--true_vocab_size" if flag is not None else "the manifest"
+    if not isinstance(rows, int) or not 0 < rows <= stored:
+        raise ConversionError(f"{origin} says {rows} vocabulary rows, but the embedding has {stored}")
+    cut = f", {stored - rows} padding rows left out" if rows < stored else ""
+    notes.append(f"vocabulary {rows} rows by {origin}{cut}")
+    return rows, True

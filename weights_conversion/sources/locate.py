@@ -1,0 +1,108 @@
+"""Finds every parameter of a model in a source: the tensors of Hugging Face or Meta, or an opened Megatron checkpoint.
+
+Each tensor of the source must be used: what is missing, misshapen, stored twice or too many is an error, and all of
+them are raised at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weights_conversion.config import ModelConfig
+from weights_conversion.errors import ConversionError
+from weights_conversion.formats.megatron import RankFiles
+from weights_conversion.formats.torch_dist import DistCheckpoint
+from weights_conversion.layouts.placement import Located, Placed, TensorRef, place_megatron, rank_folder
+from weights_conversion.mapping.dialects import Dialect
+from weights_conversion.mapping.parameters import Architecture
+from weights_conversion.sources.locate_dist import in_torch_dist
+
+
+def locate(files: RankFiles | DistCheckpoint, architecture: Architecture, config: ModelConfig) -> Located:
+    """Places every parameter of `architecture`. Raises ConversionError with all that does not fit."""
+    if isinstance(files, RankFiles):
+        return in_rank_files(files, architecture, config)
+    return in_torch_dist(files, architecture, config)
+
+
+def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelConfig) -> Located:
+    problems: list[str] = []
+    used: set[tuple[int, int, str]] = set()
+    count, stages = sum(map(len, files.ranks.values())), files.parallel.pipeline * files.parallel.virtual
+    if config.num_layers > count or config.num_layers % stages:
+        raise ConversionError(
+            f"the args of {files.folder} say {config.num_layers} layers, which {count} tensors in {stages} stages "
+            "cannot be"
+        )
+
+    def place_of(tp: int, pp: int) -> str:
+        return f"{files.folder.name}/{rank_folder(tp, pp, files.parallel)}"
+
+    def find(tp: int, pp: int, name: str, shape: tuple[int, ...]) -> TensorRef:
+        tensors = files.ranks[tp, pp]
+        if name not in tensors:
+            name = files.dialect.other_spelling(name)
+        used.add((tp, pp, name))
+        ref = tensors.get(name)
+        if ref is None:
+            problems.append(f"{place_of(tp, pp)} has no tensor {name}, which should have shape {list(shape)}")
+        elif ref.shape != shape:
+            problems.append(f"{name} in {place_of(tp, pp)} has shape {list(ref.shape)}, its args say {list(shape)}")
+        else:
+            return ref
+        anything = next(iter(tensors.values()))
+        return TensorRef(anything.file, name, anything.dtype, shape)
+
+    placed: Located = {}
+    for row, layer in architecture.instances(config):
+        shape = row.megatron_shape(config, files.vocabulary)
+        placed[row.megatron, layer] = (place_megatron(row, layer, shape, config, files.parallel, files.dialect, find),)
+    problems += [
+        f"{place_of(tp, pp)} has a tensor {name} that a {config.family} model does not have"
+        for (tp, pp), tensors in sorted(files.ranks.items())
+        for name in sorted(tensors)
+        if (tp, pp, name) not in used
+    ]
+    if problems:
+        raise ConversionError(*problems)
+    return placed
+
+
+def in_huggingface(
+    architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Placed], dialect: Dialect
+) -> Located:
+    """Finds each parameter among the tensors of an HF or Meta source. Missing, misshapen and unexpected ones: error."""
+    if config.num_layers > len(tensors):  # before a loop over as many layers as a config may claim
+        raise ConversionError(f"the config says {config.num_layers} layers, the source has {len(tensors)} tensors")
+    problems, used, found = [], set(), {}
+    for row, layer in architecture.instances(config):
+        placed = []
+        for template, shape in zip(row.hf, row.hf_shapes(config), strict=True):
+            name = dialect.spell(template).format(layer)
+            used.add(name)
+            tensor = tensors.get(name)
+            if tensor is None:
+                problems.append(f"the source has no tensor {name}, which its config asks for with shape {list(shape)}")
+                continue
+            expected = (shape[0], shape[1] if len(shape) > 1 else 1)
+            if (tensor.rows, tensor.columns) != expected:
+                shown = [tensor.rows, tensor.columns] if len(shape) > 1 else [tensor.rows]
+                problems.append(f"{name} has shape {shown}, but its config says {list(shape)}")
+            placed.append(tensor)
+        found[row.megatron, layer] = tuple(placed)
+
+    if config.tie_word_embeddings and architecture.tied_head:
+        head = dialect.spell(architecture.tied_head)
+        embedding = architecture.parameters(config)[0]
+        if head in tensors and found[embedding.megatron, None]:
+            (placed,) = found[embedding.megatron, None]
+            used.add(head)
+            if (tensors[head].rows, tensors[head].dtype) != (placed.rows, placed.dtype):
+                problems.append(f"{head} and {placed.name} are tied, but differ in shape or dtype")
+            both = Placed(placed.name, placed.dtype, placed.rows, placed.columns, placed.copies + tensors[head].copies)
+            found[embedding.megatron, None] = (both,)
+    for name in sorted(set(tensors) - used - set(architecture.ignores(tensors))):
+        problems.append(f"the source has a tensor {name} that a {architecture.family} model does not have")
+    if problems:
+        raise ConversionError(*problems)
+    return found

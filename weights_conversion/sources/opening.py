@@ -1,0 +1,142 @@
+"""Opens what a conversion reads: a Hugging Face folder or repository, Meta's files, or a Megatron checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weights_conversion import fileio
+from weights_conversion.config import ModelConfig
+from weights_conversion.configs import hf_config, megatron_args
+from weights_conversion.errors import ConversionError
+from weights_conversion.formats import huggingface, meta
+from weights_conversion.formats.megatron import TRACKER
+from weights_conversion.launch import distributed
+from weights_conversion.layouts.placement import Placed
+from weights_conversion.mapping.dialects import HF, META, Dialect
+from weights_conversion.mapping.parameters import Architecture
+from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
+from weights_conversion.sources.locate import in_huggingface, locate
+from weights_conversion.tokenizer.files import source_tokenizer_files
+
+# What training decided about the tokenizer, which another layout or dialect of the checkpoint keeps.
+_TOKENIZER_ARGS = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source that has been opened: headers read, no data. `sources` finds and checks every parameter."""
+
+    folder: Path
+    dialect: Dialect
+    config: ModelConfig
+    sources: Callable[[Architecture], dict[tuple[str, int | None], tuple[Placed, ...]]]
+    raw_config: Mapping[str, Any] | None = None
+    generation_config: Mapping[str, Any] | None = None
+    repository: str | None = None
+    revision: str | None = None
+    true_rows_known: bool = True
+    tokenizer: tuple[Path, ...] = ()
+    kept_args: Mapping[str, Any] = field(default_factory=dict)
+    stored_vocabulary: int | None = None  # rows of a Megatron source, padding included
+    assumed: tuple[str, ...] = ()  # fields that nothing states, taken from the family
+    tensors: tuple[str, ...] = ()  # names of an HF or Meta source
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def open_source(
+    model: str, path: str | None, target: Dialect, *, cache: Path | None = None, size: int | None = None,
+    revision: str | None = None, load_iters: int | None = None, true_vocab_size: int | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Opened:  # fmt: skip
+    """What `path` (a folder or a repository) names, or else `model` and `size`. `target` decides what is refused.
+
+    `fields` are ModelConfig fields that the user states about a Megatron checkpoint.
+    """
+    local = Path(path).expanduser() if path is not None else None
+    trained = local is not None and local.is_dir() and ((local / TRACKER).is_file() or load_iters is not None)
+    if fields and not trained:
+        names = ", ".join(f"--{megatron_args.NAMES[name]}" for name in fields)
+        raise ConversionError(f"{names} is for Megatron sources; a Hugging Face or Meta source has a config of its own")
+    if revision is not None and local is not None and local.is_dir():
+        raise ConversionError(f"--revision {revision} is for repositories, but {path} is a local folder")
+    if path is None and cache is not None and cache.is_dir() and model in ("llama", "llama2"):
+        folder = meta.find_meta(cache, model, size or 7)
+        if folder is not None:
+            return open_meta(model, folder)
+    if local is not None and trained:
+        return open_megatron(model, local, target, load_iters, true_vocab_size, fields)
+    if local is not None and local.is_dir():
+        folder = local
+        consolidated = meta.find_meta(folder, model, size or 7)
+        if consolidated is not None and not (folder / "config.json").is_file():
+            return open_meta(model, consolidated)
+        return open_hf(model, folder, target)
+    from weights_conversion.hub import repositories as hub
+
+    repository = path or hub.default_repository(model, size or 7)
+    if path is not None and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
+        raise ConversionError(f"--model-path {repository} is neither a folder here nor the name of a repository")
+    with distributed.rank_zero_first("hub"):
+        snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache)
+    opened = open_hf(model, snapshot.folder, target)
+    return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision)
+
+
+def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
+    raw = fileio.read_json(folder / "config.json")
+    config = hf_config.read_config(model, raw, target, str(folder / "config.json"))
+    generation = folder / "generation_config.json"
+    generation_config = fileio.read_json(generation) if generation.is_file() else None
+    tensors = huggingface.read_hf(folder)
+    return Opened(
+        folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
+        raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
+    )  # fmt: skip
+
+
+def open_meta(model: str, folder: Path) -> Opened:
+    tensors = meta.read_meta(folder)
+    config = hf_config.read_params(model, meta.read_params(folder), tensors, str(folder / "params.json"))
+    return Opened(
+        folder, META, config, lambda architecture: in_huggingface(architecture, config, tensors, META),
+        tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
+    )  # fmt: skip
+
+
+def open_megatron(
+    model: str, root: Path, target: Dialect, load_iters: int | None = None, true_vocab_size: int | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Opened:  # fmt: skip
+    """A Megatron checkpoint as the source of another; its manifest, tokenizer and training args go along."""
+    opened = open_checkpoint(root, model, load_iters=load_iters, flags=fields)
+    if model == "falcon" and not target.parallel_attention:
+        raise ConversionError(f"{target.name} cannot express falcon: it has no attention in parallel with the MLP")
+    if model != "falcon" and not target.ties_heads and opened.config.tie_word_embeddings:
+        raise ConversionError(f"{root} has a head tied to the embedding, which {target.name} cannot express")
+    config, known = opened.config, opened.true_rows_known
+    stored = true_vocab_size is not None and true_vocab_size <= opened.files.vocabulary
+    if true_vocab_size is not None and stored and (not known or true_vocab_size > config.vocab_size):
+        # the user knows which of the stored rows are tokens
+        config, known = dataclasses.replace(config, vocab_size=true_vocab_size), True
+    said = opened.manifest or {}
+    args = opened.files.args
+    reset = megatron_args.was_reset(args)
+    kept = {name: args[name] for name in _TOKENIZER_ARGS if not reset and args.get(name) is not None}
+    if opened.files.dialect is target and not reset and "seq_length" in args:
+        kept["seq_length"] = args["seq_length"]
+    places = (source_tokenizer_files(folder) for folder in (root, *trained_from(args)) if folder.is_dir())
+    tokenizer = next((files for files in places if files), ())
+    if not tokenizer and args.get("vocab_file") is not None:
+        kept["vocab_file"] = args["vocab_file"]  # so that an export knows that training had one of its own
+    assumed = tuple(sorted(name for name, origin in opened.origins.items() if reset and origin == "family"))
+    return Opened(
+        root, opened.files.dialect, config,
+        lambda architecture: locate(opened.files, architecture, config), said.get("config"),
+        said.get("generation_config"), said.get("repository"), said.get("revision"), known, tokenizer, kept,
+        opened.files.vocabulary, assumed, notes=opened.notes, warnings=opened.warnings,
+    )  # fmt: skip
