@@ -322,7 +322,7 @@ def test_rank_zero_fetches_first(sources, imported, tmp_path: Path, srun: Job) -
 def test_what_rank_zero_cannot_fetch(sources, tmp_path: Path, srun: Job) -> None:
     """Is said once and ends all; no other rank tries."""
     log = tmp_path / "log"
-    refuse = "from weights_conversion.config import ConversionError; raise ConversionError('no such repository')"
+    refuse = "from weights_conversion.errors import ConversionError; raise ConversionError('no such repository')"
     fault = FETCHES.format(log=str(log), folder=str(sources(MODEL)), then=refuse)
     ranks = srun(
         3, "hf_to_megatron", *importing("some/model", tmp_path / "out"), logs=tmp_path / "logs",
