@@ -25,6 +25,9 @@ class Names:
     mlp_out: str
     final_norm: str
     head: str
+    qkv_bias: tuple[str, ...] = ()  # as `qkv`; empty: this side's model has none
+    q_norm: str = ""  # of one head's dimensions, the same for all heads; empty: this side's model has none
+    k_norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,12 @@ class Convention:
     gate_first: bool  # of the two halves of a GLU, by rows or in the order of `Names.mlp_in`
     falcon: tuple[Names, ...] = ()  # with one norm in front of the parallel branches, and with two; empty: no falcon
     grouped_qkv: bool = True  # fused QKV is [q .. q, k, v] per group; otherwise all q, all k, all v
+    grouped_bias: bool = True  # the same of its bias
 
     def names_for(self, config: ModelConfig) -> Names:
-        """Raises ConversionError for a family that this side cannot store."""
+        """Raises ConversionError for a model that this side cannot store."""
         if config.family != "falcon":
+            self._check(config)
             return self.names
         if not self.falcon:
             raise ConversionError(
@@ -48,6 +53,17 @@ class Convention:
                 "compare a Hugging Face or Megatron-LLM checkpoint."
             )
         return self.falcon[config.num_layernorms - 1]
+
+    def _check(self, config: ModelConfig) -> None:
+        for has, name, what in (
+            (getattr(config, "add_qkv_bias", False), self.names.qkv_bias, "biases of q, k and v"),
+            (getattr(config, "qk_layernorm", False), self.names.q_norm, "norms of q and k"),
+        ):
+            if has and not name:
+                raise ConversionError(
+                    f"{self.title} checkpoints cannot hold {what}, which a {config.family} model has; "
+                    "compare a Hugging Face or Megatron-Core checkpoint"
+                )
 
 
 _HF_FALCON = Names(
@@ -75,6 +91,9 @@ HF = Convention(
         mlp_out="mlp.down_proj.weight",
         final_norm="model.norm.weight",
         head="lm_head.weight",
+        qkv_bias=("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        q_norm="self_attn.q_norm.weight",
+        k_norm="self_attn.k_norm.weight",
     ),
     interleaved_rotary=False,
     gate_first=True,
@@ -132,6 +151,9 @@ MEGATRON_CORE = Convention(
         mlp_out="mlp.linear_fc2.weight",
         final_norm="decoder.final_layernorm.weight",
         head="output_layer.weight",
+        qkv_bias=("self_attention.linear_qkv.bias",),
+        q_norm="self_attention.q_layernorm.weight",  # spelled so by both layer specs
+        k_norm="self_attention.k_layernorm.weight",
     ),
     interleaved_rotary=False,
     gate_first=True,

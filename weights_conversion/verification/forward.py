@@ -6,7 +6,8 @@ their traces agree. Weights are asked for one block of rows at a time; only the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,12 @@ from torch import Tensor
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
 from weights_conversion.verification.conventions import Convention
+from weights_conversion.verification.rope import frequencies
 
 Weights = Callable[[str, slice | None], Tensor]
 """(full stored name, rows) -> those rows of the full, unsharded tensor in its stored dtype; None asks for all rows.
 
-Matrices are asked for in ascending, consecutive row ranges with both ends given; norms are asked for whole.
+Matrices are asked for in ascending, consecutive row ranges with both ends given; norms and biases are asked for whole.
 """
 
 Stage = tuple[str, int | None, Tensor]
@@ -44,20 +46,41 @@ def default_prompts(config: ModelConfig, count: int = 3, length: int = 24) -> Te
     return (steps * config.vocab_size // 2**32).view(count, length)
 
 
+def default_positions(config: ModelConfig, length: int) -> Tensor:
+    """Rotary positions (length) of such prompts: far apart where the rope is scaled.
+
+    A scaling is hardly felt at the first positions (Llama 3's leaves every wave below 2048 positions alone), so the
+    tokens stand as far apart as 61, within the model's range.
+    """
+    if rope_of(config)["kind"] == "default":
+        return torch.arange(length)
+    return torch.arange(length) * max(1, min(61, config.max_position_embeddings // length))
+
+
+def rope_of(config: ModelConfig) -> dict[str, Any]:
+    """What decides the rotary angles, as `frequencies` takes it, and `partial_rotary_factor`."""
+    rope = getattr(config, "rope", None)
+    if rope is not None:
+        return {name: value for name, value in vars(rope).items() if value is not None}
+    factor = config.rope_scaling_factor
+    return {"kind": "default" if factor == 1.0 else "linear", "theta": config.rope_theta, "factor": factor}
+
+
 def trace(
-    config: ModelConfig, convention: Convention, weights: Weights, tokens: Tensor, *, head: str | None = None
-) -> Iterator[Stage]:
+    config: ModelConfig, convention: Convention, weights: Weights, tokens: Tensor, *, head: str | None = None,
+    positions: Tensor | None = None,
+) -> Iterator[Stage]:  # fmt: skip
     """Yields each sub-module's output for `tokens` (prompts, length), as soon as it is computed.
 
     The logits come from `head` where a name is given (pipeline ranks hold a tied table twice), else from the embedding
     if `tie_word_embeddings`, else from the side's own head. Raises ConversionError for a tensor of another shape than
-    `config` asks for.
+    `config` asks for. `positions` (length) are the rotary ones, 0.. unless given.
     """
     names = convention.names_for(config)
     hidden = embed(config, convention, weights, tokens)
     yield "embedding", None, hidden
     for index in range(config.num_layers):
-        for stage in layer(config, convention, weights, index, hidden):
+        for stage in layer(config, convention, weights, index, hidden, positions):
             yield stage
             hidden = stage[2]
     hidden = _norm(config, weights, names.final_norm, hidden)
@@ -78,15 +101,17 @@ def embed(config: ModelConfig, convention: Convention, weights: Weights, tokens:
 
 
 def layer(
-    config: ModelConfig, convention: Convention, weights: Weights, index: int, hidden: Tensor
-) -> Iterator[tuple[str, int, Tensor]]:
+    config: ModelConfig, convention: Convention, weights: Weights, index: int, hidden: Tensor,
+    positions: Tensor | None = None,
+) -> Iterator[tuple[str, int, Tensor]]:  # fmt: skip
     """Stages of one layer for its input `hidden`; the last one, `layer`, is the input of the next."""
+    positions = torch.arange(hidden.shape[1]) if positions is None else positions
     names = convention.names_for(config)
     prefix = names.layer.format(index)
 
     normed = _norm(config, weights, prefix + names.attention_norm, hidden)
     yield "attention_norm", index, normed
-    attended = _attention(config, convention, weights, prefix, normed)
+    attended = _attention(config, convention, weights, prefix, normed, positions)
     yield "attention", index, attended
 
     residual = hidden + attended
@@ -99,26 +124,22 @@ def layer(
     yield "layer", index, residual + mlp
 
 
-def _attention(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Tensor:
+def _attention(
+    config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor, positions: Tensor
+) -> Tensor:
     names = convention.names_for(config)
-    heads, groups, dim = config.num_attention_heads, config.num_query_groups, config.head_dim
-    sizes = [heads * dim, groups * dim, groups * dim]
-    if len(names.qkv) == 3:
-        q, k, v = (_linear(weights, prefix + name, x, 0, size) for name, size in zip(names.qkv, sizes, strict=True))
-    else:
-        fused = _linear(weights, prefix + names.qkv[0], x, 0, sum(sizes))
-        if convention.grouped_qkv:
-            # (prompts, length, groups, heads of a group + 2, dim)
-            q, k, v = fused.unflatten(-1, (groups, -1, dim)).split([heads // groups, 1, 1], dim=-2)
-        else:
-            q, k, v = fused.split(sizes, dim=-1)
+    groups, dim = config.num_query_groups, config.head_dim
     shape = (*x.shape[:2], groups, -1, dim)  # k and v: one head of a group
-    q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
-    q, k = _rotate(config, convention, q), _rotate(config, convention, k)
+    q, k, v = (part.reshape(shape) for part in _qkv(config, convention, weights, prefix, x))
+    if getattr(config, "qk_layernorm", False):
+        q = _rms(config, weights, prefix + names.q_norm, q)
+        k = _rms(config, weights, prefix + names.k_norm, k)
+    cos, sin = _angles(config, positions)
+    q, k = (_rotate(convention, part, cos, sin) for part in (q, k))
 
     scores = torch.einsum("bigrd,bjgsd->bgrij", q, k) / dim**0.5
-    position = torch.arange(x.shape[1])
-    distance = position[:, None] - position[None, :]
+    place = torch.arange(x.shape[1])
+    distance = place[:, None] - place[None, :]
     masked = distance < 0
     if config.sliding_window is not None:
         masked |= distance >= config.sliding_window  # a token sees `sliding_window` tokens, itself included
@@ -127,15 +148,47 @@ def _attention(config: ModelConfig, convention: Convention, weights: Weights, pr
     return _linear(weights, prefix + names.dense, out, 0, config.hidden_size)
 
 
-def _rotate(config: ModelConfig, convention: Convention, x: Tensor) -> Tensor:
-    """Rotary embedding of x (prompts, length, groups, heads, head_dim)."""
-    dim = config.head_dim
-    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * (frequencies / config.rope_scaling_factor)
-    cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
+def _qkv(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Sequence[Tensor]:
+    """q, k and v; the last axes hold their heads in order, by groups or flat."""
+    names, dim = convention.names_for(config), config.head_dim
+    sizes = [config.num_attention_heads * dim, config.num_query_groups * dim, config.num_query_groups * dim]
+    separate = len(names.qkv) == 3
+    biases: list[Tensor] = []
+    if getattr(config, "add_qkv_bias", False):
+        lengths = sizes if separate else [sum(sizes)]
+        biases = [_vector(weights, prefix + name, size) for name, size in zip(names.qkv_bias, lengths, strict=True)]
+    if separate:
+        parts = [_linear(weights, prefix + name, x, 0, size) for name, size in zip(names.qkv, sizes, strict=True)]
+    else:
+        parts = _apart(config, _linear(weights, prefix + names.qkv[0], x, 0, sum(sizes)), convention.grouped_qkv)
+        biases = [part for bias in biases for part in _apart(config, bias, convention.grouped_bias)]
+    return [part.flatten(2) + bias.flatten() for part, bias in zip(parts, biases, strict=True)] if biases else parts
+
+
+def _apart(config: ModelConfig, fused: Tensor, grouped: bool) -> Sequence[Tensor]:
+    """q, k and v of the last axis of `fused`."""
+    heads, groups, dim = config.num_attention_heads, config.num_query_groups, config.head_dim
+    if grouped:
+        # (.., groups, heads of a group + 2, dim)
+        return fused.unflatten(-1, (groups, -1, dim)).split([heads // groups, 1, 1], dim=-2)
+    return fused.split([heads * dim, groups * dim, groups * dim], dim=-1)
+
+
+def _angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position and rotary pair: (length, 1, 1, pairs)."""
+    rope = rope_of(config)
+    inverse, scaling = frequencies(dim=int(config.head_dim * rope.pop("partial_rotary_factor", 1.0)), **rope)
+    angles = positions.float()[:, None] * inverse
+    return angles.cos()[:, None, None] * scaling, angles.sin()[:, None, None] * scaling
+
+
+def _rotate(convention: Convention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (prompts, length, groups, heads, head_dim); dimensions without an angle stay."""
+    turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
     axis = -1 if convention.interleaved_rotary else -2
-    a, b = x.unflatten(-1, (-1, 2) if convention.interleaved_rotary else (2, -1)).unbind(axis)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=axis).flatten(-2)
+    a, b = turned.unflatten(-1, (-1, 2) if convention.interleaved_rotary else (2, -1)).unbind(axis)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=axis).flatten(-2)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 def _mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Tensor:
@@ -156,12 +209,20 @@ def _mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: 
 
 def _norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
     """LayerNorm with bias for falcon, RMSNorm for the others."""
-    weight = _checked(weights(name, None), name, (config.hidden_size,))
-    if config.family == "falcon":
-        name = name.removesuffix("weight") + "bias"
-        bias = _checked(weights(name, None), name, (config.hidden_size,))
-        return F.layer_norm(x, (config.hidden_size,), weight, bias, config.layernorm_epsilon)
+    if config.family != "falcon":
+        return _rms(config, weights, name, x)
+    size = config.hidden_size
+    weight, bias = _vector(weights, name, size), _vector(weights, name.removesuffix("weight") + "bias", size)
+    return F.layer_norm(x, (size,), weight, bias, config.layernorm_epsilon)
+
+
+def _rms(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
+    weight = _vector(weights, name, x.shape[-1])
     return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.layernorm_epsilon))
+
+
+def _vector(weights: Weights, name: str, size: int) -> Tensor:
+    return _checked(weights(name, None), name, (size,))
 
 
 def _linear(weights: Weights, name: str, x: Tensor, start: int, stop: int) -> Tensor:

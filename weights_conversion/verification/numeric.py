@@ -13,7 +13,7 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.engine.streams import Source
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.verification import forward
-from weights_conversion.verification.conventions import CONVENTIONS, Convention
+from weights_conversion.verification.conventions import CONVENTIONS, Convention, Names
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.sides import NUMBER_FIELDS, Model
 from weights_conversion.verification.stored import head_of, rounded, weights_of
@@ -59,11 +59,14 @@ class Runner:
     weights: Weights
     head: str | None = None
 
+    positions: Tensor | None = None
+
     def trace(self, tokens: Tensor) -> Iterator[forward.Stage]:
-        return forward.trace(self.config, self.convention, self.weights, tokens, head=self.head)
+        where = self.positions
+        return forward.trace(self.config, self.convention, self.weights, tokens, head=self.head, positions=where)
 
     def layer(self, index: int, hidden: Tensor) -> dict[str, Tensor]:
-        stages = forward.layer(self.config, self.convention, self.weights, index, hidden)
+        stages = forward.layer(self.config, self.convention, self.weights, index, hidden, self.positions)
         return {stage: output for stage, _, output in stages}
 
 
@@ -101,6 +104,9 @@ def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -
     theirs = _runner(checkpoint, source, vocabulary, files)
     tokens = forward.default_prompts(_prompts_config(ours.config, theirs.config))
     shape = (tokens.shape[0], tokens.shape[1])
+    # One side's scaling suffices: where the other lost it, the sides part at far positions.
+    positions = max((forward.default_positions(run.config, shape[1]) for run in (ours, theirs)), key=lambda at: at[-1])
+    ours, theirs = replace(ours, positions=positions), replace(theirs, positions=positions)
     largest: tuple[float, str, int | None] = (0.0, "embedding", None)
     hidden, error = torch.empty(0), 0.0
     for (stage, layer, a), (_, _, b) in zip(ours.trace(tokens), theirs.trace(tokens), strict=True):
@@ -154,7 +160,7 @@ class Causes:
 
     def _agrees(self, runner: Runner, index: int, hidden: Tensor, wanted: dict[str, Tensor], until: str) -> bool:
         """Whether all stages agree as far as `until`."""
-        stages = forward.layer(runner.config, runner.convention, runner.weights, index, hidden)
+        stages = forward.layer(runner.config, runner.convention, runner.weights, index, hidden, runner.positions)
         for stage, _, output in stages:
             if stage not in wanted or error_of(wanted[stage], output) > BOUND:
                 return False
@@ -234,6 +240,8 @@ def _conventions(runner: Runner) -> Iterator[tuple[str, Runner]]:
         ("the rotary order of q and k is the other one", {"interleaved_rotary": not convention.interleaved_rotary}),
         ("gate and up are swapped", {"gate_first": not convention.gate_first}),
         ("q, k and v are not grouped: all of q, then k, then v", {"grouped_qkv": not convention.grouped_qkv}),
+        ("the biases of q, k and v are not grouped: all of q, then k, then v", {"grouped_bias": False}),
+        ("the norms of q and k are exchanged", {"names": _exchanged_norms(convention.names)}),
         (
             "rotary order, and gate and up are swapped",
             {
@@ -246,9 +254,13 @@ def _conventions(runner: Runner) -> Iterator[tuple[str, Runner]]:
         yield sentence, replace(runner, convention=replace(convention, **change))
 
 
+def _exchanged_norms(names: Names) -> Names:
+    return replace(names, q_norm=names.k_norm, k_norm=names.q_norm)
+
+
 def _layer_names(runner: Runner) -> tuple[str, ...]:
     names = runner.convention.names_for(runner.config)
-    return (*names.qkv, names.dense, *names.mlp_in, names.mlp_out)
+    return (*names.qkv, *names.qkv_bias, names.dense, *names.mlp_in, names.mlp_out)
 
 
 def _norm_name(runner: Runner, stage: str) -> str | None:
