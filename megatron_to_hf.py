@@ -27,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser, "--output_dir", type=Path, required=True, metavar="DIR", help="folder for the Hugging Face model"
     )
     cli.option(
-        parser, "--model", choices=FAMILIES, default="llama2",
-        help="what the checkpoint holds (default: llama2); a checkpoint that says otherwise is an error",
+        parser, "--model", choices=FAMILIES,
+        help="what the checkpoint holds (default: what it says or shows); a checkpoint that says otherwise is an error",
     )  # fmt: skip
     cli.option(
         parser, "--num_output_shards", type=cli.positive, default=1, metavar="N",

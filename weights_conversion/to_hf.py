@@ -27,11 +27,14 @@ from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_t
 
 @dataclass(frozen=True)
 class ExportOptions(RunOptions):
-    """megatron_to_hf.py's arguments. `fields` are ModelConfig fields that the user states (--rope_theta ...)."""
+    """megatron_to_hf.py's arguments. `fields` are ModelConfig fields that the user states (--rope_theta ...).
+
+    `model` None: the family that the checkpoint says or shows.
+    """
 
     input_dir: Path = Path()
     output_dir: Path = Path()
-    model: str = "llama2"
+    model: str | None = None
     num_output_shards: int = 1
     tokenizer: TokenizerOptions = TokenizerOptions()
     no_tokenizer: bool = False
@@ -49,7 +52,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
         flags=options.fields,
     )  # fmt: skip
-    config, architecture = opened.config, ARCHITECTURES[options.model]
+    config, architecture = opened.config, ARCHITECTURES[opened.config.family]
     sources = locate(opened.files, architecture, config)
     dtype = DTYPES.get(options.dtype)
     plan = plan_to_hf(
@@ -83,7 +86,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         "values     " + ", ".join(f"{name} {origin}" for name, origin in sorted(opened.origins.items()))
     )
     prove = verified(
-        options.input_dir, options.model, options, source_iters=options.load_iters, fields=options.fields,
+        options.input_dir, config.family, options, source_iters=options.load_iters, fields=options.fields,
         true_vocab_size=config.vocab_size,
     )  # fmt: skip
     return run(Job(plan, report, targets, out, files, prove=prove), options)
@@ -98,7 +101,7 @@ def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Map
 
     try:
         return plan_tokenizer(
-            options.model, options.input_dir, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
+            opened.config.family, options.input_dir, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
             search=trained_from(args), fetch=fetch, generation=generation,
         )  # fmt: skip
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

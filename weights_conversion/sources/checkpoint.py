@@ -19,6 +19,7 @@ from weights_conversion.formats.megatron import RankFiles, find_iteration, open_
 from weights_conversion.formats.stored_args import plain_args
 from weights_conversion.formats.torch_dist import RUN_CONFIG, DistCheckpoint, open_dist
 from weights_conversion.mapping.dialects import MEGATRON_CORE
+from weights_conversion.sources.families import chosen_family, read_features
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,18 @@ def _args_of_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(
-    root: Path, model: str, *, load_iters: int | None = None, true_vocab_size: int | None = None,
+    root: Path, model: str | None, *, load_iters: int | None = None, true_vocab_size: int | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> OpenedCheckpoint:  # fmt: skip
-    """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep."""
+    """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep.
+
+    `model` None: the family that the checkpoint says or shows, which is reported.
+    """
     files = open_files(root, load_iters)
     found = manifest.find([root, *trained_from(files.args)])
     said = found[1] if found else None
-    _check_family(model, files.args, said, root)
+    notes: list[str] = []
+    model = _family(model, files, said, root, true_vocab_size, notes)
     if files.dialect is MEGATRON_CORE:
         problems = core_args.foreign_tensors(files.names, files.folder)
         problems += core_args.foreign_to_family(files.args, model, files.folder)
@@ -81,7 +86,6 @@ def open_checkpoint(
         problems = megatron_args.foreign(model, files.args)
     if problems:
         raise ConversionError(*problems)
-    notes: list[str] = []
     warnings: list[str] = []
     if found:
         notes.append(f"config     from {found[0]}")
@@ -136,6 +140,23 @@ def _check_family(model: str, args: Mapping[str, Any], said: Mapping[str, Any] |
     for origin, family in claims.items():
         if family != model:
             raise ConversionError(f"--model {model} was given, but {root} holds a {family} model, say its {origin}")
+
+
+def _family(
+    model: str | None, files: RankFiles | DistCheckpoint, said: Mapping[str, Any] | None, root: Path,
+    true_vocab_size: int | None, notes: list[str],
+) -> str:  # fmt: skip
+    """`model` where it was given and nothing contradicts it, else what the checkpoint says or shows."""
+    if model is not None:
+        _check_family(model, files.args, said, root)
+        return model
+    rows = true_vocab_size or (said or {}).get("true_vocab_size") or files.vocabulary
+    features = read_features(files.args, files.names, rows)
+    family, why = chosen_family(claimed_families(files.args, said), features, root)
+    if family not in FAMILIES:
+        raise ConversionError(f"{root} holds a {family} model ({why}), which is none of {', '.join(FAMILIES)}")
+    notes.append(f"model      {family}, {why}")
+    return family
 
 
 def _rows(stored: int, flag: int | None, said: Mapping[str, Any] | None, notes: list[str]) -> tuple[int, bool]:

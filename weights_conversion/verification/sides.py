@@ -19,6 +19,7 @@ from weights_conversion.layouts.placement import Placed, main_dtype
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
 from weights_conversion.mapping.parameters import ParamMapping
 from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
+from weights_conversion.sources.families import decide_family, read_features
 from weights_conversion.sources.locate import in_huggingface, locate
 
 Key = tuple[str, int | None]  # ParamMapping.megatron, layer
@@ -118,13 +119,19 @@ def family_of(path: Path, load_iters: int | None) -> tuple[str | None, str | Non
         folder = meta.find_meta(path, "llama2", 0) or path
         raw = meta.read_params(folder)
         return None, _llama(raw.get("rope_theta"), raw.get("norm_eps"))
-    args = open_files(path, load_iters).args
-    found = manifest.find([path, *trained_from(args)])
-    claims = claimed_families(args, found[1] if found else None).values()
-    family = next((family for family in claims if family in FAMILIES), None)
+    files = open_files(path, load_iters)
+    found = manifest.find([path, *trained_from(files.args)])
+    claims = claimed_families(files.args, found[1] if found else None)
+    family = next((family for family in claims.values() if family in FAMILIES), None)
     if family:
         return family, family
-    return None, _llama(args.get("rope_theta"), args.get("layernorm_epsilon"))
+    candidates = decide_family({}, read_features(files.args, files.names, files.vocabulary))
+    if candidates and set(candidates).isdisjoint(_LLAMAS):  # its tensors or its window say so
+        return candidates[0], candidates[0]
+    return None, _llama(files.args.get("rope_theta"), files.args.get("layernorm_epsilon"))
+
+
+_LLAMAS = ("codellama", "llama", "llama2")
 
 
 def _llama(theta: object, eps: object) -> str:

@@ -1,0 +1,173 @@
+"""Which family a Megatron checkpoint is of: what it says, else what its args and tensors show.
+
+Megatron-Core writes no family's name. Each family states its signs here, as data; whatever fits none, or several, is
+for the user to decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weights_conversion.configs.megatron_args import was_reset
+from weights_conversion.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a checkpoint shows; None: it does not say. `rows` are those of its embedding, `ratio` is ffn / hidden."""
+
+    parallel_attention: bool = False
+    qkv_bias: bool = False
+    qk_norms: bool = False
+    llama3_rope: bool = False
+    window: bool | None = None
+    theta: float | None = None
+    epsilon: float | None = None
+    rows: int | None = None
+    grouped: bool = False
+    positions: int | None = None
+    ratio: float | None = None
+
+    def __str__(self) -> str:
+        shown = {
+            "attention in parallel with the MLP": self.parallel_attention,
+            "biases of q, k and v": self.qkv_bias,
+            "norms of q and k": self.qk_norms,
+            "Llama 3's rope scaling": self.llama3_rope,
+            "a sliding window": bool(self.window),
+            "no sliding window": self.window is False,
+        }
+        numbers = {"rope_theta": self.theta, "epsilon": self.epsilon}
+        parts = [f"{name} {value:g}" for name, value in numbers.items() if value is not None]
+        rows = [f"{self.rows} vocabulary rows"] if self.rows is not None else []
+        return ", ".join([*(name for name, there in shown.items() if there), *parts, *rows])
+
+
+@dataclass(frozen=True)
+class Signs:
+    """One way in which a family's models look. None: any value fits; features that the files do not state fit too.
+
+    `rows` is a number of rows that no other family has: a checkpoint with so many is of this one. `rows_needed`: only
+    such a checkpoint is meant. `ratio` and `least_positions`: one of the two is enough.
+    """
+
+    theta: float | None = None
+    epsilon: float | None = None
+    window: bool = False
+    rows: int | None = None
+    rows_needed: bool = False
+    grouped: bool | None = None
+    least_positions: int | None = None
+    ratio: float | None = None
+    parallel_attention: bool = False
+    qkv_bias: bool = False
+    qk_norms: bool = False
+    llama3_rope: bool = False
+
+
+SIGNS: dict[str, tuple[Signs, ...]] = {
+    # Code Llama 70B has the usual theta; only its rows tell it from Llama 2.
+    "codellama": (Signs(theta=1e6, rows=32016), Signs(theta=1e4, rows=32016, rows_needed=True)),
+    "falcon": (Signs(parallel_attention=True),),
+    "llama": (Signs(theta=1e4, epsilon=1e-6),),
+    "llama2": (Signs(theta=1e4, epsilon=1e-5),),
+    # Since 0.2 Mistral has no window, and Code Llama's theta.
+    "mistral": (
+        Signs(window=True),
+        Signs(theta=1e6, grouped=True, least_positions=32768, ratio=3.5),
+        Signs(theta=1e6, grouped=True, rows=32768, rows_needed=True),
+    ),
+}
+_STRUCTURE = ("parallel_attention", "qkv_bias", "qk_norms", "llama3_rope")
+
+
+def read_features(args: Mapping[str, Any], names: Iterable[str], rows: int) -> Features:
+    """Of args in Megatron-LLM's names and tensors' names. `rows`: of the embedding, without its padding if known.
+
+    Values that the original's resharding tool may have reset count only where they are not its defaults.
+    """
+    reset = was_reset(args)
+    theta, epsilon, window = (args.get(key) for key in ("rope_theta", "layernorm_epsilon", "sliding_window_size"))
+    hidden, ffn = args.get("hidden_size"), args.get("ffn_hidden_size")
+    heads = args.get("num_attention_heads")
+    names = list(names)
+    return Features(
+        parallel_attention=bool(args.get("parallel_attn")) or args.get("use_rms_norm") is False,
+        qkv_bias=bool(args.get("add_qkv_bias")) or _any(names, r"\.(query_key_value|linear_qkv)\.bias$"),
+        qk_norms=bool(args.get("qk_layernorm")) or _any(names, r"\.[qk]_layernorm\."),
+        llama3_rope=bool(args.get("use_rope_scaling")),
+        window=None if reset and window is None else window is not None,
+        theta=None if reset and theta == 1e4 else theta,
+        epsilon=None if reset and epsilon == 1e-5 else epsilon,
+        rows=rows,
+        grouped=args.get("num_attention_heads_kv") not in (None, heads),
+        positions=args.get("max_position_embeddings"),
+        ratio=ffn / hidden if ffn and hidden else None,
+    )
+
+
+def _any(names: Iterable[str], pattern: str) -> bool:
+    return any(re.search(pattern, name) for name in names)
+
+
+def decide_family(claims: Mapping[str, str], features: Features) -> tuple[str, ...]:
+    """The families that the checkpoint may be of, the likeliest first; () where it fits none.
+
+    `claims` are what manifest and args state (claimed_families), which stand above what the features suggest.
+    """
+    if claims:
+        return tuple(dict.fromkeys(claims.values()))
+    fits = [family for family, ways in SIGNS.items() if any(_fits(features, signs) for signs in ways)]
+    stated = [family for family in fits if features.rows in {signs.rows for signs in SIGNS[family]} - {None}]
+    fits = stated or fits
+    # The two differ in the epsilon that a config states and in the default context alone: where neither is said,
+    # they are the same model.
+    return ("llama2",) if set(fits) == {"llama", "llama2"} else tuple(fits)
+
+
+def _fits(features: Features, signs: Signs) -> bool:
+    if any(getattr(features, name) != getattr(signs, name) for name in _STRUCTURE):
+        return False
+    if features.window is not None and features.window != signs.window:
+        return False
+    for name in ("theta", "epsilon"):
+        if None not in (getattr(features, name), getattr(signs, name)) and (
+            getattr(features, name) != getattr(signs, name)
+        ):
+            return False
+    if signs.grouped is not None and features.grouped != signs.grouped:
+        return False
+    if signs.rows_needed and features.rows != signs.rows:
+        return False
+    if signs.least_positions is not None:
+        return (features.positions or 0) >= signs.least_positions or features.ratio == signs.ratio
+    return True
+
+
+def chosen_family(claims: Mapping[str, str], features: Features, root: object) -> tuple[str, str]:
+    """(the family, why) where no --model was given. Raises ConversionError, which names the candidates."""
+    candidates = decide_family(claims, features)
+    if len(candidates) == 1 and claims:
+        return candidates[0], f"says its {' and its '.join(claims)}"
+    if len(candidates) == 1:
+        return candidates[0], f"by what it shows ({features}); --model overrides it"
+    if claims:
+        said = " and ".join(f"{family} by its {origin}" for origin, family in claims.items())
+        raise ConversionError(f"{root} says two things of the model that it holds: {said}; correct the wrong one")
+    if candidates:
+        raise ConversionError(
+            f"{root} does not say which model it holds, and what it shows ({features}) is true of "
+            f"{' and '.join(candidates)}; say --model {' or --model '.join(candidates)}"
+        )
+    near = [
+        family
+        for family, ways in SIGNS.items()
+        if any(all(getattr(features, name) == getattr(signs, name) for name in _STRUCTURE) for signs in ways)
+    ]
+    raise ConversionError(
+        f"{root} does not say which model it holds, and no family is known by what it shows ({features}); "
+        f"--model names it ({', '.join(near or SIGNS)})"
+    )
