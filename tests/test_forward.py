@@ -745,9 +745,7 @@ def _golden_source(case: Path) -> tuple[Convention, dict[str, Tensor]]:
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden files are not here")
-@pytest.mark.parametrize(
-    "folder", [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in LLM_FOLDERS]
-)
+@pytest.mark.parametrize("folder", [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in LLM_FOLDERS])
 def test_golden_checkpoints_agree_with_their_source(folder: Path) -> None:
     config = _golden_config(folder.parent)
     convention, source = _golden_source(folder.parent)

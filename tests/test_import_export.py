@@ -317,13 +317,79 @@ def test_first_falcon_config(name, kind, to_megatron, to_hf, tmp_path: Path, tok
     torch.testing.assert_close(tm.folder_logits(out, tokens), expected, atol=1e-5, rtol=0)
 
 
-def test_rotary_tables_are_ignored(to_megatron, tmp_path: Path) -> None:
-    model = tm.MODELS["llama2"]
-    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(model.layers)}
-    tm.write_huggingface(tmp_path / "hf", model, tensors={**model.tensors(), **extra})
-    to_megatron("llama2", "--model-path", tmp_path / "hf", "--out", tmp_path / "out").succeeded()
+TABLES = {
+    "model.layers.{}.self_attn.rotary_emb.inv_freq": (8,),
+    "model.layers.{}.self_attn.rotary_emb.cos_cached": (1, 1, 32, 16),
+    "model.layers.{}.self_attn.rotary_emb.sin_cached": (1, 1, 32, 16),
+    "model.layers.{}.self_attn.masked_bias": (),
+    "model.layers.{}.self_attn.bias": (1, 1, 32, 32),
+    "model.rotary_emb.original_inv_freq": (8,),
+}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("family", ["llama2", "falcon-7b"])
+def test_computed_buffers_are_ignored(family: str, kind: str, to_megatron, to_hf, tmp_path: Path) -> None:
+    """Rotary tables and causal masks, of whatever rank; the proof reads the source without them as well."""
+    model = tm.MODELS[family]
+    extra = {name.format(0): torch.ones(shape) for name, shape in TABLES.items()}
+    if model.falcon:
+        extra = {name.replace("model.layers", "transformer.h"): table for name, table in extra.items()}
+    tm.write_huggingface(tmp_path / "hf", model, tensors={**model.tensors(), **extra}, kind=kind)
+    result = to_megatron(model.family, "--model-path", tmp_path / "hf", "--out", tmp_path / "out", "--verify")
+    assert "and 5 more tensors, which hold no parameters" in result.succeeded().text
     expected = megatron_ranks(model.config(), model.tensors())[0, 0, 0]
     assert_same_tensors(read_checkpoint(tmp_path / "out").single, expected)
+
+
+def test_other_tensors_of_four_dimensions_are_refused(to_megatron, tmp_path: Path) -> None:
+    model = tm.MODELS["llama2"]
+    extra = {"model.layers.0.self_attn.conv.weight": torch.ones(1, 1, 2, 2)}
+    tm.write_huggingface(tmp_path / "hf", model, tensors={**model.tensors(), **extra})
+    result = to_megatron("llama2", "--model-path", tmp_path / "hf", "--out", tmp_path / "out")
+    result.refused("model.layers.0.self_attn.conv.weight", "[1, 1, 2, 2]")
+
+
+def test_adapter_beside_the_weights_is_refused(to_megatron, tmp_path: Path) -> None:
+    """transformers with peft would load base plus adapter."""
+    tm.write_huggingface(tmp_path / "hf", tm.MODELS["llama2"])
+    tm.write_json(tmp_path / "hf" / "adapter_config.json", {"peft_type": "LORA"})
+    result = to_megatron("llama2", "--model-path", tmp_path / "hf", "--out", tmp_path / "out")
+    result.refused("adapter_config.json", "merge_and_unload")
+
+
+@pytest.mark.parametrize("name", ["llama2", "falcon-7b"])
+def test_names_that_the_export_does_not_hold(name: str, to_megatron, to_hf, tmp_path: Path, tokens) -> None:
+    """Code of the source's own is neither copied nor named: the export loads with trust_remote_code and without."""
+    import transformers
+
+    model = tm.MODELS[name]
+    changes = {
+        "auto_map": {"AutoConfig": "configuration_own.C", "AutoModelForCausalLM": "modeling_own.M"},
+        "architectures": ["RWForCausalLM"],
+        "custom_pipelines": {"text-generation": {"impl": "own.Pipeline"}},
+        "tokenizer_class": "OwnTokenizer",
+    }
+    source = tm.write_huggingface(tmp_path / "hf", model, changes=changes)
+    settings = tm.read_json(source / "tokenizer_config.json")
+    own = {"tokenizer_class": "LLaMATokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.T", None]}}
+    tm.write_json(source / "tokenizer_config.json", settings | own)
+    for file in ("configuration_own.py", "modeling_own.py", "tokenization_own.py"):
+        (source / file).write_text("raise SystemExit('run')\n")
+    to_megatron(model.family, "--model-path", source, "--out", tmp_path / "mt").succeeded()
+    result = to_hf("--input_dir", tmp_path / "mt", "--output_dir", tmp_path / "out", "--model", model.family)
+    assert "auto_map is left out" in result.succeeded().text
+    assert not list((tmp_path / "out").glob("*.py"))
+    config = tm.read_json(tmp_path / "out" / "config.json")
+    assert not {"auto_map", "custom_pipelines", "tokenizer_class"} & set(config)
+    assert config["architectures"] == ["FalconForCausalLM" if model.falcon else "LlamaForCausalLM"]
+    settings = tm.read_json(tmp_path / "out" / "tokenizer_config.json")
+    assert (settings["tokenizer_class"], "auto_map" in settings) == ("PreTrainedTokenizerFast", False)
+    for trust in (True, False):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trust)
+        assert tokenizer.decode(tokenizer("the model")["input_ids"], skip_special_tokens=True) == "the model"
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=trust)
+        assert type(loaded).__module__.startswith("transformers.models.")
 
 
 # --- dtype ------------------------------------------------------------------------------------------------------------

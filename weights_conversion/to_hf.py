@@ -142,7 +142,11 @@ def _differences(source: Mapping[str, Any], exported: Mapping[str, Any]) -> list
         strict=True,
     ):
         pairs[name] = (one, two)
-    return [f"config     {key}: {one!r} in the source, {two!r} here" for key, (one, two) in pairs.items() if one != two]
+    left = [key for key in hf_config.LEFT_BEHIND if source.get(key) is not None and key not in exported]
+    return [
+        *(f"config     {key}: {one!r} in the source, {two!r} here" for key, (one, two) in pairs.items() if one != two),
+        *(f"config     {key} is left out: the export holds nothing of what it names" for key in left),
+    ]
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -23,6 +23,7 @@ from weights_conversion.layouts.placement import main_dtype, rank_folder
 from weights_conversion.layouts.plan import Plan
 from weights_conversion.layouts.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
+from weights_conversion.mapping.parameters import is_buffer
 from weights_conversion.output import assembly, publish
 from weights_conversion.sources.opening import open_source
 
@@ -83,7 +84,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     written = dtype or main_dtype([placed for group in sources.values() for placed in group])
     divisible_by = options.divisible_by or DIVISIBLE_BY
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
-    report.ignored = architecture.ignores(opened.tensors)
+    report.ignored = [name for name in opened.tensors if is_buffer(name)]
     files: dict[str, bytes | Path] = {path.name: path for path in opened.tokenizer}
     if ckpt_format == "torch_dist":
         plan = plan_to_dist(

@@ -44,8 +44,6 @@ PARAMETERS = (
     ParamMapping("encoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
     ParamMapping("lm_head", ("lm_head.weight",), ("vocab", "hidden"), COLUMN),
 )
-# Buffers that older releases saved: transformers' inverse frequencies and Meta's rotation table.
-IGNORED = ("model.layers.{}.self_attn.rotary_emb.inv_freq", "rope.freqs")
 
 
 def parameters(config: ModelConfig) -> tuple[ParamMapping, ...]:
@@ -55,7 +53,7 @@ def parameters(config: ModelConfig) -> tuple[ParamMapping, ...]:
 
 
 def architecture(family: str) -> Architecture:
-    return Architecture(family, parameters, IGNORED, tied_head="lm_head.weight")
+    return Architecture(family, parameters, tied_head="lm_head.weight")
 
 
 LLAMA = architecture("llama")

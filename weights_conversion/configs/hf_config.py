@@ -42,6 +42,9 @@ FALCON_KEYS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "layernorm_epsilon": ("layer_norm_epsilon",),
 }
+# Keys that name what OUT does not hold: code of the source's own (never copied, never run; transformers has a class for
+# every family), a weight file by another name, a tokenizer class, which tokenizer_config.json states.
+LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenizer_class", "_commit_hash")
 # What Meta's params.json does not say.
 META_CONTEXT = {"llama": 2048, "llama2": 4096, "codellama": 16384}
 
@@ -236,7 +239,8 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     spellings, since each release ignores the other's.
     """
     result = _renamed(base) if config.family == "falcon" else dict(base)
-    result.setdefault("architectures", [ARCHITECTURE_CLASSES[config.family]])
+    result = {key: value for key, value in result.items() if key not in LEFT_BEHIND}
+    result["architectures"] = [ARCHITECTURE_CLASSES[config.family]]
     result.setdefault("model_type", MODEL_TYPES[config.family][0])
     for name, keys in keys_of(config.family).items():
         result[next((key for key in keys if key in result), keys[0])] = getattr(config, name)
@@ -263,7 +267,7 @@ def _renamed(base: Mapping[str, Any]) -> dict[str, Any]:
     """A falcon config without the names of its first release (RefinedWeb), which needed code of its own."""
     if base.get("model_type", "falcon") == "falcon":
         return dict(base)
-    gone = ("architectures", "auto_map", "model_type", "n_layer", "n_head", "n_head_kv")
+    gone = ("model_type", "n_layer", "n_head", "n_head_kv")
     result = {key: value for key, value in base.items() if key not in gone}
     result.setdefault("new_decoder_architecture", base["model_type"] == "RefinedWeb")
     return result

@@ -16,6 +16,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import read_json
 from weights_conversion.formats import torch_files
 from weights_conversion.layouts.placement import PAGE, Placed, TensorRef, whole
+from weights_conversion.mapping.parameters import is_buffer
 
 DTYPES = {
     "F64": torch.float64,
@@ -138,8 +139,19 @@ def _parts_without_index(folder: Path) -> list[Path]:
     return []
 
 
+def check_no_adapter(folder: Path) -> None:
+    """Refuses base weights with an adapter beside them: transformers, where peft is installed, loads both."""
+    if (folder / "adapter_config.json").is_file():
+        raise ConversionError(
+            f"{folder} holds adapter_config.json beside its weights, so that transformers loads base plus adapter; "
+            "merge the adapter (peft's merge_and_unload) and convert the merged folder, or move the adapter's files "
+            "out of this one to convert the base alone"
+        )
+
+
 def read_hf(folder: Path) -> dict[str, Placed]:
     """All tensors of an HF folder by name, checked against its index in both directions."""
+    check_no_adapter(folder)
     index, files = weight_files(folder)
     placed: dict[str, Placed] = {}
     problems = []
@@ -152,7 +164,7 @@ def read_hf(folder: Path) -> dict[str, Placed]:
         for name, ref in refs.items():
             if name in placed:
                 problems.append(f"{name} stands in two files, {placed[name].copies[0][0].ref.file} and {file}")
-            if len(ref.shape) in (1, 2):
+            if len(ref.shape) in (1, 2) or is_buffer(name):
                 placed[name] = whole(ref)
             else:
                 problems.append(f"{name} in {file} has shape {list(ref.shape)}; weights have one or two dimensions")

@@ -9,7 +9,8 @@ from typing import Any
 from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import read_json
 from weights_conversion.formats import torch_files
-from weights_conversion.layouts.placement import Placed, TensorRef, joined, two_dimensional
+from weights_conversion.layouts.placement import Placed, TensorRef, joined, two_dimensional, whole
+from weights_conversion.mapping.parameters import is_buffer
 
 # Along which dimension Meta's parts were cut; what is not named here is the same in every part.
 _CUT = {
@@ -52,8 +53,11 @@ def read_meta(folder: Path) -> dict[str, Placed]:
     problems, placed = [], {}
     for name in sorted({name for part in parts for name in part}):
         refs = [part[name] for part in parts if name in part]
-        if len(refs) != len(parts):
+        if len(refs) != len(parts) and not is_buffer(name):
             problems.append(f"{name} is in {len(refs)} of the {len(parts)} parts of {folder}")
+            continue
+        if is_buffer(name):
+            placed[name] = whole(refs[0])
             continue
         cut = next((_CUT[piece] for piece in name.split(".") if piece in _CUT), None)
         shapes = {two_dimensional(ref.shape) if len(ref.shape) in (1, 2) else ref.shape for ref in refs}

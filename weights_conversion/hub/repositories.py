@@ -199,6 +199,11 @@ def _check_listing(sizes: dict[str, int | None], repository: str, revision: str,
             f"{at} no weight file that can be read (model*.safetensors or pytorch_model*.bin)"
             f"{f', only {few(others)}' if others else ''}: name another repository with --model-path."
         )
+    if weights and "adapter_config.json" in sizes:
+        raise ConversionError(
+            f"{at} an adapter (adapter_config.json) beside its weights: merge it (merge_and_unload) and give "
+            "the merged folder as --model-path."
+        )
     if weights and "config.json" not in sizes:
         raise ConversionError(f"{at} no config.json, which its weights need: name another with --model-path.")
     if not any(name in sizes for name in SMALL_FILES):

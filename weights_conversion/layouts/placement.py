@@ -85,7 +85,8 @@ def main_dtype(tensors: Sequence[Placed]) -> torch.dtype:
 
 
 def two_dimensional(shape: Sequence[int]) -> tuple[int, int]:
-    return (shape[0], 1) if len(shape) == 1 else (shape[0], shape[1])
+    """(rows, columns); buffers, which nobody reads, may have any other rank."""
+    return (shape[0], shape[1]) if len(shape) == 2 else (prod(shape), 1)
 
 
 def whole(ref: TensorRef) -> Placed:

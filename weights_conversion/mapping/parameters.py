@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.mapping.ops import Copy, Op
 
 COPY = Copy()
+# Buffers that a module computes when it is built, whatever their rank: rotary tables (transformers, Meta and the code
+# that came with repositories) and causal masks. No family has a parameter of such a name.
+_BUFFER = re.compile(
+    r"(.*\.)?("
+    r"(inv_freq|original_inv_freq|cos_cached|sin_cached|cos_sin_cache|freqs_cis|masked_bias|causal_mask|position_ids)"
+    r"|(rope|rotary|rotary_emb|rotary_pos_emb|maybe_rotary)\.(freqs|cos|sin|cos_cache|sin_cache|scale)"
+    r"|(attn|self_attn|attention|self_attention)\.bias"
+    r")"
+)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a source's tensor is computed, not learnt: it is left out without an error."""
+    return _BUFFER.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -62,15 +76,13 @@ class ParamMapping:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family: its parameters (some depend on the config), and the source tensors that carry no parameter.
+    """A family: its parameters, some of which depend on the config.
 
-    `ignored` are names that a source may hold and nobody needs (computed buffers). `tied_head` is the HF name that
-    a source with tied embeddings may hold as a copy of the embedding.
+    `tied_head` is the HF name that a source with tied embeddings may hold as a copy of the embedding.
     """
 
     family: str
     parameters: Callable[[ModelConfig], tuple[ParamMapping, ...]]
-    ignored: tuple[str, ...] = ()
     tied_head: str | None = None
 
     def instances(self, config: ModelConfig) -> Iterator[tuple[ParamMapping, int | None]]:
@@ -81,8 +93,3 @@ class Architecture:
         yield from ((row, None) for row in rows[:first] if not row.per_layer)
         yield from ((row, layer) for layer in range(config.num_layers) for row in per_layer)
         yield from ((row, None) for row in rows[first:] if not row.per_layer)
-
-    def ignores(self, names: Iterable[str]) -> list[str]:
-        """Those of a source's `names` that hold no parameter, and are left out without an error."""
-        patterns = [pattern.replace("{}", "*") for pattern in self.ignored]
-        return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

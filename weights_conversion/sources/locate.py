@@ -14,7 +14,7 @@ from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Located, Placed, TensorRef, place_megatron, rank_folder
 from weights_conversion.mapping.dialects import Dialect
-from weights_conversion.mapping.parameters import Architecture
+from weights_conversion.mapping.parameters import Architecture, is_buffer
 from weights_conversion.sources.locate_dist import in_torch_dist
 
 
@@ -61,7 +61,7 @@ def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelCon
         f"{place_of(tp, pp)} has a tensor {name} that a {config.family} model does not have"
         for (tp, pp), tensors in sorted(files.ranks.items())
         for name in sorted(tensors)
-        if (tp, pp, name) not in used
+        if (tp, pp, name) not in used and not is_buffer(name)
     ]
     if problems:
         raise ConversionError(*problems)
@@ -101,7 +101,7 @@ def in_huggingface(
                 problems.append(f"{head} and {placed.name} are tied, but differ in shape or dtype")
             both = Placed(placed.name, placed.dtype, placed.rows, placed.columns, placed.copies + tensors[head].copies)
             found[embedding.megatron, None] = (both,)
-    for name in sorted(set(tensors) - used - set(architecture.ignores(tensors))):
+    for name in sorted(name for name in tensors if name not in used and not is_buffer(name)):
         problems.append(f"the source has a tensor {name} that a {architecture.family} model does not have")
     if problems:
         raise ConversionError(*problems)

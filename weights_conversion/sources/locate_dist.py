@@ -12,7 +12,7 @@ from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk
 from weights_conversion.formats.dist_items import Items
 from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Block, Located, Placed, TensorRef, two_dimensional
-from weights_conversion.mapping.parameters import Architecture, ParamMapping
+from weights_conversion.mapping.parameters import Architecture, ParamMapping, is_buffer
 
 
 def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: ModelConfig) -> Located:
@@ -30,6 +30,7 @@ def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: Mod
     problems = search.problems + [
         f"{files.folder.name} has a tensor {key} that a {config.family} model does not have"
         for key in sorted(files.names - search.used)
+        if not is_buffer(key)
     ]
     if problems:
         raise ConversionError(*dict.fromkeys(problems))

@@ -12,6 +12,18 @@ EXTRAS, DECODER = "additional_special_tokens", "added_tokens_decoder"
 FILL = "<FILL_ME>"  # where CodeLlama's tokenizer cuts a prompt in two; never an input of the model, so without a row
 INFILLING = {"prefix": "\u2581<PRE>", "middle": "\u2581<MID>", "suffix": "\u2581<SUF>", "eot": "\u2581<EOT>"}
 
+# Classes that both transformers 4.57 and 5 have and that read what is exported. Any other name (version 5's
+# TokenizersBackend, LLaMATokenizer of the first weeks, a class of the repository's own code) loads in one of the two
+# at most: tokenizer.json, which is always written, is then read by the general class.
+CLASSES = {
+    "CodeLlamaTokenizer",
+    "GPT2Tokenizer",
+    "GemmaTokenizer",
+    "LlamaTokenizer",
+    "PreTrainedTokenizer",
+    "Qwen2Tokenizer",
+}
+
 
 def text_of(token: Any) -> Any:
     """The token of an entry, which is a string, or a dict with flags."""
@@ -44,8 +56,10 @@ def without_fill(config: dict[str, Any], fill: str) -> dict[str, Any]:
 def starting_config(family: str, source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     """The source's tokenizer_config.json, made readable for transformers 4 and 5; Llama's where there is none."""
     config = source.json(CONFIG)
-    if config.get("tokenizer_class") == "TokenizersBackend":  # version 5's name, unknown to version 4
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.pop("auto_map", None)  # code of the source's own, which is neither copied nor run
+    name = config.get("tokenizer_class")
+    if not isinstance(name, str) or name.removesuffix("Fast") not in CLASSES:
+        config.pop("tokenizer_class", None)
     if isinstance(config.get("extra_special_tokens"), list):  # version 5's spelling, refused by version 4
         config[EXTRAS] = config.pop("extra_special_tokens")
     if DECODER not in config:
