@@ -374,19 +374,19 @@ def test_sizes_below_one(option: str, value: str, to_megatron, sources, tmp_path
 def test_existing_output(sources, tmp_path: Path, refuse_import) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    refuse_import("llama2", sources("llama2"), words=("--overwrite",))
+    refuse_import("llama2", sources("llama2"), words=("mine", "no conversion wrote"))
 
 
 def test_existing_output_is_refused_before_the_source_is_read(tmp_path: Path, refuse_import) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    refuse_import("llama2", tmp_path / "nowhere", words=("--overwrite",))
+    refuse_import("llama2", tmp_path / "nowhere", words=("mine", "no conversion wrote"))
 
 
 def test_existing_export(imported, tmp_path: Path, refuse_export) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    refuse_export(imported("llama2"), words=("--overwrite",))
+    refuse_export(imported("llama2"), words=("mine", "no conversion wrote"))
 
 
 @pytest.mark.parametrize("out", ["hf", ".", "hf/inner"])

@@ -466,8 +466,7 @@ def test_overwrite_interrupted_in_its_clean_up(
     """OUT is complete; what was replaced is never taken for a finished output, even when OUT goes away again."""
     out, good = tmp_path / "out", imported("llama2-gqa")
     line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)
-    out.mkdir()
-    (out / "mine.txt").write_text("older")
+    shutil.copytree(imported("llama2"), out)
     if not exchange:
         monkeypatch.setattr(publish, "_exchange", lambda one, two: False)
     with monkeypatch.context() as patch:
@@ -494,12 +493,11 @@ def test_a_finished_output_does_not_answer_another_command(
     assert (tmp_path / "out" / "checksums.sha256").is_file()
 
 
-def test_an_output_that_appeared_while_waiting(tmp_path: Path) -> None:
+def test_an_output_that_appeared_while_waiting(imported, tmp_path: Path) -> None:
     """Another job held the lock and has finished OUT: nothing is converted a second time."""
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "latest_checkpointed_iteration.txt").write_text("release")
-    with pytest.raises(ConversionError, match="another run has finished"):
+    shutil.copytree(imported("llama2"), out)
+    with pytest.raises(ConversionError, match="another run has just finished"):
         publish.prepare(out, "a plan")
     assert not out.with_name("out.partial").exists()
     publish.prepare(out, "a plan", overwrite=True).close()
@@ -569,8 +567,7 @@ def test_a_report_that_nobody_can_read() -> None:
 def test_replaced_output_is_not_published(imported, sources, to_megatron: Script, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "out"
     line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)
-    out.mkdir()
-    (out / "mine.txt").write_text("older")
+    shutil.copytree(imported("llama2"), out)
     with monkeypatch.context() as patch:
         patch.setattr(publish, "remove", lambda partial: None)
         to_megatron(*line, "--overwrite").succeeded()
@@ -579,14 +576,18 @@ def test_replaced_output_is_not_published(imported, sources, to_megatron: Script
     assert tree_of(out) == tree_of(imported("llama2-gqa"))
 
 
-def test_old_output_comes_back(sources, to_megatron: Script, tmp_path: Path) -> None:
-    """A kill between the two renames of --overwrite, where folders cannot be exchanged."""
-    out = tmp_path / "out"
+def test_old_output_after_a_kill_between_two_renames(imported, sources, to_megatron: Script, tmp_path: Path) -> None:
+    """Where folders cannot be exchanged: it stays until the new one is there, and only --overwrite goes on."""
+    out, old = tmp_path / "out", imported("llama2")
     replaced = out.with_name("out.partial") / "replaced"
-    replaced.mkdir(parents=True)
-    (replaced / "mine.txt").write_text("older")
-    to_megatron("llama2", "--model-path", sources("llama2-gqa"), "--out", out).refused("--overwrite")
-    assert (out / "mine.txt").read_text() == "older"
+    shutil.copytree(old, replaced)
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)
+    to_megatron(*line).refused(str(replaced), "--overwrite", "mv")
+    to_megatron(*line, "--overwrite", "--dry-run").succeeded()
+    assert tree_of(replaced) == tree_of(old)
+    to_megatron(*line, "--overwrite").succeeded()
+    assert tree_of(out) == tree_of(imported("llama2-gqa"))
+    assert not out.with_name("out.partial").exists()
 
 
 def tree_of(folder: Path) -> dict[str, str]:
@@ -598,7 +599,7 @@ def test_two_runs_at_once(sources, to_megatron: Script, tmp_path: Path) -> None:
     out = tmp_path / "out"
     hold = publish.prepare(out, "another plan")
     assert not hold.resume
-    marker = out.with_name("out.partial") / "checkpoint" / "of the first"
+    marker = out.with_name("out.partial") / "checkpoint" / "config.json"
     marker.write_text("x")
     line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)
     to_megatron(*line).refused("another process")
@@ -633,7 +634,7 @@ def test_mount_points_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
     with pytest.raises(ConversionError, match="mount point"):
-        publish.check_absent(tmp_path / "out", overwrite=False)
+        publish.check(tmp_path / "out", overwrite=False)
 
 
 # --- checksums --------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     """Writes a Hugging Face folder. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.output_dir
     with distributed.rank_zero_first("output"):
-        publish.check_absent(out, options.overwrite)
+        replaced = publish.check(out, options.overwrite, options.verify)
     opened = open_checkpoint(
         options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
         flags=options.fields,
@@ -59,7 +59,6 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         architecture, config, sources, opened.files.dialect, HF,
         options.num_output_shards, dtype,
     )  # fmt: skip
-    assembly.check_apart(out, plan)
     targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
     files: dict[str, bytes | Path] = {}
@@ -89,6 +88,9 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         options.input_dir, config.family, options, source_iters=options.load_iters, fields=options.fields,
         true_vocab_size=config.vocab_size,
     )  # fmt: skip
+    copied = [content for content in files.values() if isinstance(content, Path)]
+    assembly.check_apart(out, plan, [options.input_dir, *copied])
+    report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, prove=prove), options)
 
 

@@ -55,7 +55,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.out or Path(f"{options.model}-{options.size or 7}b-megatron")
     with distributed.rank_zero_first("output"):
-        publish.check_absent(out, options.overwrite)
+        replaced = publish.check(out, options.overwrite, options.verify)
     dialect = TARGETS[options.target]
     ckpt_format = options.ckpt_format or ("torch_dist" if dialect is MEGATRON_CORE else "torch")
     if ckpt_format == "torch_dist" and dialect is not MEGATRON_CORE:
@@ -99,7 +99,6 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         )  # fmt: skip
         args = _rank_args(config, parallel, dialect, written, divisible_by, vocabulary) | dict(opened.kept_args)
         targets = rank_targets(plan, args, "release" if dialect is MEGATRON_LLM else 0, flat=dialect is MEGATRON_CORE)
-    assembly.check_apart(out, plan)
     has_model = any(path.name == "tokenizer.model" for path in opened.tokenizer)
     report.training_flags = _training_flags(
         config, dialect, ckpt_format, out, vocabulary, divisible_by, parallel, written
@@ -123,6 +122,9 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         opened.folder, options.model, options, source_iters=options.load_iters, fields=options.fields,
         true_vocab_size=config.vocab_size if opened.dialect.megatron else None,
     )  # fmt: skip
+    copied = [content for content in files.values() if isinstance(content, Path)]
+    assembly.check_apart(out, plan, [opened.folder, *copied])
+    report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}, prove), options)
 
 

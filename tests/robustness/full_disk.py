@@ -21,7 +21,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from tests.robustness import sources
-from tests.robustness.sources import Command, clear, tree
+from tests.robustness.sources import Command, clear, tree, write_older
 
 # Where the lack of space shows. In the last two, the run is made to believe at first that there is enough.
 STAGES = ("seen before", "while laid out", "while written")
@@ -87,8 +87,7 @@ def point(command: Command, expected: dict[str, str], total: int, part: float, s
     disk.size(max(int(total * part), 4096) // 4096 * 4096 + spare)
     old = None
     if overwrite:
-        out.mkdir()
-        (out / "mine.txt").write_text("an older output")
+        write_older(out)
         old = tree(out)
     options = ["--overwrite"] if overwrite else []
     limit = None if disk.mounts else max(int(total * part), 1000)

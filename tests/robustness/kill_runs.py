@@ -23,7 +23,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from tests.robustness import sources
-from tests.robustness.sources import Command, clear, tree
+from tests.robustness.sources import Command, clear, tree, write_older
 
 SYNC_BYTES = 4 << 20  # instead of a gigabyte, so that a short run notes its progress many times
 
@@ -113,8 +113,7 @@ class Killer:
         options = ["--overwrite"] if overwrite else []
         old = None
         if overwrite:
-            out.mkdir()
-            (out / "mine.txt").write_text("an older output")
+            write_older(out)
             old = tree(out)
         while True:
             between, exchange = self.random.random() < 0.5, self.random.random() < 0.5

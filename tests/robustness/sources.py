@@ -77,3 +77,11 @@ def tree(folder: Path) -> dict[str, str]:
 def clear(*folders: Path) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_older(out: Path) -> None:
+    """An output of a few bytes, as an earlier conversion left it."""
+    (out / "release" / "mp_rank_00").mkdir(parents=True)
+    (out / "release" / "mp_rank_00" / "model_optim_rng.pt").write_text("an older output")
+    (out / "latest_checkpointed_iteration.txt").write_text("release")
+    (out / "conversion_manifest.json").write_text('{"format": 1, "converter_version": "0"}')

@@ -73,6 +73,10 @@ class Report:
             f"memory      about {memory / 1e9:.1f} GB at the peak",
         ]
 
+    def replaced(self, files: list[str]) -> None:
+        """What of an earlier output goes."""
+        self.notes += [f"--overwrite replaces {name}" for name in files]
+
     def finished(self, nbytes: int, seconds: float) -> None:
         rate = nbytes / max(seconds, 1e-9) / 1e9
         self._done = [

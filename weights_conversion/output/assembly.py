@@ -19,7 +19,7 @@ from weights_conversion.engine.execute import Written
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.placement import TensorRef
 from weights_conversion.layouts.plan import Chunk, Plan
-from weights_conversion.output import crc32, file_sums, publish
+from weights_conversion.output import crc32, file_sums, ownership, publish
 from weights_conversion.output.journal import VISIBLE_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,14 @@ class TargetFile(Protocol):
         ...
 
 
-def check_apart(out: Path, plan: Plan) -> None:
-    """Refuses an OUT that is, or holds, a file that the plan reads: --overwrite would delete its own source."""
-    real = out.resolve()
-    for file in source_files(plan):
-        path = Path(file)
-        if real in path.resolve().parents or real in (path.parent.resolve() / path.name).parents:
-            raise ConversionError(f"{out} holds the source ({file}), which it would replace; name another folder")
+def check_apart(out: Path, plan: Plan, further: Iterable[Path | None] = ()) -> None:
+    """Refuses a source inside OUT, OUT.partial or OUT.unverified, each of which may be replaced or removed.
+
+    `further` are the source's folder, and files that are copied.
+    """
+    sources = [Path(file) for file in source_files(plan)] + [path for path in further if path is not None]
+    names = [out, publish.partial_folder(out), publish.unverified_folder(out)]
+    ownership.check_apart(names, sources)
 
 
 def source_files(plan: Plan) -> list[str]:

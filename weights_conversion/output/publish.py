@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.output import descriptors, imitate, ownership
 
 logger = logging.getLogger(__name__)
 
 LEFT_SECONDS = 60.0  # how long to wait for ranks of an earlier job that have lost their rank 0: within it they end
-_PARTS = {"checkpoint", "journal", "lock", "replaced"}
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN)
 
@@ -35,26 +35,69 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def check_absent(out: Path, overwrite: bool) -> None:
-    """Refuses an OUT that is there already, unless it is an empty folder or may be replaced."""
+def unverified_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".unverified")
+
+
+def check(out: Path, overwrite: bool, verify: bool = False) -> list[str]:
+    """Refuses an OUT that is there already, unless it is an empty folder or an earlier output that may be replaced.
+
+    Changes nothing. Returns the files that would go.
+    """
     if out.name in ("", ".."):
         raise ConversionError(f"{out} cannot be renamed into place; name a folder of its own, inside or beside it")
-    partial = partial_folder(out)
-    replaced = partial / "replaced"
-    if replaced.is_dir() and not out.exists():  # an earlier --overwrite was killed between its two renames
-        replaced.rename(out)
-    if published(out):  # an earlier run was killed when only its clean-up was left
-        if overwrite:
-            remove(partial)
-        return  # `prepare` knows whether it was the same command
-    if replaced.exists():
-        raise ConversionError(f"{replaced} holds what an interrupted --overwrite took away; move it back")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConversionError(f"{out} exists and is not a folder; name another one")
     if out.is_dir() and os.path.ismount(out):
         raise ConversionError(f"{out} is a mount point, which cannot be renamed into place; name a folder inside it")
-    if not overwrite and out.exists() and any(out.iterdir()):
+    partial = partial_folder(out)
+    _check_partial(partial)
+    if verify:
+        check_unverified(out)
+    replaced = partial / "replaced"
+    if published(out):  # an earlier run was killed when only its clean-up was left; `prepare` knows if it was this one
+        return list(ownership.output_in(out).files) if overwrite else []
+    if replaced.exists() and (out.exists() or not overwrite):
+        raise ConversionError(
+            f"{replaced} holds what an interrupted --overwrite took away from {out}; the same command with --overwrite "
+            f"goes on, or move it back with mv"
+        )
+    return replaceable(replaced if replaced.exists() else out, overwrite)
+
+
+def _check_partial(partial: Path) -> None:
+    """Refuses an OUT.partial that no conversion left, or in which something else has been put."""
+    if partial.is_symlink():
+        raise ConversionError(f"{partial} is a symbolic link, and was not left by this converter; move it away")
+    found = ownership.partial_in(partial)
+    if found.foreign:
+        raise ConversionError(f"{partial} exists and holds {found.says()}, which no conversion wrote; move it away")
+
+
+def check_unverified(out: Path) -> None:
+    """Refuses an OUT.unverified that no failed proof has left: the next one would take its name."""
+    aside = unverified_folder(out)
+    if aside.is_symlink():
+        raise ConversionError(f"{aside} is a symbolic link, which no failed proof has left; move it away")
+    found = ownership.output_in(aside)
+    if found.foreign:
+        raise ConversionError(
+            f"{aside} holds {found.says()}, which no conversion wrote; an output that fails its proof would take that "
+            "name, so move it away"
+        )
+
+
+def replaceable(out: Path, overwrite: bool) -> list[str]:
+    """The files of the earlier output at `out`, each of which a conversion wrote; otherwise it is refused."""
+    found = ownership.output_in(out)
+    if found.foreign:
+        raise ConversionError(
+            f"{out} exists and holds {found.says()}, which no conversion wrote and none replaces; name another folder, "
+            "or move it away"
+        )
+    if found.files and not overwrite:
         raise ConversionError(f"{out} exists and is not empty; --overwrite replaces it, or name another folder")
+    return list(found.files)
 
 
 @dataclass
@@ -90,10 +133,19 @@ def prepare(out: Path, run_digest: str, overwrite: bool = False) -> Hold:
     partial = partial_folder(out)
     hold = Hold(_lock_alone(partial))
     try:
-        if not overwrite and not published(out) and out.is_dir() and any(out.iterdir()):
-            if not (partial / "journal").exists():
-                remove(partial)
-            raise ConversionError(f"another run has finished {out}; --overwrite replaces it, or name another folder")
+        replaced = partial / "replaced"
+        if replaced.is_dir() and not out.exists():  # an earlier --overwrite was killed between its two renames
+            replaced.rename(out)
+        if not published(out):
+            if not overwrite and out.is_dir() and any(out.iterdir()):
+                if not (partial / "journal").exists():
+                    remove(partial)
+                raise ConversionError(f"another run has just finished {out}; name another folder")
+            replaceable(out, overwrite)
+        elif overwrite:
+            remove(partial)
+            hold.close()
+            return prepare(out, run_digest, overwrite)
         hold.resume = _can_continue(out, run_digest)
         if not hold.resume:
             _start_over(partial)
@@ -162,15 +214,8 @@ def _lock_alone(partial: Path) -> int:
     """Takes the lock on OUT.partial, creating the folder. Nothing in it may be touched before. -1: no locks here."""
     deadline, waiting = time.monotonic() + LEFT_SECONDS, False
     while True:
-        if partial.is_symlink():
-            raise ConversionError(f"{partial} is a symbolic link, and was not left by this converter; move it away")
+        _check_partial(partial)
         partial.mkdir(parents=True, exist_ok=True)
-        try:
-            strange = {path.name for path in partial.iterdir()} - _PARTS
-        except FileNotFoundError:  # another process has just finished and removed the folder
-            continue
-        if any(not name.startswith(".nfs") for name in strange):  # NFS keeps removed files that a node has open
-            raise ConversionError(f"{partial} exists and was not left by this converter; move it away")
         path = partial / "lock"
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -227,20 +272,46 @@ def publish(out: Path, overwrite: bool) -> None:
     note.write_text(str(finished.stat().st_ino))  # by which OUT is known again, should the clean-up be interrupted
     sync_path(note)
     sync_path(note.parent)
+    if out.is_dir():
+        imitate.take_over(out, finished)
     if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise ConversionError(f"{out} has appeared in the meantime; {partial} holds the finished output")
-        if not _exchange(finished, out):
-            out.rename(partial / "replaced")
-            try:
-                finished.rename(out)
-            except OSError:
-                (partial / "replaced").rename(out)
-                raise
+        _replace(out, overwrite)
     else:
         finished.rename(out)
-    sync_path(out.absolute().parent)
+    descriptors.sync_folder(out.absolute().parent)
     remove(partial)
+
+
+def _replace(out: Path, overwrite: bool) -> None:
+    """Puts the finished output in place of an earlier one; what has come to that meanwhile stays where it was."""
+    partial = partial_folder(out)
+    finished, old = partial / "checkpoint", partial / "replaced"
+
+    def meanwhile() -> ConversionError:
+        return ConversionError(
+            f"{out} has appeared or changed in the meantime, and holds {ownership.output_in(out).says() or 'an output'}"
+            f"; {finished} holds the finished output: move one of them away"
+        )
+
+    if not overwrite or ownership.output_in(out).foreign:
+        raise meanwhile()
+    exchanged = _exchange(finished, out)
+    if exchanged:
+        old = finished
+    else:
+        out.rename(old)
+        try:
+            finished.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+    if ownership.output_in(old).foreign:  # written into it between the look and the renames
+        if not exchanged:
+            out.rename(finished)
+            old.rename(out)
+        elif not _exchange(finished, out):
+            raise ConversionError(f"{finished} holds what stood at {out} and has changed in the meantime; look at it")
+        raise meanwhile()
 
 
 def published(out: Path) -> bool:
@@ -267,7 +338,11 @@ def _exchange(one: Path, two: Path) -> bool:
 
 def set_aside(out: Path) -> Path:
     """Renames what has failed its proof to OUT.unverified, in place of what failed it before."""
-    aside = out.with_name(out.name + ".unverified")
+    aside = unverified_folder(out)
+    try:
+        check_unverified(out)
+    except ConversionError:  # it has come in the meantime
+        return partial_folder(out) / "checkpoint"
     if aside.exists():
         shutil.rmtree(aside)
     (partial_folder(out) / "checkpoint").rename(aside)
@@ -277,6 +352,10 @@ def set_aside(out: Path) -> Path:
 
 def remove(partial: Path) -> None:
     """Removes OUT.partial; what a kill leaves of it is recognised, and never trusted."""
+    found = ownership.partial_in(partial)
+    if found.foreign:
+        logger.warning("%s holds %s, which no conversion wrote: it stays", partial, found.says())
+        return
     for name in ("checkpoint", "replaced", "journal"):
         shutil.rmtree(partial / name, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,64 @@
+"""The mode, owner, group and access lists of an OUT that was there: what takes its place has them too."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_LISTS = ("system.posix_acl_access", "system.posix_acl_default")
+
+
+def take_over(old: Path | int, new: Path) -> None:
+    """Gives the finished folder `new` what `old` has; its files and folders get no right that `old` does not give.
+
+    Where the group may not be given away, it gets no right at all: another group would have it.
+    """
+    wanted = os.stat(old)
+    mode = stat.S_IMODE(wanted.st_mode)
+    for folder, _, files, descriptor in os.fwalk(new, topdown=False, follow_symlinks=False):
+        for name in files:
+            handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
+            try:
+                _give(handle, wanted, mode & 0o777)
+            finally:
+                os.close(handle)
+        top = Path(folder) == new
+        if top:
+            _copy_lists(old, descriptor)
+        _give(descriptor, wanted, mode, exact=top)
+
+
+def _give(handle: int, wanted: os.stat_result, mode: int, exact: bool = False) -> None:
+    """Owner and group of `wanted`; of the mode, exactly `mode`, or what it and the present one both allow."""
+    here = os.fstat(handle)
+    if (here.st_uid, here.st_gid) != (wanted.st_uid, wanted.st_gid):
+        _change_owner(handle, here, wanted)
+        now = os.fstat(handle)
+        if now.st_gid != wanted.st_gid:
+            mode &= ~0o2070
+            if exact:
+                logger.warning("group %d of the output's folder cannot be kept: no group may read it", wanted.st_gid)
+    has = stat.S_IMODE(here.st_mode)
+    right = mode if exact else has & mode & 0o777 | (mode | has) & 0o2000
+    if stat.S_IMODE(os.fstat(handle).st_mode) != right:
+        with contextlib.suppress(PermissionError):  # a filesystem without modes
+            os.fchmod(handle, right)
+
+
+def _change_owner(handle: int, here: os.stat_result, wanted: os.stat_result) -> None:
+    for owner in (wanted.st_uid, -1):
+        with contextlib.suppress(OSError):
+            os.fchown(handle, owner, wanted.st_gid)
+            return
+
+
+def _copy_lists(old: Path | int, new: int) -> None:
+    """Access lists, where the filesystem has them."""
+    for name in _LISTS:
+        with contextlib.suppress(OSError, AttributeError):
+            os.setxattr(new, name, os.getxattr(old, name))
