@@ -554,7 +554,7 @@ def test_torchrun_says_which_rank_was_killed(sources, tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(
         f"import os, sys, time\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport hf_to_megatron\n"
-        f"from weights_conversion import execute\nif os.environ['RANK'] == '1':\n    exec({DIES!r})\n"
+        f"from weights_conversion.engine import execute\nif os.environ['RANK'] == '1':\n    exec({DIES!r})\n"
         "sys.exit(hf_to_megatron.main())\n"
     )
     (node,) = torchrun(1, 2, script, *importing(sources(MODEL), tmp_path / "out"))

@@ -583,7 +583,7 @@ def test_files_that_are_no_tokenizer(models: dict[str, Path], root: Path, tmp_pa
     fails("not a sentencepiece model", checkpoint=root)
     with_model(root, models["llama"])
     (root / "tokenizer_config.json").write_text("[")
-    fails("not a JSON object", "tokenizer_config.json", checkpoint=root)
+    fails("not readable as JSON", "tokenizer_config.json", checkpoint=root)
     fails("empty token", checkpoint=root, options=TokenizerOptions(vocab_extra_ids_list="<a>,"))
     other = tiny.train(tmp_path / "other.model", normalization_rule_name="nmt_nfkc")
     fails("Llama's settings", "tokenizer.json", checkpoint=tmp_path, options=TokenizerOptions(vocab_file=other))

@@ -1,40 +1,142 @@
-"""What every layer reads of single files: JSON objects, and SHA-256 sums."""
+"""How every layer opens and reads files that somebody else has made.
+
+Opening never waits (a pipe has no end), takes regular files only, and knows a Git LFS pointer. What is read whole has a
+limit of size. All are noted in the run's Watch.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from weights_conversion import watch
 from weights_conversion.errors import ConversionError
 
-MAX_JSON_BYTES = 100_000_000  # safetensors' limit for its headers; no config or index comes near it
+MAX_CONFIG_BYTES = 16_000_000  # config.json and its like
+MAX_INDEX_BYTES = 64_000_000  # an index of hundreds of thousands of tensors
+MAX_TOKENIZER_BYTES = 128_000_000  # the largest published tokenizer.json have some 35 MB
+_MAX_DEPTH = 64
 _HASH_BYTES = 4 << 20
+_POINTER_BYTES = 1024  # of a Git LFS pointer, by its specification
+_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def named(doing: str, path: str | Path) -> Iterator[None]:
+    """An OSError in the block says what was being done (`doing`, as in "reading") and to which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename if error.filename is not None else str(path)
+        if not hasattr(error, "doing"):
+            error.doing = f"{doing} {path}"  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
+def open_descriptor(path: str | Path, watching: watch.Watch | None = None, *, noted: bool = True) -> int:
+    """A descriptor for reading a regular file. Raises ConversionError for anything else, OSError where it fails.
+
+    `watching` is the run's Watch in threads, which do not have their own; `noted` False: the file may change.
+    """
+    with named("opening", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    try:
+        with named("opening", path):
+            status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ConversionError(f"{path} is {_kind(status.st_mode)}, where a regular file was expected")
+        _refuse_pointer(descriptor, status.st_size, path)
+        watching = watching or watch.current()
+        if noted and watching is not None:
+            watching.note(path, status)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def open_file(path: str | Path, *, noted: bool = True) -> BinaryIO:
+    """`open_descriptor` as a file object."""
+    return os.fdopen(open_descriptor(path, noted=noted), "rb")
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((name for test, name in kinds if test(mode)), "a device")
+
+
+def _refuse_pointer(descriptor: int, size: int, path: str | Path) -> None:
+    if not 0 < size < _POINTER_BYTES:
+        return
+    with named("reading", path):
+        head = os.pread(descriptor, len(_POINTERS[0]), 0)
+    if head.startswith(_POINTERS):
+        raise ConversionError(
+            f"{path} is a Git LFS pointer, text that stands for the file itself; run `git lfs pull` in its folder"
+        )
+
+
+def read_whole(path: Path, limit: int, *, noted: bool = True) -> bytes:
+    """A file's bytes. Raises ConversionError where it has more than `limit` bytes, or is no regular file."""
+    with open_file(path, noted=noted) as file, named("reading", path):
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ConversionError(f"{path} has {size} bytes, where at most {limit} were expected; it is another file")
+        parts, left = [], limit + 1
+        while left and (part := file.read(min(left, 1 << 20))):
+            parts.append(part)
+            left -= len(part)
+    if not left:
+        raise ConversionError(f"{path} grew beyond {limit} bytes while it was read")
+    return b"".join(parts)
+
+
+def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """A JSON object from a file, or an error that names the file."""
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-        if len(text) > MAX_JSON_BYTES:
-            raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
-        content = json.loads(text.decode("utf-8"))
+        content = json.loads(read_whole(path, limit).decode("utf-8"))
     except FileNotFoundError as error:
         raise ConversionError(f"{path} does not exist") from error
-    except (ValueError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
+    except RecursionError as error:
+        raise ConversionError(f"{path} is not readable as JSON (it is nested too deeply)") from error
+    except ValueError as error:
         raise ConversionError(f"{path} is not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, where a JSON object was expected")
+    if _is_deep(content):
+        raise ConversionError(f"{path} is not readable as JSON (it is nested more than {_MAX_DEPTH} levels deep)")
     return content
+
+
+def _is_deep(content: Any) -> bool:
+    """Whether it is nested so deeply that walking it, or writing it again, may exhaust the stack."""
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def sha256(path: Path, stop: threading.Event | None = None) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal; of no use once `stop` is set, which ends it early."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with named("reading", path), path.open("rb", buffering=0) as file:
         while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
             digest.update(buffer[:count])
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from weights_conversion.output import assembly, publish
 from weights_conversion.sources.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
 from weights_conversion.sources.locate import locate
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
+from weights_conversion.watch import watched
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class ExportOptions(RunOptions):
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
+@watched
 def megatron_to_hf(options: ExportOptions) -> Report:
     """Writes a Hugging Face folder. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.output_dir

@@ -26,6 +26,7 @@ from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dia
 from weights_conversion.mapping.parameters import is_buffer
 from weights_conversion.output import assembly, publish
 from weights_conversion.sources.opening import open_source
+from weights_conversion.watch import watched
 
 TARGETS: dict[str, Dialect] = {"megatron-llm": MEGATRON_LLM, "megatron-core": MEGATRON_CORE}
 
@@ -51,6 +52,7 @@ class ImportOptions(RunOptions):
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
+@watched
 def hf_to_megatron(options: ImportOptions) -> Report:
     """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.out or Path(f"{options.model}-{options.size or 7}b-megatron")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from weights_conversion import __version__
+from weights_conversion import __version__, fileio, watch
 from weights_conversion.engine import memory, progress, scale
 from weights_conversion.engine.execute import THREADS_PER_WORKER, Written, execute, inconsistencies
 from weights_conversion.engine.progress import Report
@@ -109,7 +109,7 @@ def _small_files(job: Job) -> str:
     """A digest of all that is written beside the weights."""
     small = hashlib.sha256()
     for name, content in sorted({**job.files, **job.last}.items()):
-        data = content.read_bytes() if isinstance(content, Path) else content
+        data = fileio.read_whole(content, fileio.MAX_TOKENIZER_BYTES) if isinstance(content, Path) else content
         small.update(f"{name} {len(data)}\n".encode() + data)
     return small.hexdigest()
 
@@ -213,7 +213,8 @@ def _convert(
     job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, output: _Output, needed: int
 ) -> None:  # fmt: skip
     ranks, journal = distributed.current(), output.journal
-    done = output.done
+    done, seen = output.done, watch.current()
+    stands = seen.check if seen is not None else lambda: None
     remaining = assembly.remaining(chunks, done)
     mine = scale.share(remaining, [chunk.nbytes for _, chunk in remaining], ranks.size)[ranks.rank]
     target = Target(publish.root_of(job.out), output.offsets, folder=output.hold.checkpoint)
@@ -232,6 +233,7 @@ def _convert(
             finally:
                 journal.flush(target.sync)
             ranks.check()
+            stands()
             target.close()
             if ranks.rank:
                 output.hold.close()  # nothing more is written here
@@ -247,7 +249,7 @@ def _convert(
     written = [write for writes in done.values() for write in writes]
     assembly.finish(
         job.out, job.targets, output.offsets, written, job.files, job.last, options.overwrite,
-        options.workers if options.checksums else 0, _proof(job) if options.verify else None,
+        options.workers if options.checksums else 0, _proof(job) if options.verify else None, stands,
     )  # fmt: skip
     ranks.tell("finished")
 

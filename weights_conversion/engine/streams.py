@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weights_conversion import fileio, watch
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.placement import PAGE, TensorRef
 from weights_conversion.layouts.plan import CHUNK_BYTES
@@ -67,7 +68,7 @@ class Source:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self._root = root
+        self._root, self._watch = root, watch.current()
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
         self._absent: set[tuple[int, int]] = set()  # (descriptor, first byte) of what prefetch found uncached
@@ -97,7 +98,8 @@ class Source:
     def _open(self, file: str) -> int:
         with self._lock:
             if file not in self._files:
-                self._files[file] = os.open(self._root / file if self._root else file, os.O_RDONLY | os.O_CLOEXEC)
+                path = self._root / file if self._root else file
+                self._files[file] = fileio.open_descriptor(path, self._watch)
             return self._files[file]
 
     def close(self) -> None:

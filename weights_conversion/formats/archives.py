@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,35 +70,11 @@ def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
             "format of torch before 1.6 (then load it with torch and save it again)"
         )
 
-    tail_at = max(size - (22 + 0xFFFF), 0)
-    file.seek(tail_at)
-    tail = file.read(size - tail_at)
-    end = tail.rfind(END)
-    if end < 0 or end + 22 > len(tail):
-        raise damaged("the archive's end is missing")
-    fields = struct.unpack_from("<HHHHII", tail, end + 4)
-    limit, wide = tail_at + end, end >= 20 and tail[end - 20 : end - 16] == _LOCATOR
-    if wide:  # torch always writes it, and reads it before the other
-        part, limit, parts = struct.unpack_from("<IQI", tail, end - 16)
-        file.seek(min(limit, size))
-        header = file.read(56)
-        if limit + 56 > tail_at + end - 20 or len(header) != 56 or header[:4] != _END64:
-            raise damaged("its 64-bit directory is missing")
-        narrow, fields = fields, struct.unpack_from("<IIQQQQ", header, 16)
-        for short, full, most in zip(narrow, fields, (*[0xFFFF] * 4, *[0xFFFFFFFF] * 2), strict=True):
-            if short not in (full, most):
-                raise damaged("its two directories disagree")
-        if part or parts > 1:
-            raise damaged("it claims to be one of several files")
-    disk, first_disk, here, count, length, first = fields
-    if disk or first_disk or here != count:
-        raise damaged("it claims to be one of several files")
-    if not wide and (count == 0xFFFF or 0xFFFFFFFF in (length, first)):
-        raise damaged("its 64-bit directory is missing")
-    if first + length > limit or length > _MAX_DIRECTORY_BYTES or count * 46 > length:
-        raise damaged(f"its directory claims {count} records in {length} bytes")
+    count, length, first = _end(file, size, damaged)
     file.seek(first)
     entries, position, found = file.read(length), 0, []
+    if len(entries) != length:
+        raise damaged("its directory is cut off")
     for _ in range(count):
         if entries[position : position + 4] != CENTRAL or position + 46 > length:
             raise damaged("its directory is cut off")
@@ -135,13 +110,46 @@ def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
     return found
 
 
+def _end(file: BinaryIO, size: int, damaged: Callable[[str], ConversionError]) -> tuple[int, int, int]:
+    """(records, bytes, first byte) of an archive's directory, by the record at its end."""
+    tail_at = max(size - (22 + 0xFFFF), 0)
+    file.seek(tail_at)
+    tail = file.read(size - tail_at)
+    end = tail.rfind(END)
+    if end < 0 or end + 22 > len(tail):
+        raise damaged("the archive's end is missing")
+    fields = struct.unpack_from("<HHHHII", tail, end + 4)
+    limit, wide = tail_at + end, end >= 20 and tail[end - 20 : end - 16] == _LOCATOR
+    if wide:  # torch always writes it, and reads it before the other
+        part, limit, parts = struct.unpack_from("<IQI", tail, end - 16)
+        file.seek(min(limit, size))
+        header = file.read(56)
+        if limit + 56 > tail_at + end - 20 or len(header) != 56 or header[:4] != _END64:
+            raise damaged("its 64-bit directory is missing")
+        narrow, fields = fields, struct.unpack_from("<IIQQQQ", header, 16)
+        for short, full, most in zip(narrow, fields, (*[0xFFFF] * 4, *[0xFFFFFFFF] * 2), strict=True):
+            if short not in (full, most):
+                raise damaged("its two directories disagree")
+        if part or parts > 1:
+            raise damaged("it claims to be one of several files")
+    disk, first_disk, here, count, length, first = fields
+    if disk or first_disk or here != count:
+        raise damaged("it claims to be one of several files")
+    if not wide and (count == 0xFFFF or 0xFFFFFFFF in (length, first)):
+        raise damaged("its 64-bit directory is missing")
+    if first + length > limit or length > _MAX_DIRECTORY_BYTES or count * 46 > length:
+        raise damaged(f"its directory claims {count} records in {length} bytes")
+    return count, length, first
+
+
 def patch_crcs(file: BinaryIO, start: int, length: int, at: Mapping[int, tuple[int, int]]) -> None:
     """Writes CRC-32s into the archive in bytes start..start+length of `file`: behind the data and in the directory.
 
     `at` maps the first byte of a record's data (in `file`) to its size and CRC.
     """
-    with io.BufferedReader(Window(file, start, length)) as window, zipfile.ZipFile(window) as archive:
-        directory = start + archive.start_dir
+    with io.BufferedReader(Window(file, start, length)) as window:
+        _, _, first = _end(window, length, lambda why: ConversionError(f"an archive just made is damaged: {why}"))
+    directory = start + first
     file.seek(directory)
     entries = file.read(start + length - directory)
     position = 0

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import pickles
 
@@ -94,7 +95,7 @@ def read_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk]
     stubs = {name: type(name, (_Record,), {}) for name in set(_GLOBALS.values())}
     further = {key: stubs[name] for key, name in _GLOBALS.items()}
     try:
-        data = path.read_bytes()
+        data = fileio.read_whole(path, pickles.MAX_PICKLE_BYTES)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
     with _without_collector():

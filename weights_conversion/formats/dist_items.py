@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import archives, torch_files
 from weights_conversion.formats.dist_index import METADATA, StoredChunk
@@ -87,7 +88,7 @@ class Items:
                 os.close(self._files.pop(next(iter(self._files)))[0])
             path = self._folder / file
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = fileio.open_descriptor(path)
             except OSError as error:
                 raise ConversionError(
                     f"{path}, which holds a part of {key}, cannot be read ({error.strerror}); copy it again"

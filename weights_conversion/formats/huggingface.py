@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import read_json
 from weights_conversion.formats import torch_files
@@ -49,8 +51,8 @@ def read_safetensors(path: Path) -> dict[str, TensorRef]:
         return ConversionError(f"{path} is not a complete safetensors file: {why}; download or copy it again")
 
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with fileio.open_file(path) as file, fileio.named("reading", path):
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise damaged(f"its header claims {length} bytes, the file has {size}")
@@ -106,7 +108,7 @@ def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
         )
     if present[0].suffix != ".json":
         return None, [present[0]]
-    index = read_json(present[0])
+    index = read_json(present[0], fileio.MAX_INDEX_BYTES)
     names = index.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ConversionError(f"{present[0]} has no weight_map from tensor names to file names")
@@ -169,7 +171,7 @@ def read_hf(folder: Path) -> dict[str, Placed]:
             else:
                 problems.append(f"{name} in {file} has shape {list(ref.shape)}; weights have one or two dimensions")
     if index is not None:
-        names = read_json(index)["weight_map"]
+        names = read_json(index, fileio.MAX_INDEX_BYTES)["weight_map"]
         problems += [
             f"{name} should be in {names[name]}, as {index.name} says, but "
             + (f"is in {Path(placed[name].copies[0][0].ref.file).name}" if name in placed else "is not there")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weights_conversion import fileio
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
@@ -31,7 +32,7 @@ def find_iteration(root: Path, load_iters: int | None) -> tuple[Path, int | str]
         iteration: int | str = load_iters
     else:
         try:
-            with tracker.open("rb") as file:
+            with fileio.open_file(tracker, noted=False) as file:  # training may move it on
                 text = file.read(100).decode("utf-8").strip()
         except (OSError, ValueError) as error:
             raise ConversionError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import mmap
+import os
 import struct
 import warnings
 import zlib
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import pickles
 from weights_conversion.formats.archives import Record, Window, directory, patch_crcs
@@ -63,17 +65,24 @@ class TorchFile:
 
 
 def read_torch_file(
-    path: Path, start: int = 0, length: int | None = None, further: Mapping[tuple[str, str], Any] = MappingProxyType({})
+    path: Path,
+    start: int = 0,
+    length: int | None = None,
+    further: Mapping[tuple[str, str], Any] = MappingProxyType({}),
+    *,
+    noted: bool = True,
 ) -> TorchFile:
     """Opens a torch file without reading its tensors. It may be a part of a larger file, from byte `start` on.
 
-    `further` are stand-ins for globals that only this kind of file may name.
+    `further` are stand-ins for globals that only this kind of file may name; `noted` False: it is no source's.
     """
     try:
-        size = path.stat().st_size - start if length is None else length
-        if start < 0 or size < 0 or start + size > path.stat().st_size:
-            raise ConversionError(f"{path} ends before byte {start + size}, which its index names; it is cut off")
-        with path.open("rb") as whole, io.BufferedReader(Window(whole, start, size)) as file:
+        with fileio.open_file(path, noted=noted) as whole, fileio.named("reading", path):
+            there = os.fstat(whole.fileno()).st_size
+            size = there - start if length is None else length
+            if start < 0 or size < 0 or start + size > there:
+                raise ConversionError(f"{path} ends before byte {start + size}, which its index names; it is cut off")
+            file = io.BufferedReader(Window(whole, start, size))
             records = {record.name: record for record in directory(file, size, path)}
             pickled = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
             if len(pickled) != 1:
@@ -205,7 +214,7 @@ def write_without_data(path: Path, content: Any) -> dict[TensorRef, int]:
 
 def find_data(path: Path, content: Any) -> dict[TensorRef, int]:
     """Where each TensorRef's data begin in a file that `write_without_data` made of `content`."""
-    written = read_torch_file(path)
+    written = read_torch_file(path, noted=False)
     offsets = {}
     for number, ref in enumerate(_refs(content)):  # torch.save numbers storages as it meets them
         record = written.records[str(number)]

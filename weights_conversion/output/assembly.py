@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from weights_conversion import __version__
+from weights_conversion import __version__, watch
 from weights_conversion.engine.execute import Written
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.placement import TensorRef
@@ -63,12 +63,11 @@ def source_files(plan: Plan) -> list[str]:
 
 
 def digest(plan: Plan, targets: Sequence[TargetFile], extra: str) -> str:
-    """Changes with everything that decides an output byte: sources (by size and time), plan, options, releases."""
+    """Changes with everything that decides an output byte: sources (by their stamps), plan, options, releases."""
     whole = (__version__, torch.__version__, extra, plan.new_rows, plan.source, plan.target, plan.config)
     sha = hashlib.sha256(repr(whole).encode())
     for file in source_files(plan):
-        stat = os.stat(file)
-        sha.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        sha.update(f"{file} {watch.Stamp.of(os.stat(file))}\n".encode())
     for step in plan.steps:
         sha.update(repr(step).encode())
     for target in targets:
@@ -209,12 +208,13 @@ def combine_crcs(targets: Sequence[TargetFile], written: Iterable[Written]) -> d
 def finish(
     out: Path, targets: Sequence[TargetFile], offsets: Mapping[TensorRef, int], written: Iterable[Written],
     files: Mapping[str, bytes | Path], last: Mapping[str, bytes], overwrite: bool, sum_workers: int = 0,
-    prove: Callable[[Path], None] | None = None,
+    prove: Callable[[Path], None] | None = None, stands: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """CRCs, small files (`last` ones after all others are on the disk), then the rename that makes OUT appear.
 
     `sum_workers` > 0: SHA-256 sums are written too, on so many threads. `prove` is called with the
     finished folder just before the rename; should it raise ConversionError, the folder becomes OUT.unverified instead.
+    `stands` raises ConversionError where the source has changed: then nothing is renamed.
     """
     if publish.published(out):
         publish.remove(publish.partial_folder(out))
@@ -233,6 +233,7 @@ def finish(
     for name, text in last.items():
         publish.write_file(root / name, text)
     publish.sync_path(root)
+    stands()
     if prove is not None:
         try:
             prove(root)
@@ -240,6 +241,7 @@ def finish(
             raise ConversionError(
                 *error.problems, f"the output is kept as {publish.set_aside(out)} for inspection"
             ) from error
+        stands()
     publish.publish(out, overwrite)
 
 

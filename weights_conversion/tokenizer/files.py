@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
@@ -38,19 +38,14 @@ class Source:
         if name not in self.files:
             return {}
         try:
-            content = json.loads(self.files[name].read_text(encoding="utf-8"))
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise ConversionError(
-                f"{self.files[name]} is not a JSON object; mend it, or name another tokenizer with --vocab_file."
-            )
-        return content
+            return fileio.read_json(self.files[name], fileio.MAX_TOKENIZER_BYTES)
+        except ConversionError as error:
+            raise ConversionError(f"{error}; mend it, or name another tokenizer with --vocab_file") from error
 
     def same_model(self, other: Source) -> bool:
         """Whether both hold a tokenizer.model, equal byte for byte."""
         mine, theirs = self.files.get(MODEL), other.files.get(MODEL)
-        return mine is not None and theirs is not None and mine.read_bytes() == theirs.read_bytes()
+        return mine is not None and theirs is not None and fileio.sha256(mine) == fileio.sha256(theirs)
 
 
 def source_tokenizer_files(folder: Path) -> tuple[Path, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 
 KEYS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
@@ -51,10 +52,9 @@ def read_sentencepiece(model_file: Path) -> Vocabulary:
     """The pieces of a tokenizer.model. Raises ConversionError where sentencepiece cannot read it."""
     import sentencepiece
 
-    if model_file.stat().st_size < 1024 and model_file.read_bytes().startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{model_file} is a Git LFS pointer, not the file itself; run `git lfs pull` there.")
+    content = fileio.read_whole(model_file, fileio.MAX_TOKENIZER_BYTES)
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (OSError, RuntimeError) as error:
         raise ConversionError(
             f"{model_file} is not a sentencepiece model ({error}); give the tokenizer.model of training with "

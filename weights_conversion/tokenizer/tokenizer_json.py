@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type
@@ -64,7 +65,7 @@ def read_model(model_file: Path) -> SentencePieceModel:
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     try:
-        for number, value in _fields(model_file.read_bytes()):
+        for number, value in _fields(fileio.read_whole(model_file, fileio.MAX_TOKENIZER_BYTES)):
             if number == 1:
                 piece = dict(_fields(value))
                 score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.fileio import sha256
+from weights_conversion.fileio import MAX_INDEX_BYTES, read_whole, sha256
 from weights_conversion.output.file_sums import NAME as CHECKSUMS
 from weights_conversion.verification import causes, exact, numeric
 from weights_conversion.verification.padding import check_padding
@@ -24,6 +24,7 @@ from weights_conversion.verification.sides import (
     common_vocabulary,
     open_model,
 )
+from weights_conversion.watch import watching
 
 
 def prove(
@@ -33,6 +34,21 @@ def prove(
 ) -> Verification:  # fmt: skip
     """See weights_conversion.verify.verify."""
     started = time.monotonic()
+    with watching() as seen:
+        result = _prove(
+            source, checkpoint, model, workers, exact_only, source_iters, checkpoint_iters, allow_inconsistent, fields,
+            true_vocab_size,
+        )  # fmt: skip
+        seen.check()  # what has changed meanwhile is neither the same nor different
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def _prove(
+    source: Path, checkpoint: Path, model: str | None, workers: int, exact_only: bool, source_iters: int | None,
+    checkpoint_iters: int | None, allow_inconsistent: bool, fields: Mapping[str, Any] | None,
+    true_vocab_size: int | None,
+) -> Verification:  # fmt: skip
     for path in (source, checkpoint):
         check_kind(path)
     family = model or choose_family(source, checkpoint, source_iters, checkpoint_iters)
@@ -49,7 +65,6 @@ def prove(
     if all(getattr(ours.config, name) == getattr(theirs.config, name) for name in SHAPE_FIELDS):
         _compare_weights(result, workers, exact_only, allow_inconsistent)
     result.checksums = check_checksums(checkpoint, workers)
-    result.seconds = time.monotonic() - started
     return result
 
 
@@ -103,7 +118,8 @@ def check_checksums(folder: Path, workers: int) -> list[str] | None:
     if not listing.is_file():
         return None
     problems, wanted = [], []
-    for number, line in enumerate(listing.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    text = read_whole(listing, MAX_INDEX_BYTES).decode("utf-8", "replace")
+    for number, line in enumerate(text.splitlines(), start=1):
         match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
         path = Path(match[2]) if match else Path()
         if not match or path.is_absolute() or ".." in path.parts:
