@@ -19,9 +19,12 @@ from weights_conversion.engine.execute import read_rows
 from weights_conversion.engine.streams import Scratch, Source
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
+from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Placed, TensorRef
+from weights_conversion.mapping.dialects import HF
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.sides import Key, Model
+from weights_conversion.verification.whole import dist_weights, huggingface_weights
 
 BY_ROWS = ("word_embeddings.weight", "word_embeddings_for_head.weight", "lm_head", "output_layer.weight",
            "query_key_value.weight", "linear_qkv.weight", "linear_qkv.bias", "dense_h_to_4h.weight",
@@ -116,7 +119,7 @@ def _read(ref: TensorRef, first: int, last: int, source: Source) -> Tensor:
 
 @dataclass(frozen=True)
 class PlacedReader:
-    """Weights of a checkpoint whose tensors are whole (Hugging Face, torch_dist) or simply joined (Meta)."""
+    """Weights of Meta's files, simply joined."""
 
     placed: Mapping[str, Placed]
     vectors: frozenset[str]
@@ -138,13 +141,15 @@ def weights_of(
     if isinstance(model.files, RankFiles):
         order = order or range(model.files.parallel.tensor)
         return RankReader(model.files, model.config, source, tuple(order), only, halves)
+    if isinstance(model.files, DistCheckpoint):
+        return dist_weights(model.files.folder, model.config.num_layers)
+    if model.dialect is HF:
+        return huggingface_weights(model.path)
     placed: dict[str, Placed] = {}
     vectors = set()
-    dialect = model.dialect
     for row, layer in ARCHITECTURES[model.config.family].instances(model.config):
-        names = (row.megatron,) if model.dialect.megatron else row.hf
-        for name, tensor in zip(names, model.placed[row.megatron, layer], strict=True):
-            spelled = dialect.spell(name).format(layer)
+        for name, tensor in zip(row.hf, model.placed[row.megatron, layer], strict=True):
+            spelled = model.dialect.spell(name).format(layer)
             placed[spelled] = tensor
             if len(row.shape) == 1:
                 vectors.add(spelled)
