@@ -94,7 +94,7 @@ def open_rank_files(folder: Path, iteration: int | str) -> RankFiles:
     opened: dict[tuple[int, int], torch_files.TorchFile] = {}
     args: dict[tuple[int, int], dict[str, Any]] = {}
     for rank, path in sorted(files.items()):
-        opened[rank] = torch_files.read_torch_file(path)
+        opened[rank] = torch_files.read_torch_file(path, training=True)
         content = opened[rank].content
         if not isinstance(content, dict) or not any(str(key).startswith("model") for key in content):
             raise ConversionError(f"{path} is not a Megatron checkpoint: it holds no model")

@@ -2,8 +2,10 @@
 
 Stricter than `torch.load(weights_only=True)`: an interpreter of its own for the opcodes that checkpoints use, in which
 every global on the list in stand_ins is an inert stand-in (a tensor becomes a `StoredTensor`, its place in the file),
-so that nothing is imported, called or allocated on a file's behalf. Anything else is refused by name. Work and memory
-grow with the bytes of the pickle and no faster: no opcode may announce a size, and only plain values may be keys.
+so that nothing is imported, called or allocated on a file's behalf. Anything else is refused by name, but for what
+training leaves beside the weights: there a class of any library is kept as its name, and only what Python itself brings
+(`os.system`) is refused. Work and memory grow with the bytes of the pickle and no faster: no opcode may announce a
+size, and only plain values may be keys.
 """
 
 from __future__ import annotations
@@ -15,18 +17,27 @@ from types import MappingProxyType
 from typing import Any
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Opaque, storage_of
+from weights_conversion.formats import unlisted
+from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Foreign, storage_of
 
 MAX_PICKLE_BYTES = 64 << 20  # hundreds of thousands of tensors
 
 
-def load(data: bytes, where: str, further: Mapping[tuple[str, str], Any] = MappingProxyType({})) -> Any:
+def load(
+    data: bytes, where: str, further: Mapping[tuple[str, str], Any] = MappingProxyType({}), *, training: bool = False
+) -> Any:
     """The object in a pickle, tensors as StoredTensor and Namespaces as plain objects. Errors name `where`.
 
-    `further` are inert stand-ins for globals that only this kind of file may name.
+    `further` are inert stand-ins for globals that only this kind of file may name. `training`: it is a dict that
+    training wrote, in whose args and states (unlisted.py) globals of any name become Foreign.
     """
     try:
-        return _Machine(where, further).run(data)
+        machine = _Machine(where, further, training)
+        content = machine.run(data)
+        name = unlisted.misplaced(content, machine.unknown)
+        if name is not None:
+            raise machine.refusal(name)
+        return content
     except ConversionError:
         raise
     except RecursionError as error:
@@ -38,17 +49,19 @@ def load(data: bytes, where: str, further: Mapping[tuple[str, str], Any] = Mappi
 class _Machine:
     """One run over one pickle, whose opcodes pickletools takes apart; handlers are named after them."""
 
-    def __init__(self, where: str, further: Mapping[tuple[str, str], Any]) -> None:
-        self._where = where
+    def __init__(self, where: str, further: Mapping[tuple[str, str], Any], training: bool) -> None:
+        self._where, self._training = where, training
+        self.unknown: set[str] = set()  # globals that are on no list
         # Classes of its own, so that no file can touch a shared one. torch hangs `_metadata` on an OrderedDict.
         self._arguments, self._ordered = type("Arguments", (), {}), type("OrderedDict", (dict,), {})
         self._allowed: dict[tuple[str, str], Any] = {
             ("argparse", "Namespace"): self._arguments,
+            ("types", "SimpleNamespace"): self._arguments,
             ("collections", "OrderedDict"): self._ordered,
             **GLOBALS,
             **further,
         }
-        self._stubs = (Opaque, *(stub for stub in further.values() if isinstance(stub, type)))
+        self._stubs = (Foreign, *(stub for stub in further.values() if isinstance(stub, type)))
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
@@ -93,17 +106,23 @@ class _Machine:
         elif not (
             key is None or isinstance(key, (str, bytes, self._stubs)) or type(key) is bool
             or (type(key) is int and abs(key) < 1 << 63)
+            or (isinstance(key, EnumMember) and (key.value is None or type(key.value) is str))
+            or (isinstance(key, EnumMember) and type(key.value) is int and abs(key.value) < 1 << 63)
         ):  # fmt: skip
             raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
         return key
 
     def _fill(self, target: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
+        if isinstance(target, Foreign):  # a dict of some class: nothing of it is needed
+            return
         if not isinstance(target, dict):
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
         for key, value in pairs:
             target[self._key(key)] = value
 
     def _append(self, target: Any, items: list[Any]) -> None:
+        if isinstance(target, Foreign):
+            return
         if not isinstance(target, list):
             raise pickle.UnpicklingError(f"elements for a {type(target).__name__}")
         target.extend(items)
@@ -113,8 +132,14 @@ class _Machine:
             return self._allowed[module, name]
         if (module, name) in ENUMS:
             return lambda value=None, *_: EnumMember(name, value)
-        raise ConversionError(
-            f"{self._where} asks for {module}.{name}, which no checkpoint of these models needs: it was not loaded; "
+        if not self._training or unlisted.is_harmful(module, name):
+            raise self.refusal(f"{module}.{name}")
+        self.unknown.add(f"{module}.{name}")
+        return Foreign(f"{module}.{name}")
+
+    def refusal(self, name: str) -> ConversionError:
+        return ConversionError(
+            f"{self._where} asks for {name}, which no checkpoint of these models needs: it was not loaded; "
             "re-save the file without it if you trust where it comes from"
         )
 

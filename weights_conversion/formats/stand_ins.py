@@ -1,6 +1,6 @@
 """What stands in a loaded pickle for the tensors, storages and other objects that were pickled. They all are inert.
 
-Tensors become StoredTensor, members of enumerations EnumMember, whatever else training leaves in a file Opaque.
+Tensors become StoredTensor, members of enumerations EnumMember, whatever else training leaves in a file Foreign.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values()}
-# Numpy's random state and the like: needed by training only, kept as an object that holds nothing.
+# Numpy's random state and the like: needed by training only, kept as a name.
 _OPAQUE = {
     ("_codecs", "encode"),
     ("numpy", "dtype"),
@@ -81,14 +81,21 @@ class EnumMember:
     value: object
 
 
-class Opaque:
-    """Stands for an object that nothing here needs."""
+class Foreign:
+    """Stands for a class, a function, or what a pickle makes of one: its name, which is never imported nor called."""
 
-    def __init__(self, *args: object) -> None:
-        pass
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: object) -> Foreign:
+        first = args[0] if args else None  # of getattr, copyreg and the like: the class that is meant
+        return Foreign(first.name if isinstance(first, Foreign) else self.name)
 
     def __setstate__(self, state: object) -> None:
         pass
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,19 @@ def _rebuild_parameter(data: object, *_: object) -> StoredTensor:
     return data
 
 
+def _rebuild_from_type(function: object, kind: object, arguments: object, *_: object) -> StoredTensor:
+    """A tensor on which training (FSDP for one) has hung attributes, or a Parameter."""
+    if function not in (_rebuild_tensor, _rebuild_tensor_v3, _rebuild_parameter) or kind not in _TENSOR_TYPES:
+        raise pickle.UnpicklingError(f"a tensor of {getattr(kind, 'name', kind)!r}, where a plain one was expected")
+    if not isinstance(arguments, tuple):
+        raise pickle.UnpicklingError("a malformed tensor")
+    return function(*arguments)  # type: ignore[operator]
+
+
+_TENSOR, _PARAMETER = Foreign("torch.Tensor"), Foreign("torch.nn.parameter.Parameter")
+_TENSOR_TYPES = (_TENSOR, _PARAMETER)
+
+
 def _size(*values: Any) -> tuple:
     return tuple(values[0]) if values else ()
 
@@ -147,8 +167,12 @@ GLOBALS: Mapping[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+    ("torch", "Tensor"): _TENSOR,
+    ("torch.nn.parameter", "Parameter"): _PARAMETER,
     ("torch.storage", "UntypedStorage"): _StorageType(None),
     **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
-    **dict.fromkeys(_OPAQUE, Opaque),
+    **{(module, name): Foreign(f"{module}.{name}") for module, name in _OPAQUE},
 }

@@ -12,7 +12,7 @@ import torch
 
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats.stand_ins import EnumMember
+from weights_conversion.formats.stand_ins import EnumMember, Foreign
 from weights_conversion.layouts.placement import rank_folder
 
 # args that every rank of one checkpoint shares.
@@ -71,10 +71,18 @@ class _Other:
     """Stands for a value that is not plain."""
 
     def __init__(self, value: object) -> None:
-        self._kind = type(value).__name__
+        self._kind = kind_of(value)
 
     def __repr__(self) -> str:
         return f"of type {self._kind}"
+
+
+def kind_of(value: object) -> str:
+    """The name of a value's type, or of the class that a Foreign stands for, by itself or in a list."""
+    if isinstance(value, (list, tuple)):
+        inner = next((part.name for part in value if isinstance(part, Foreign)), None)
+        return type(value).__name__ + (f" of {inner}" if inner else "")
+    return value.name if isinstance(value, Foreign) else type(value).__name__
 
 
 def plain_value(value: Any, inner: bool = False) -> Any:
@@ -92,7 +100,7 @@ def plain_value(value: Any, inner: bool = False) -> Any:
 def left_out(args: Any, plain: Mapping[str, Any]) -> dict[str, str]:
     """What plain_args left out of `plain`: the name of each value's type."""
     stated = vars(args).items()
-    return {name: type(value).__name__ for name, value in stated if value is not None and name not in plain}
+    return {name: kind_of(value) for name, value in stated if value is not None and name not in plain}
 
 
 def disagreements(args: Mapping, first: tuple[int, int], files: Mapping) -> list[str]:

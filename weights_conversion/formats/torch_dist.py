@@ -17,26 +17,12 @@ from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk, read_metadata
-from weights_conversion.formats.stand_ins import Opaque
 from weights_conversion.formats.stored_args import left_out, plain_args
 from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
 
 COMMON = "common.pt"
 RUN_CONFIG = "run_config.yaml"  # Megatron-Bridge's, in place of args
 _EMBEDDING = "embedding.word_embeddings.weight"
-
-# Globals that a common.pt of Megatron-LM may name, beside those of any checkpoint; all become inert.
-_NAMES = {
-    "types": ("SimpleNamespace",),
-    "pathlib": ("PosixPath",),
-    "_io": ("BytesIO",),
-    "numpy.dtypes": ("UInt32DType",),
-    "megatron.core.transformer.enums": ("CudaGraphScope",),
-    "megatron.core.optimizer.optimizer_config": ("OptimizerConfig",),
-    "megatron.core.optimizer": ("OptimizerConfig",),
-    "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState"),
-}
-_GLOBALS: Mapping[tuple[str, str], Any] = {(module, name): Opaque for module, names in _NAMES.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -92,12 +78,12 @@ def _common(folder: Path, others: Mapping[str, StoredChunk]) -> Mapping[str, Any
     """The common state: common.pt, or the entry that newer releases put among the tensors."""
     path, entry = folder / COMMON, next((item for _, item in sorted(others.items())), None)
     if path.is_file():
-        content = torch_files.read_torch_file(path, further=_GLOBALS).content
+        content = torch_files.read_torch_file(path, training=True).content
     elif entry is not None:
         path = folder / entry.file
         if not path.is_file():
             raise ConversionError(f"{folder} lacks {entry.file}, which holds the common state; copy it again")
-        content = torch_files.read_torch_file(path, entry.start, entry.length, _GLOBALS).content
+        content = torch_files.read_torch_file(path, entry.start, entry.length, training=True).content
         if isinstance(content, list) and len(content) == 1:
             (content,) = content
     elif (folder / RUN_CONFIG).is_file():

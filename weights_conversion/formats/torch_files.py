@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -65,16 +64,12 @@ class TorchFile:
 
 
 def read_torch_file(
-    path: Path,
-    start: int = 0,
-    length: int | None = None,
-    further: Mapping[tuple[str, str], Any] = MappingProxyType({}),
-    *,
-    noted: bool = True,
+    path: Path, start: int = 0, length: int | None = None, *, training: bool = False, noted: bool = True
 ) -> TorchFile:
     """Opens a torch file without reading its tensors. It may be a part of a larger file, from byte `start` on.
 
-    `further` are stand-ins for globals that only this kind of file may name; `noted` False: it is no source's.
+    `training`: it is a checkpoint's, whose args and states may be of any class (pickles.load); `noted` False: it is no
+    source's.
     """
     try:
         with fileio.open_file(path, noted=noted) as whole, fileio.named("reading", path):
@@ -94,7 +89,7 @@ def read_torch_file(
             order = records.get(prefix + "byteorder")
             if order is not None and _content(file, order, path) != b"little":
                 raise ConversionError(f"{path} was saved on a big-endian machine; save it again on a little-endian one")
-            content = pickles.load(_content(file, records[pickled[0]], path), str(path), further)
+            content = pickles.load(_content(file, records[pickled[0]], path), str(path), training=training)
     except (struct.error, OverflowError) as error:
         raise ConversionError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     data = prefix + "data/"
