@@ -16,15 +16,7 @@ import argparse
 from pathlib import Path
 
 from weights_conversion import cli
-from weights_conversion.config import FAMILIES
-
-SIZES = {
-    "codellama": (7, 13, 34, 70),
-    "falcon": (7, 40, 180),
-    "llama": (7, 13, 30, 65),
-    "llama2": (7, 13, 70),
-    "mistral": (7,),
-}
+from weights_conversion.architectures import FAMILIES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,9 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", choices=FAMILIES, metavar="MODEL", help=f"one of {', '.join(FAMILIES)}")
     cli.option(
-        parser, "--size", type=int, choices=sorted({size for sizes in SIZES.values() for size in sizes}),
-        help="size in billions of parameters: picks the default repository (default: 7); when given, it is checked "
-        "against the model's own config",
+        parser, "--size", metavar="SIZE",
+        help="size in billions of parameters, as the family has it (7, 0.5): picks the default repository; when given, "
+        "it is checked against the model's own config",
     )  # fmt: skip
     cli.option(parser, "--out", type=Path, help="folder of the Megatron checkpoint (default: MODEL-SIZEb-megatron)")
     cli.option(
@@ -79,8 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="what added rows hold: a copy of the last row, or the mean row (default: last)",
     )  # fmt: skip
     cli.option(
-        layout, "--target", choices=("megatron-llm", "megatron-core"), default="megatron-llm",
-        help="whose checkpoint to write (default: megatron-llm)",
+        layout, "--target", choices=("megatron-llm", "megatron-core"),
+        help="whose checkpoint to write (default: megatron-llm for codellama, falcon, llama, llama2 and mistral, which "
+        "it trains; megatron-core for the others)",
     )  # fmt: skip
     cli.option(
         layout, "--ckpt-format", choices=("torch", "torch_dist"),
@@ -94,8 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.size is not None and args.size not in SIZES[args.model]:
-        parser.error(f"{args.model} comes in sizes {', '.join(map(str, SIZES[args.model]))}, not {args.size}")
+    sizes = FAMILIES[args.model].repositories
+    if args.size is not None and args.size not in sizes:
+        parser.error(f"{args.model} comes in sizes {', '.join(sizes)}, not {args.size}")
 
     fields = cli.stated_fields(parser, args)
 

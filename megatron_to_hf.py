@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from weights_conversion import cli
-from weights_conversion.config import FAMILIES
+from weights_conversion.architectures import FAMILIES
 
 
 def build_parser() -> argparse.ArgumentParser:

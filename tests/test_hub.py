@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from hub_standin import HubStandIn, Repository, default_repository_files, shards, small
 
-from weights_conversion.config import FAMILIES
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.errors import ConversionError
 from weights_conversion.hub import repositories as hub_module
 
@@ -149,22 +149,13 @@ def check_contents(result: dict[str, Any], files: dict[str, bytes]) -> None:
 
 
 def test_every_family_has_default_repositories() -> None:
-    assert set(hub_module.DEFAULT_REPOSITORIES) == set(FAMILIES)
-    named = {name for sizes in hub_module.DEFAULT_REPOSITORIES.values() for name in sizes.values()}
-    assert named == set(default_repository_files())
-    assert hub_module.default_repository("falcon", 180) == "tiiuae/falcon-180B"
-    assert hub_module.default_repository("codellama", 70) == "codellama/CodeLlama-70b-hf"
-    assert hub_module.default_repository("llama", 30) == "huggyllama/llama-30b"
-
-
-@pytest.mark.parametrize(
-    ("model", "size", "words"),
-    [("llama2", 65, "7, 13, 70"), ("mistral", 13, "one of 7,"), ("falcon", 70, "7, 40, 180"), ("gpt", 7, "falcon")],
-)
-def test_sizes_that_a_model_lacks(model: str, size: int, words: str) -> None:
-    with pytest.raises(ConversionError, match=words) as caught:
-        hub_module.default_repository(model, size)
-    assert model in str(caught.value)
+    named = {name for family in FAMILIES.values() for name in family.repositories.values()}
+    assert set(default_repository_files()) <= named
+    assert FAMILIES["falcon"].repositories["180"] == "tiiuae/falcon-180B"
+    assert FAMILIES["codellama"].repositories["70"] == "codellama/CodeLlama-70b-hf"
+    assert FAMILIES["llama"].repositories["30"] == "huggyllama/llama-30b"
+    assert FAMILIES["qwen2"].repositories["0.5"] == "Qwen/Qwen2.5-0.5B"
+    assert {FAMILIES[name].default_size for name in ("codellama", "falcon", "llama", "llama2", "mistral")} == {"7"}
 
 
 @pytest.mark.parametrize(

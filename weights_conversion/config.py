@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-FAMILIES = ("codellama", "falcon", "llama", "llama2", "mistral")
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rope scaling of kind "llama3" or "yarn", by transformers' names and defaults (modeling_rope_utils.py).
+
+    `attention_factor` None: yarn's own, 0.1 ln(factor) + 1.
+    """
+
+    kind: str
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0  # llama3's two
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None  # yarn's four
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Everything that decides the angles of a rotary embedding: `kind` is default, linear, llama3 or yarn."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -32,6 +64,17 @@ class ModelConfig:
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
     num_layernorms: int = 1
+    rope_scaling: RopeScaling | None = None  # beside or instead of the linear factor: Llama 3's, or yarn
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False  # an RMSNorm over each head of q and of k, in front of the rotary embedding
+
+    @property
+    def rope(self) -> Rope:
+        scaling = self.rope_scaling
+        if scaling is None:
+            kind = "linear" if self.rope_scaling_factor != 1.0 else "default"
+            return Rope(self.rope_theta, kind, self.rope_scaling_factor)
+        return Rope(self.rope_theta, **asdict(scaling))
 
     @property
     def axes(self) -> dict[str, int]:
@@ -41,6 +84,7 @@ class ModelConfig:
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,
             "glu": 2 * self.ffn_hidden_size,
+            "head_dim": self.head_dim,
             "q": self.num_attention_heads * self.head_dim,
             "kv": self.num_query_groups * self.head_dim,
             "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim,

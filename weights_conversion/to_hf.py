@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.architectures import ARCHITECTURES
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.configs import hf_config, manifest
 from weights_conversion.engine.progress import Report
 from weights_conversion.engine.run import DTYPES, Job, RunOptions, run, verified
@@ -54,7 +54,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
         flags=options.fields,
     )  # fmt: skip
-    config, architecture = opened.config, ARCHITECTURES[opened.config.family]
+    config, architecture = opened.config, FAMILIES[opened.config.family]
     sources = locate(opened.files, architecture, config)
     dtype = DTYPES.get(options.dtype)
     plan = plan_to_hf(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from weights_conversion.architectures import ARCHITECTURES
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, manifest, megatron_args
 from weights_conversion.engine.progress import Report
@@ -36,7 +36,7 @@ class ImportOptions(RunOptions):
     """hf_to_megatron.py's arguments. `size` None: not given."""
 
     model: str = "llama2"
-    size: int | None = None
+    size: str | None = None
     out: Path | None = None
     cache_dir: Path | None = None
     model_path: str | None = None
@@ -47,7 +47,7 @@ class ImportOptions(RunOptions):
     divisible_by: int | None = None
     true_vocab_size: int | None = None
     new_rows: str = "last"
-    target: str = "megatron-llm"
+    target: str | None = None  # the family's own
     ckpt_format: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,10 +55,11 @@ class ImportOptions(RunOptions):
 @watched
 def hf_to_megatron(options: ImportOptions) -> Report:
     """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong."""
-    out = options.out or Path(f"{options.model}-{options.size or 7}b-megatron")
+    architecture = FAMILIES[options.model]
+    out = options.out or Path(f"{options.model}-{options.size or architecture.default_size}b-megatron")
     with distributed.rank_zero_first("output"):
         replaced = publish.check(out, options.overwrite, options.verify)
-    dialect = TARGETS[options.target]
+    dialect = TARGETS[options.target or architecture.target]
     ckpt_format = options.ckpt_format or ("torch_dist" if dialect is MEGATRON_CORE else "torch")
     if ckpt_format == "torch_dist" and dialect is not MEGATRON_CORE:
         raise ConversionError("--ckpt-format torch_dist is Megatron-Core's; add --target megatron-core")
@@ -80,7 +81,6 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     if problems := check_parallelism(config, parallel, vocabulary, dialect):
         raise ConversionError(*problems)
 
-    architecture = ARCHITECTURES[options.model]
     sources = opened.sources(architecture)
     dtype = DTYPES.get(options.dtype)
     written = dtype or main_dtype([placed for group in sources.values() for placed in group])
@@ -131,7 +131,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
 
 
 def megatron_to_megatron(
-    source: Path, out: Path, model: str, parallel: Parallelism = Parallelism(), target: str = "megatron-llm",
+    source: Path, out: Path, model: str, parallel: Parallelism = Parallelism(), target: str | None = None,
     **options: Any,
 ) -> Report:  # fmt: skip
     """Writes the Megatron checkpoint at `source` in another layout or dialect: merged and cut in one pass, no HF files.
@@ -145,7 +145,7 @@ def megatron_to_megatron(
 
 def _parameter_count(config: ModelConfig) -> int:
     total = 0
-    for row, _ in ARCHITECTURES[config.family].instances(config):
+    for row, _ in FAMILIES[config.family].instances(config):
         count = 1
         for size in row.megatron_shape(config):
             count *= size
@@ -153,10 +153,11 @@ def _parameter_count(config: ModelConfig) -> int:
     return total
 
 
-def _check_size(config: ModelConfig, size: int) -> None:
-    """A size in billions is a round name: it may be off by a tenth (Llama "30B" has 32.5 billion parameters)."""
+def _check_size(config: ModelConfig, size: str) -> None:
+    """A size in billions is a round name, off by up to a quarter (Llama "1B" has 1.24): the family's nearest."""
     billions = _parameter_count(config) / 1e9
-    if abs(billions - size) > size / 10:
+    nearest = min(FAMILIES[config.family].repositories, key=lambda name: abs(float(name) / billions - 1))
+    if nearest != size or abs(billions - float(size)) > float(size) / 4:
         raise ConversionError(
             f"--size {size} was given, but this checkpoint's config makes a model of {billions:.3g} billion parameters "
             f"({config.num_layers} layers of hidden size {config.hidden_size}); leave --size out or correct it"
@@ -221,7 +222,7 @@ def dist_targets(
 ) -> tuple[list[assembly.TargetFile], dict[str, bytes | Path]]:
     """The .distcp files, and the small files around them."""
     targets = [dist_writer.DistFileTarget(file, refs) for file, refs in plan.targets.items()]
-    states, entries = dist_writer.extra_states(config.num_layers)
+    states, entries = dist_writer.extra_states(config.num_layers, config.qk_layernorm)
     args = core_args.write_args(
         config, Parallelism(), dtype=dtype, divisible_by=divisible_by, ckpt_format="torch_dist", vocabulary=None
     )

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weights_conversion import cli
-from weights_conversion.config import FAMILIES
+from weights_conversion.architectures import FAMILIES
 
 if TYPE_CHECKING:
     from weights_conversion.verification.report import Verification

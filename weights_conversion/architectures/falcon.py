@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from weights_conversion.architectures.family import Family
 from weights_conversion.config import ModelConfig
 from weights_conversion.mapping.ops import PermuteRotary
-from weights_conversion.mapping.parameters import COLUMN, ROW, Architecture, ParamMapping
+from weights_conversion.mapping.parameters import COLUMN, ROW, ParamMapping
 
 EMBEDDING = ParamMapping(
     "embedding.word_embeddings.weight", ("transformer.word_embeddings.weight",), ("vocab", "hidden"), COLUMN
@@ -60,4 +61,16 @@ def parameters(config: ModelConfig) -> tuple[ParamMapping, ...]:
     return (EMBEDDING, *norms, *BLOCK, *FINAL_NORM, *head)
 
 
-FALCON = Architecture("falcon", parameters, tied_head="lm_head.weight")
+FALCON = Family(
+    "falcon",
+    parameters,
+    tied_head="lm_head.weight",
+    model_types=("falcon", "RefinedWeb", "RefinedWebModel"),
+    hf_class="FalconForCausalLM",
+    repositories={"7": "tiiuae/falcon-7b", "40": "tiiuae/falcon-40b", "180": "tiiuae/falcon-180B"},
+    defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e4},
+    ropes=("default", "linear"),
+    parallel_attention=True,
+    target="megatron-llm",
+    megatron_llm=True,
+)

@@ -1,5 +1,19 @@
-"""Mistral 7B: Llama 2's parameters with grouped queries; the sliding window is in its config."""
+"""Mistral 7B, Nemo 12B, Small 22B and 24B: Llama's parameters; window and size of a head are in its config."""
 
-from weights_conversion.architectures.llama import architecture
+from weights_conversion.architectures.llama import dense
 
-MISTRAL = architecture("mistral")
+MISTRAL = dense(
+    "mistral",
+    model_types=("mistral",),
+    hf_class="MistralForCausalLM",
+    repositories={
+        "7": "mistralai/Mistral-7B-v0.1",
+        "12": "mistralai/Mistral-Nemo-Base-2407",
+        "22": "mistralai/Mistral-Small-Instruct-2409",
+        "24": "mistralai/Mistral-Small-24B-Base-2501",
+    },
+    defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "sliding_window": 4096},
+    windowed=True,
+    target="megatron-llm",
+    megatron_llm=True,
+)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import megatron_args
+from weights_conversion.configs import megatron_args, rope
 from weights_conversion.errors import ConversionError
 
 # Megatron-Core's name -> Megatron-LLM's, where they differ and the value is the same.
@@ -21,9 +22,7 @@ _FOREIGN: tuple[tuple[str, Any, str], ...] = (
     ("num_experts", None, "mixture of experts"),
     ("num_moe_experts", None, "mixture of experts"),
     ("multi_latent_attention", False, "multi-latent attention"),
-    ("add_qkv_bias", False, "biases of q, k and v"),
     ("add_bias_linear", False, "biases of linear layers"),
-    ("qk_layernorm", False, "norms of q and k"),
     ("apply_layernorm_1p", False, "norm weights around zero"),
     ("layernorm_zero_centered_gamma", False, "norm weights around zero"),
     ("apply_residual_connection_post_layernorm", False, "residual connections behind the norms"),
@@ -32,9 +31,6 @@ _FOREIGN: tuple[tuple[str, Any, str], ...] = (
     ("window_attn_skip_freq", None, "windows on some layers only"),
     ("no_rope_freq", None, "layers without rotary embedding"),
     ("rotary_interleaved", False, "interleaved rotary embedding"),
-    ("use_rope_scaling", False, "Llama 3's rope scaling"),
-    ("rope_scaling", False, "Llama 3's rope scaling"),
-    ("scale_factor", None, "Llama 3's rope scaling"),
     ("mtp_num_layers", None, "multi-token prediction"),
     ("squared_relu", False, "squared ReLU"),
     ("swiglu", True, "an MLP without SwiGLU"),
@@ -42,24 +38,28 @@ _FOREIGN: tuple[tuple[str, Any, str], ...] = (
     ("activation_func", "silu", "an MLP without SwiGLU"),
     ("normalization", "RMSNorm", "LayerNorm"),
     ("rotary_percent", 1.0, "rotary embedding on a part of each head"),
-    ("position_embedding_type", "rope", "position embeddings other than rotary"),
+    ("position_embedding_type", ("rope", "yarn"), "position embeddings other than rotary"),
     ("hybrid_override_pattern", None, "state-space layers"),
     ("hybrid_layer_pattern", None, "state-space layers"),
     ("is_hybrid_model", False, "state-space layers"),
 )
+# ModelConfig field of a family's feature -> what it is, and the end of a tensor's name that shows it.
+_FEATURES = {
+    "add_qkv_bias": ("biases of q, k and v", ".linear_qkv.bias"),
+    "qk_layernorm": ("norms of q and k", ".q_layernorm.weight"),
+}
 _FACTORS = ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
 _ZERO_IS_NONE = ("num_experts", "num_moe_experts", "no_rope_freq", "mtp_num_layers")
 # What the names of tensors betray, where args are silent.
 _FOREIGN_TENSORS = (
     (re.compile(r"\.(experts|shared_experts|router)\."), "mixture of experts"),
     (re.compile(r"\.linear_(q|kv)_(down|up)_proj\.|self_attention\.linear_q_proj\."), "multi-latent attention"),
-    (re.compile(r"\.[qk]_layernorm\."), "norms of q and k"),
     (re.compile(r"\.mixer\."), "state-space layers"),
     (re.compile(r"^mtp\."), "multi-token prediction"),
     (re.compile(r"\.(adapter|lora_[ab])\.", re.IGNORECASE), "LoRA adapters, which are merged before an export,"),
     (re.compile(r"position_embeddings\.weight$"), "learned position embeddings"),
     (re.compile(r"layer_?norm(_|\.)bias$"), "LayerNorm"),
-    (re.compile(r"\.bias$"), "biases of linear layers"),
+    (re.compile(r"(?<!linear_qkv)\.bias$"), "biases of linear layers"),
 )
 
 
@@ -80,7 +80,7 @@ def write_args(
         "kv_channels": config.head_dim,
         "seq_length": config.max_position_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
-        "position_embedding_type": "rope",
+        **rope.write_core(config),
         "add_position_embedding": True,
         "use_rotary_position_embeddings": True,
         "rotary_base": _whole(config.rope_theta),
@@ -88,7 +88,8 @@ def write_args(
         "rotary_interleaved": False,
         "rotary_seq_len_interpolation_factor": factor if (factor := _whole(config.rope_scaling_factor)) != 1 else None,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_qkv_bias": config.add_qkv_bias,
+        "qk_layernorm": config.qk_layernorm,
         "swiglu": True,
         "squared_relu": False,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
@@ -139,6 +140,9 @@ def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
         flags.append(f"--window-size {config.sliding_window - 1},0")
     if config.rope_scaling_factor != 1.0:
         flags.append(f"--rotary-seq-len-interpolation-factor {_whole(config.rope_scaling_factor)}")
+    flags += rope.core_flags(config)
+    if config.qk_layernorm:
+        flags.append("--qk-layernorm")
     if dtype in (torch.bfloat16, torch.float16):
         flags.append("--bf16" if dtype is torch.bfloat16 else "--fp16")
     return flags
@@ -147,7 +151,7 @@ def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
 def training_warnings(config: ModelConfig) -> list[str]:
     """What no flag of training can be given."""
     if config.rope_scaling_factor == int(config.rope_scaling_factor):
-        return []
+        return rope.core_warnings(config)
     return [
         f"Megatron-LM reads --rotary-seq-len-interpolation-factor as a whole number, this model needs "
         f"{config.rope_scaling_factor}: set seq_len_interpolation_factor in its code"
@@ -167,12 +171,32 @@ def foreign_tensors(names: Iterable[str], folder: Path) -> list[str]:
     ]
 
 
+def features(names: Iterable[str]) -> dict[str, bool]:
+    """Features that tensors show, whatever args say: not every wrapper stores args."""
+    names = tuple(names)
+    return {feature: any(name.endswith(end) for name in names) for feature, (_, end) in _FEATURES.items()}
+
+
 def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> list[str]:
     """Sentences on normalised args that `family` cannot have, and that no shape would betray."""
+    problems = [
+        f"{folder} holds a model with {what}, which {family} does not have; --model names another"
+        for name, (what, _) in _FEATURES.items()
+        if args.get(name) and not FAMILIES[family].has(name)
+    ]
+    problems += [
+        f"{folder} holds a model without {what}, which {family} has; --model names another"
+        for name, (what, _) in _FEATURES.items()
+        if not args.get(name) and FAMILIES[family].has(name)
+    ]
+    scaling = args.get("rope_scaling")
+    if scaling is not None and scaling.kind not in FAMILIES[family].ropes:
+        problems.append(f"{folder} holds a model with rope scaling of kind {scaling.kind}, which {family} lacks")
     window = args.get("sliding_window_size")
-    if family == "mistral" or window is None:
-        return []
+    if FAMILIES[family].windowed or window is None:
+        return problems
     return [
+        *problems,
         f"{folder} holds a model with a sliding window of {window} tokens, which {family} does not have; if it is a "
         "mistral, say --model mistral"
     ]
@@ -193,7 +217,9 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     problems = [
         f"{folder} holds a model with {what} ({name} is {args[name]!r}), which is none of the supported families"
         for name, plain, what in _FOREIGN
-        if args.get(name) is not None and args[name] != plain and not (name in _ZERO_IS_NONE and args[name] in (0, 1))
+        if args.get(name) is not None
+        and not (args[name] in plain if isinstance(plain, tuple) else args[name] == plain)
+        and not (name in _ZERO_IS_NONE and args[name] in (0, 1))
     ]
     factor, window = _factor(args, folder, problems), _left(args, folder, problems)
     if problems:
@@ -210,7 +236,8 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         result["layernorm_epsilon"] = args["norm_epsilon"]
     if result.get("rope_theta") is not None:
         result["rope_theta"] = float(result["rope_theta"])
-    result["rope_scaling_factor"] = factor
+    result["rope_scaling_factor"] = factor  # linear; Megatron-Core's arg of this name is Llama 3's
+    result["rope_scaling"] = rope.read_core(args, f"the args of {folder}")
     result["sliding_window_size"] = None if window is None else window + 1
     if args.get("untie_embeddings_and_output_weights") is not None:
         result["tie_embed_logits"] = not args["untie_embeddings_and_output_weights"]

@@ -6,25 +6,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
+from weights_conversion.configs import rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.placement import Placed
 from weights_conversion.mapping.dialects import Dialect
 
-MODEL_TYPES = {
-    "codellama": ("llama",),
-    "falcon": ("falcon", "RefinedWeb", "RefinedWebModel"),
-    "llama": ("llama",),
-    "llama2": ("llama",),
-    "mistral": ("mistral",),
-}
-ARCHITECTURE_CLASSES = {
-    "codellama": "LlamaForCausalLM",
-    "falcon": "FalconForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "llama2": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
 # ModelConfig field -> config.json key (and the spellings of older releases).
 LLAMA_KEYS: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers",),
@@ -45,8 +33,6 @@ FALCON_KEYS: dict[str, tuple[str, ...]] = {
 # Keys that name what OUT does not hold: code of the source's own (never copied, never run; transformers has a class for
 # every family), a weight file by another name, a tokenizer class, which tokenizer_config.json states.
 LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenizer_class", "_commit_hash")
-# What Meta's params.json does not say.
-META_CONTEXT = {"llama": 2048, "llama2": 4096, "codellama": 16384}
 
 
 def keys_of(family: str) -> dict[str, tuple[str, ...]]:
@@ -66,9 +52,9 @@ def read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: str
 
 def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: str) -> ModelConfig:
     model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES[family]:
+    if model_type not in FAMILIES[family].model_types:
         raise ConversionError(
-            f"{where} says model_type {model_type!r}, but {family} is {' or '.join(MODEL_TYPES[family])}; "
+            f"{where} says model_type {model_type!r}, but {family} is {' or '.join(FAMILIES[family].model_types)}; "
             "give the MODEL that the checkpoint is"
         )
     problems = unsupported(family, raw, target, where)
@@ -90,10 +76,14 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
         values |= _falcon(raw, heads, hidden)
     else:
         values["num_query_groups"] = raw.get("num_key_value_heads") or heads
-        values["head_dim"] = raw.get("head_dim") or hidden // heads
-        values["sliding_window"] = raw.get("sliding_window") if family == "mistral" else None
+        values["head_dim"] = (
+            raw.get("head_dim") or FAMILIES[family].config_defaults.get("head_dim") or hidden // heads
+        )
+        values["sliding_window"] = raw.get("sliding_window") if FAMILIES[family].windowed else None
+        values |= dict.fromkeys(FAMILIES[family].features, True)
         values["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
-    config = ModelConfig(family=family, rope_theta=theta, rope_scaling_factor=factor, **values)
+    scaling = rope.read_scaling(raw, where)
+    config = ModelConfig(family=family, rope_theta=theta, rope_scaling_factor=factor, rope_scaling=scaling, **values)
     _check_heads(config, raw.get("head_dim") is not None and family != "falcon", where)
     return config
 
@@ -145,6 +135,7 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str
         if raw.get("activation", "gelu") != "gelu":
             found.append(f"activation {raw['activation']!r}")
     else:
+        found += [f"{feature}, which {family} has" for feature in FAMILIES[family].features - target.features]
         for key in ("attention_bias", "mlp_bias"):
             if raw.get(key):
                 found.append(f"{key} (linear layers with bias)")
@@ -154,14 +145,14 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str
             found.append("a head tied to the embedding (tie_word_embeddings)")
     malformed = []
     for key in ("rope_parameters", "rope_scaling"):
-        rope = raw.get(key) or {}
-        if not isinstance(rope, Mapping):
-            malformed.append(f"{where} has {key} {rope!r}, where an object was expected")
+        stated = raw.get(key) or {}
+        if not isinstance(stated, Mapping):
+            malformed.append(f"{where} has {key} {stated!r}, where an object was expected")
             continue
-        kind = rope.get("rope_type", rope.get("type"))
-        if kind not in ("default", "linear", None):
-            found.append(f"rope scaling of type {kind!r} (only linear)")
-        if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        kind = stated.get("rope_type", stated.get("type"))
+        if kind is not None and kind not in (ropes := [k for k in FAMILIES[family].ropes if k in target.ropes]):
+            found.append(f"rope scaling of type {kind!r} (only {', '.join(ropes[1:])})")
+        if (stated.get("partial_rotary_factor") or 1.0) != 1.0:
             found.append("rotary embedding on a part of each head (partial_rotary_factor)")
     if (raw.get("partial_rotary_factor") or 1.0) != 1.0:
         found.append("rotary embedding on a part of each head (partial_rotary_factor)")
@@ -172,13 +163,13 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str
 def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, float]:
     """(theta, linear scaling factor) in either spelling. Two that disagree are an error, which names `where`."""
     ropes = [raw.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
-    for rope, key in zip(ropes, ("rope_parameters", "rope_scaling"), strict=True):
-        if not isinstance(rope, Mapping):
-            raise ConversionError(f"{where} has {key} {rope!r}, where an object was expected")
+    for stated, key in zip(ropes, ("rope_parameters", "rope_scaling"), strict=True):
+        if not isinstance(stated, Mapping):
+            raise ConversionError(f"{where} has {key} {stated!r}, where an object was expected")
     new, old = ropes
     linear = [
-        rope.get("factor", "missing") if rope.get("rope_type", rope.get("type")) == "linear" else 1.0
-        for rope, present in ((new, "rope_parameters" in raw), (old, raw.get("rope_scaling") is not None))
+        stated.get("factor", "missing") if stated.get("rope_type", stated.get("type")) == "linear" else 1.0
+        for stated, present in ((new, "rope_parameters" in raw), (old, raw.get("rope_scaling") is not None))
         if present
     ]
     thetas = [value for value in (new.get("rope_theta"), raw.get("rope_theta")) if value is not None]
@@ -199,7 +190,8 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
 
     `where` is the path of the file, for errors.
     """
-    if family not in META_CONTEXT:
+    context = FAMILIES[family].meta_context
+    if context is None:
         raise ConversionError(f"{where} is of Meta's Llama files, and no {family} model was published in them")
     if family == "codellama" and not raw.get("rope_theta"):
         raise ConversionError(f"{where} has no rope_theta, which differs among the Code Llama models; add it")
@@ -219,7 +211,7 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
             num_query_groups=int(raw.get("n_kv_heads") or heads),
             head_dim=hidden // heads,
             vocab_size=embedding.rows,
-            max_position_embeddings=META_CONTEXT[family],
+            max_position_embeddings=context,
             layernorm_epsilon=float(raw["norm_eps"]),
             rope_theta=float(raw.get("rope_theta") or 10000.0),
         )
@@ -240,8 +232,8 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     """
     result = _renamed(base) if config.family == "falcon" else dict(base)
     result = {key: value for key, value in result.items() if key not in LEFT_BEHIND}
-    result["architectures"] = [ARCHITECTURE_CLASSES[config.family]]
-    result.setdefault("model_type", MODEL_TYPES[config.family][0])
+    result["architectures"] = [FAMILIES[config.family].hf_class]
+    result.setdefault("model_type", FAMILIES[config.family].model_types[0])
     for name, keys in keys_of(config.family).items():
         result[next((key for key in keys if key in result), keys[0])] = getattr(config, name)
     if config.family == "falcon":
@@ -249,15 +241,22 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     else:
         result.setdefault("hidden_act", "silu")
         result["num_key_value_heads"] = config.num_query_groups
-        if "head_dim" in result or config.head_dim * config.num_attention_heads != config.hidden_size:
+        implied = FAMILIES[config.family].config_defaults.get("head_dim") is None
+        if (
+            "head_dim" in result
+            or not implied
+            or config.head_dim * config.num_attention_heads != config.hidden_size
+        ):
             result["head_dim"] = config.head_dim
         result["tie_word_embeddings"] = config.tie_word_embeddings
-        if config.family == "mistral":
+        if FAMILIES[config.family].windowed:
             result["sliding_window"] = config.sliding_window
     linear = config.rope_scaling_factor != 1.0
     kind = {"rope_type": "linear", "factor": config.rope_scaling_factor} if linear else {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        linear, kind = True, rope.write_scaling(config.rope_scaling)
     result["rope_theta"] = config.rope_theta
-    result["rope_scaling"] = {"type": "linear", **kind} if linear else None
+    result["rope_scaling"] = {"type": kind["rope_type"], **kind} if linear else None
     result["rope_parameters"] = {"rope_theta": config.rope_theta, **kind}
     result["torch_dtype"] = result["dtype"] = dtype
     return result

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion import __version__
-from weights_conversion.config import ModelConfig
+from weights_conversion.config import ModelConfig, RopeScaling
 from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import read_json, sha256
 
@@ -76,6 +76,12 @@ def _malformed(content: Mapping[str, Any]) -> list[str]:
     assumed = content.get("assumed", [])
     if not isinstance(assumed, list) or not all(isinstance(name, str) for name in assumed):
         problems.append(f"assumed {assumed!r}, where a list of names was expected")
+    scaling = content["model"].get("rope_scaling")
+    try:
+        if scaling is not None:
+            RopeScaling(**scaling)
+    except TypeError:
+        problems.append(f"rope_scaling {scaling!r}, where a kind with its numbers was expected")
     for name, value in content["model"].items():
         default = ModelConfig.__dataclass_fields__[name].type if name in ModelConfig.__dataclass_fields__ else None
         allowed = {"int": (int,), "float": (float, int), "bool": (bool,), "int | None": (int, type(None))}.get(
@@ -89,4 +95,6 @@ def _malformed(content: Mapping[str, Any]) -> list[str]:
 def model_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Its ModelConfig fields, vocabulary apart."""
     known = ModelConfig.__dataclass_fields__
-    return {name: value for name, value in manifest["model"].items() if name in known and name != "vocab_size"}
+    fields = {name: value for name, value in manifest["model"].items() if name in known and name != "vocab_size"}
+    scaling = fields.get("rope_scaling")
+    return fields | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.errors import ConversionError
 
@@ -25,17 +26,17 @@ NAMES = {
     "rope_scaling_factor": "rope_scaling_factor",
     "sliding_window": "sliding_window_size",
     "tie_word_embeddings": "tie_embed_logits",
+    "rope_scaling": "rope_scaling",
+    "add_qkv_bias": "add_qkv_bias",
+    "qk_layernorm": "qk_layernorm",
 }
+# Those of them that only Megatron-Core has.
+_CORE_ONLY = ("rope_scaling", "add_qkv_bias", "qk_layernorm")
 # Fields that the original's resharding tool re-creates from its defaults.
+FEATURES = ("add_qkv_bias", "qk_layernorm")
 RESET_BY_RESHARDING = ("layernorm_epsilon", "rope_theta", "rope_scaling_factor", "sliding_window")
 # What a family uses where nothing that can be trusted says otherwise.
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "codellama": {"layernorm_epsilon": 1e-5, "rope_theta": 1e6},
-    "falcon": {"layernorm_epsilon": 1e-5, "rope_theta": 1e4},
-    "llama": {"layernorm_epsilon": 1e-6, "rope_theta": 1e4},
-    "llama2": {"layernorm_epsilon": 1e-5, "rope_theta": 1e4},
-    "mistral": {"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "sliding_window": 4096},
-}
+FAMILY_DEFAULTS = {name: family.defaults for name, family in FAMILIES.items()}
 # Values of the forward pass that no weight's shape would betray.
 SILENT = ("max_position_embeddings", *RESET_BY_RESHARDING)
 # What --use_checkpoint_args does not restore, by ModelConfig field.
@@ -48,7 +49,7 @@ def write_args(
     """The args of a rank file: plain values, everything that Megatron-LLM reads when it loads or resumes."""
     falcon = config.family == "falcon"
     return {
-        **{name: getattr(config, field) for field, name in NAMES.items()},
+        **{name: getattr(config, field) for field, name in NAMES.items() if field not in _CORE_ONLY},
         "encoder_num_layers": config.num_layers,
         "seq_length": config.max_position_embeddings,
         "make_vocab_size_divisible_by": divisible_by,
@@ -89,7 +90,7 @@ def virtual_stages(config: ModelConfig, parallel: Parallelism) -> dict[str, int 
 def training_flags(config: ModelConfig, vocabulary: int, divisible_by: int, tp: int) -> list[str]:
     """Flags that training must be given, because the checkpoint's args cannot carry them."""
     flags = [f"--{NAMES[name]} {getattr(config, name)}" for name in NOT_RESTORED if _matters(config, name)]
-    if config.family == "mistral" and config.sliding_window is not None:
+    if FAMILIES[config.family].windowed and config.sliding_window is not None:
         flags.append(f"--sliding_window_size {config.sliding_window}")
     if vocabulary % (divisible_by * tp):
         step = next(step for step in (64, 32, 16, 8, 4, 2, 1) if vocabulary % (step * tp) == 0)
@@ -132,7 +133,7 @@ def from_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
     values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
     values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
     values.setdefault("tie_word_embeddings", family == "falcon")
-    if family != "mistral":
+    if not FAMILIES[family].windowed:
         values.pop("sliding_window", None)
     values["num_layernorms"] = 2 if args.get("parallel_layernorm") else 1
     return values
@@ -174,10 +175,16 @@ def resolve(
     stated = from_args(family, args)
     reset = was_reset(args)
     args_say = {name: value for name, value in stated.items() if not (reset and name in RESET_BY_RESHARDING)}
-    if family == "mistral" and "sliding_window_size" in args and not reset:
+    if FAMILIES[family].windowed and "sliding_window_size" in args and not reset:
         args_say["sliding_window"] = args["sliding_window_size"]
     defaults = {field.name: field.default for field in fields(ModelConfig) if field.name in RESET_BY_RESHARDING}
-    family_says = {**defaults, **FAMILY_DEFAULTS[family], "max_position_embeddings": args.get("seq_length")}
+    family_says = {
+        **defaults,
+        **FAMILY_DEFAULTS[family],
+        **{name: FAMILIES[family].has(name) for name in FEATURES},
+        "rope_scaling": None,
+        "max_position_embeddings": args.get("seq_length"),
+    }
     sources = (("flag", flags), ("manifest", manifest or {}), ("args", args_say), ("family", family_says))
 
     values: dict[str, Any] = {"family": family, "vocab_size": vocabulary}
@@ -187,7 +194,7 @@ def resolve(
         if name in values:
             continue
         said = [(origin, source[name]) for origin, source in sources if name in source]
-        if not said or (said[0][1] is None and name != "sliding_window"):
+        if not said or (said[0][1] is None and name not in ("sliding_window", "rope_scaling")):
             problems.append(f"nothing says what {NAMES.get(name, name)} is; the checkpoint's args lack it")
             continue
         origins[name], values[name] = said[0]

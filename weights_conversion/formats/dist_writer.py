@@ -27,6 +27,7 @@ _EXTRA_STATE_MODULES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+_NORMS_OF_Q_AND_K = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,13 @@ def metadata(targets: Sequence[DistFileTarget], extra: Mapping[str, tuple[str, i
     return pickle.dumps(Metadata(entries, None, storage), protocol=4)
 
 
-def extra_states(layers: int) -> tuple[bytes, dict[str, tuple[str, int, int]]]:
+def extra_states(layers: int, qk_layernorm: bool) -> tuple[bytes, dict[str, tuple[str, int, int]]]:
     """Empty Transformer-Engine states, which a load under the default strictness demands: a file, and its entries."""
     buffer = io.BytesIO()
     torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
     state = buffer.getvalue()
-    names = [f"decoder.layers.{m}._extra_state/shard_{i}_{layers}" for m in _EXTRA_STATE_MODULES for i in range(layers)]
+    modules = (*_EXTRA_STATE_MODULES, *(_NORMS_OF_Q_AND_K if qk_layernorm else ()))
+    names = [f"decoder.layers.{module}._extra_state/shard_{i}_{layers}" for module in modules for i in range(layers)]
     names.append("decoder.final_layernorm._extra_state/shard_0_1")
     entries = {name: (EXTRA_STATES, index * len(state), len(state)) for index, name in enumerate(names)}
     return state * len(names), entries

@@ -26,7 +26,7 @@ _CUT = {
 }
 
 
-def find_meta(folder: Path, model: str, size: int) -> Path | None:
+def find_meta(folder: Path, model: str, size: str) -> Path | None:
     """The folder with consolidated.00.pth: `folder` itself, or its child named as Meta names its downloads."""
     names = (f"{size}B",) if model == "llama" else (f"llama-2-{size}b", f"{size}B")
     for candidate in (folder, *(folder / name for name in names)):

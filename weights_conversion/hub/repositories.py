@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_REPOSITORIES: dict[str, dict[int, str]] = {
-    "codellama": {size: f"codellama/CodeLlama-{size}b-hf" for size in (7, 13, 34, 70)},
-    "falcon": {7: "tiiuae/falcon-7b", 40: "tiiuae/falcon-40b", 180: "tiiuae/falcon-180B"},
-    "llama": {size: f"huggyllama/llama-{size}b" for size in (7, 13, 30, 65)},
-    "llama2": {size: f"meta-llama/Llama-2-{size}b-hf" for size in (7, 13, 70)},
-    "mistral": {7: "mistralai/Mistral-7B-v0.1"},
-}
-
 # In the order in which they are fetched: where the vocabulary is complete, so is everything before it.
 SMALL_FILES = (
     "config.json",
@@ -63,19 +55,6 @@ class Snapshot:
     repository: str
     revision: str
     files: tuple[str, ...] = ()
-
-
-def default_repository(model: str, size: int) -> str:
-    """The repository that MODEL and --size stand for; ConversionError with the sizes there are, if there is none."""
-    repositories = DEFAULT_REPOSITORIES.get(model)
-    if repositories is None:
-        raise ConversionError(f"There is no model '{model}': choose one of {', '.join(DEFAULT_REPOSITORIES)}.")
-    if size not in repositories:
-        sizes = ", ".join(map(str, repositories))
-        raise ConversionError(
-            f"There is no {model} of size {size}: give --size one of {sizes}, or name a repository with --model-path."
-        )
-    return repositories[size]
 
 
 def snapshot(

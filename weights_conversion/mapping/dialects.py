@@ -29,6 +29,8 @@ class Dialect:
     parallel_attention: bool = True  # beside the MLP, as falcon has it
     ties_heads: bool = True  # of the sequential families
     splits_groups: bool = False  # several tensor ranks may share a query group
+    features: frozenset[str] = frozenset()  # ModelConfig fields that it can express
+    ropes: tuple[str, ...] = ("default", "linear")
 
     def spell(self, name: str) -> str:
         """`name` as this dialect spells it; a name without an entry is spelled the same."""
@@ -90,6 +92,9 @@ _CORE_NAMES = {
     "embedding.word_embeddings.weight": "embedding.word_embeddings.weight",
     "encoder.layers.{}.input_layernorm.weight": "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight",
     "encoder.layers.{}.self_attention.query_key_value.weight": "decoder.layers.{}.self_attention.linear_qkv.weight",
+    "encoder.layers.{}.self_attention.query_key_value.bias": "decoder.layers.{}.self_attention.linear_qkv.bias",
+    "encoder.layers.{}.self_attention.q_layernorm.weight": "decoder.layers.{}.self_attention.q_layernorm.weight",
+    "encoder.layers.{}.self_attention.k_layernorm.weight": "decoder.layers.{}.self_attention.k_layernorm.weight",
     "encoder.layers.{}.self_attention.dense.weight": "decoder.layers.{}.self_attention.linear_proj.weight",
     "encoder.layers.{}.post_attention_layernorm.weight": "decoder.layers.{}.mlp.linear_fc1.layer_norm_weight",
     "encoder.layers.{}.mlp.dense_h_to_4h.weight": "decoder.layers.{}.mlp.linear_fc1.weight",
@@ -111,4 +116,6 @@ MEGATRON_CORE = Dialect(
     alternatives=_CORE_LOCAL_NORMS,
     parallel_attention=False,
     splits_groups=True,
+    features=frozenset({"add_qkv_bias", "qk_layernorm"}),
+    ropes=("default", "linear", "llama3", "yarn"),
 )

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.mapping.dialects import HF, Dialect
+
+if TYPE_CHECKING:  # families are read by --help, which answers without torch
+    from torch import Tensor
 
 Range = tuple[int, int]  # first row, row behind the last
 

@@ -46,7 +46,8 @@ class ParamMapping:
     """One parameter of the architecture. "{}" in a name is the layer; names are whole, so that they can be grepped.
 
     `megatron` is Megatron-LLM's training spelling below `language_model`; a Dialect respells it. `shape` names the
-    axes (ModelConfig.axes) of the full, unpadded Megatron tensor; the HF shapes follow from `op`.
+    axes (ModelConfig.axes) of the full, unpadded Megatron tensor; the HF shapes follow from `op`. `needs` names the
+    ModelConfig field of models that have it; None: all of the family do.
     """
 
     megatron: str
@@ -54,6 +55,7 @@ class ParamMapping:
     shape: tuple[str, ...]
     shard: Shard | None = REPLICATED
     op: Op = COPY
+    needs: str | None = None
 
     @property
     def per_layer(self) -> bool:

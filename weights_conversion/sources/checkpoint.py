@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from weights_conversion.config import FAMILIES, ModelConfig, Parallelism
-from weights_conversion.configs import core_args, manifest, megatron_args
+from weights_conversion.architectures import FAMILIES
+from weights_conversion.config import ModelConfig, Parallelism
+from weights_conversion.configs import core_args, manifest, megatron_args, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.dist_index import METADATA
 from weights_conversion.formats.megatron import RankFiles, find_iteration, open_rank_files
@@ -80,6 +81,7 @@ def open_checkpoint(
     notes: list[str] = []
     model = _family(model, files, said, root, true_vocab_size, notes)
     if files.dialect is MEGATRON_CORE:
+        files = dataclasses.replace(files, args={**files.args, **core_args.features(files.names)})
         problems = core_args.foreign_tensors(files.names, files.folder)
         problems += core_args.foreign_to_family(files.args, model, files.folder)
     else:
@@ -98,6 +100,8 @@ def open_checkpoint(
         raise ConversionError(f"{files.folder} has no output layer (lm_head) on its last stage, which {model} needs")
     resolved = megatron_args.resolve(model, args, fields, flags or {}, rows)
     warnings += resolved.warnings
+    if files.dialect is MEGATRON_CORE:
+        warnings += rope.trained_warnings(resolved.config)
     for name in (said or {}).get("assumed", []):
         if resolved.origins.get(name) == "manifest":
             flag, value = megatron_args.NAMES[name], getattr(resolved.config, name)

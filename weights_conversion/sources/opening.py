@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion import fileio
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
 from weights_conversion.configs import hf_config, megatron_args
 from weights_conversion.errors import ConversionError
@@ -49,7 +50,7 @@ class Opened:
 
 
 def open_source(
-    model: str, path: str | None, target: Dialect, *, cache: Path | None = None, size: int | None = None,
+    model: str, path: str | None, target: Dialect, *, cache: Path | None = None, size: str | None = None,
     revision: str | None = None, load_iters: int | None = None, true_vocab_size: int | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Opened:  # fmt: skip
@@ -65,20 +66,20 @@ def open_source(
     if revision is not None and local is not None and local.is_dir():
         raise ConversionError(f"--revision {revision} is for repositories, but {path} is a local folder")
     if path is None and cache is not None and cache.is_dir() and model in ("llama", "llama2"):
-        folder = meta.find_meta(cache, model, size or 7)
+        folder = meta.find_meta(cache, model, size or FAMILIES[model].default_size)
         if folder is not None:
             return open_meta(model, folder)
     if local is not None and trained:
         return open_megatron(model, local, target, load_iters, true_vocab_size, fields)
     if local is not None and local.is_dir():
         folder = local
-        consolidated = meta.find_meta(folder, model, size or 7)
+        consolidated = meta.find_meta(folder, model, size or FAMILIES[model].default_size)
         if consolidated is not None and not (folder / "config.json").is_file():
             return open_meta(model, consolidated)
         return open_hf(model, folder, target)
     from weights_conversion.hub import repositories as hub
 
-    repository = path or hub.default_repository(model, size or 7)
+    repository = path or FAMILIES[model].repositories[size or FAMILIES[model].default_size]
     if path is not None and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
         raise ConversionError(f"--model-path {repository} is neither a folder here nor the name of a repository")
     with distributed.rank_zero_first("hub"):
@@ -116,6 +117,12 @@ def open_megatron(
     opened = open_checkpoint(root, model, load_iters=load_iters, flags=fields)
     if model == "falcon" and not target.parallel_attention:
         raise ConversionError(f"{target.name} cannot express falcon: it has no attention in parallel with the MLP")
+    if opened.config.rope_scaling and opened.config.rope_scaling.kind not in target.ropes:
+        raise ConversionError(
+            f"{root} has rope scaling of kind {opened.config.rope_scaling.kind}, which {target.name} cannot express"
+        )
+    if lacking := [name for name in sorted(FAMILIES[model].features) if name not in target.features]:
+        raise ConversionError(f"{target.name} cannot express {model}: it has no {', '.join(lacking)}")
     if model != "falcon" and not target.ties_heads and opened.config.tie_word_embeddings:
         raise ConversionError(f"{root} has a head tied to the embedding, which {target.name} cannot express")
     config, known = opened.config, opened.true_rows_known

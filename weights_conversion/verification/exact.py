@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from weights_conversion.architectures import ARCHITECTURES
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
 from weights_conversion.engine.execute import as_hf, as_megatron, inconsistencies, read_rows
 from weights_conversion.engine.streams import Scratch, Source
@@ -42,7 +42,7 @@ class Pair:
 
     @property
     def parameters(self) -> list[tuple[ParamMapping, int | None]]:
-        return list(ARCHITECTURES[self.config.family].instances(self.config))
+        return list(FAMILIES[self.config.family].instances(self.config))
 
     def units(self, row: ParamMapping) -> int:
         return row.op.units(row.megatron_shape(self.config)[0], self.config)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from weights_conversion import fileio
-from weights_conversion.architectures import ARCHITECTURES
-from weights_conversion.config import FAMILIES, ModelConfig
-from weights_conversion.configs import hf_config, manifest, megatron_args
+from weights_conversion.architectures import FAMILIES
+from weights_conversion.config import ModelConfig
+from weights_conversion.configs import hf_config, manifest, megatron_args, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, meta
 from weights_conversion.layouts.placement import Placed, main_dtype
@@ -87,7 +87,7 @@ def is_huggingface(path: Path) -> bool:
 
 
 def is_meta(path: Path) -> bool:
-    return not is_huggingface(path) and meta.find_meta(path, "llama2", 0) is not None
+    return not is_huggingface(path) and meta.find_meta(path, "llama2", "") is not None
 
 
 def is_megatron(path: Path) -> bool:
@@ -109,14 +109,16 @@ def family_of(path: Path, load_iters: int | None) -> tuple[str | None, str | Non
     if is_huggingface(path):
         raw = fileio.read_json(path / "config.json")
         kind = raw.get("model_type")
-        for family in ("falcon", "mistral"):
-            if kind in hf_config.MODEL_TYPES[family]:
-                return family, family
-        if kind not in hf_config.MODEL_TYPES["llama2"]:
+        known = [name for name, family in FAMILIES.items() if kind in family.model_types]
+        if len(known) == 1:
+            return known[0], known[0]
+        if not known:
             raise ConversionError(f"{path / 'config.json'} says model_type {kind!r}, which none of the families has")
+        if rope.read_scaling(raw, str(path / "config.json")) is not None:
+            return None, "llama3"
         return None, _llama(hf_config.read_rope(raw, str(path / "config.json"))[0], raw.get("rms_norm_eps"))
     if is_meta(path):
-        folder = meta.find_meta(path, "llama2", 0) or path
+        folder = meta.find_meta(path, "llama2", "") or path
         raw = meta.read_params(folder)
         return None, _llama(raw.get("rope_theta"), raw.get("norm_eps"))
     files = open_files(path, load_iters)
@@ -178,7 +180,7 @@ def _open(
         assumed = frozenset({"max_position_embeddings"} if raw.get("max_position_embeddings") is None else ())
         return _apart(path, HF, config, tensors, assumed)
     if is_meta(path):
-        folder = meta.find_meta(path, family, 0) or path
+        folder = meta.find_meta(path, family, "") or path
         tensors, raw = meta.read_meta(folder), meta.read_params(folder)
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
         config = hf_config.read_params(family, raw, tensors, str(folder / "params.json"))
@@ -189,7 +191,7 @@ def _open(
 def _apart(
     path: Path, dialect: Dialect, config: ModelConfig, tensors: Mapping[str, Placed], assumed: frozenset[str]
 ) -> Model:
-    placed = in_huggingface(ARCHITECTURES[config.family], config, tensors, dialect)
+    placed = in_huggingface(FAMILIES[config.family], config, tensors, dialect)
     files = len({block.ref.file for group in placed.values() for one in group for copy in one.copies for block in copy})
     layout = f"{files} file{'s' if files > 1 else ''}"
     return Model(path, dialect, config, placed, layout, config.vocab_size, assumed=assumed)
@@ -200,7 +202,7 @@ def _open_megatron(
 ) -> Model:
     opened = open_checkpoint(path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size)
     files, config = opened.files, opened.config
-    placed = locate(files, ARCHITECTURES[family], config)
+    placed = locate(files, FAMILIES[family], config)
     assumed = {name for name, origin in opened.origins.items() if origin == "family"}
     contradicted = []
     if not megatron_args.was_reset(files.args):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weights_conversion.architectures import ARCHITECTURES
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
 from weights_conversion.engine.execute import read_rows
 from weights_conversion.engine.streams import Scratch, Source
@@ -147,7 +147,7 @@ def weights_of(
         return huggingface_weights(model.path)
     placed: dict[str, Placed] = {}
     vectors = set()
-    for row, layer in ARCHITECTURES[model.config.family].instances(model.config):
+    for row, layer in FAMILIES[model.config.family].instances(model.config):
         for name, tensor in zip(row.hf, model.placed[row.megatron, layer], strict=True):
             spelled = model.dialect.spell(name).format(layer)
             placed[spelled] = tensor
@@ -168,7 +168,7 @@ def keys_of(model: Model) -> dict[str, Key]:
     """Stored name -> the parameter that it is (a part of)."""
     config, dialect = model.config, model.dialect
     found: dict[str, Key] = {}
-    for row, layer in ARCHITECTURES[config.family].instances(config):
+    for row, layer in FAMILIES[config.family].instances(config):
         for name in (row.megatron,) if model.dialect.megatron else row.hf:
             spelled = dialect.spell(name).format(layer)
             found[dialect.rank_name(spelled) if model.dialect.megatron else spelled] = (row.megatron, layer)

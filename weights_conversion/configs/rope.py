@@ -1,0 +1,206 @@
+"""Rope scaling as config.json and as Megatron-Core's args spell it.
+
+Sources: transformers' modeling_rope_utils.py; Megatron-Core's rotary_pos_embedding.py (Llama 3's constants) and
+yarn_rotary_pos_embedding.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from weights_conversion.config import ModelConfig, RopeScaling
+from weights_conversion.errors import ConversionError
+
+KEYS = ("rope_parameters", "rope_scaling")
+SCALED = ("llama3", "yarn")
+# What Megatron-Core applies under --use-rope-scaling: constants in its code.
+CORE_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+CORE_LLAMA3_FACTOR = 8.0
+_IDLE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
+
+
+def kind_of(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type")) or "default"
+
+
+def read_scaling(raw: Mapping[str, Any], where: str) -> RopeScaling | None:
+    """Llama 3's or yarn's scaling of a config.json, None where it has neither. Two that disagree are an error."""
+    found = []
+    for key in KEYS:
+        rope = raw.get(key)
+        if isinstance(rope, Mapping):
+            found.append(_scaling(rope, raw, f"{key} of {where}") if kind_of(rope) in SCALED else None)
+    if len(set(found)) > 1:
+        raise ConversionError(f"{where} has two kinds of rope scaling, in rope_parameters and rope_scaling; remove one")
+    return found[0] if found else None
+
+
+def _scaling(rope: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> RopeScaling:
+    kind = kind_of(rope)
+    allowed = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"),
+    }[kind]
+    values: dict[str, Any] = {"kind": kind}
+    problems = []
+    for key, value in rope.items():
+        if key in _IDLE or value is None:
+            continue
+        if key not in (*allowed, "factor", "original_max_position_embeddings"):
+            problems.append(f"the {where} has {key} {value!r}, which is not known for rope scaling of kind {kind}")
+        elif key == "truncate":
+            values[key] = bool(value)
+        elif type(value) not in (int, float) or not 0 <= value < math.inf:
+            problems.append(f"the {where} has {key} {value!r}, where a positive number was expected")
+        else:
+            values[key] = int(value) if key == "original_max_position_embeddings" else float(value)
+    if not values.get("factor"):
+        problems.append(f"the {where} has no factor, which rope scaling of kind {kind} needs")
+    if kind == "llama3" and not values.get("original_max_position_embeddings"):
+        problems.append(f"the {where} has no original_max_position_embeddings, which rope scaling of kind llama3 needs")
+    if problems:
+        raise ConversionError(*problems)
+    # transformers: the context of before, where it is not stated, is the model's own
+    values.setdefault("original_max_position_embeddings", int(raw.get("max_position_embeddings") or 0))
+    mscale, all_dim = values.pop("mscale", None), values.pop("mscale_all_dim", None)
+    if mscale and all_dim and "attention_factor" not in values:
+        values["attention_factor"] = _mscale(values["factor"], mscale) / _mscale(values["factor"], all_dim)
+    return RopeScaling(**values)
+
+
+def _mscale(factor: float, scale: float = 1.0) -> float:
+    """Yarn's factor on cos and sin."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def write_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    """The object of config.json, in the keys that transformers 4 and 5 both read."""
+    result: dict[str, Any] = {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }
+    if scaling.kind == "llama3":
+        return result | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    defaults = {field.name: field.default for field in dataclasses.fields(RopeScaling)}
+    for name in ("attention_factor", "beta_fast", "beta_slow", "truncate"):
+        if getattr(scaling, name) != defaults[name]:
+            result[name] = getattr(scaling, name)
+    return result
+
+
+def write_core(config: ModelConfig) -> dict[str, Any]:
+    """Megatron-Core's args of the scaling, those of a model without any included."""
+    scaling = config.rope_scaling
+    args: dict[str, Any] = {
+        "position_embedding_type": "rope",
+        "use_rope_scaling": False,
+        "rope_scaling_factor": CORE_LLAMA3_FACTOR,
+        "rotary_scaling_factor": 1.0,
+    }
+    if scaling is None:
+        return args
+    if scaling.kind == "llama3":
+        return args | {"use_rope_scaling": True, "rope_scaling_factor": scaling.factor}
+    return args | {
+        "position_embedding_type": "yarn",
+        "rotary_scaling_factor": scaling.factor,
+        "yarn_original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "yarn_beta_fast": None if scaling.beta_fast == 32.0 else scaling.beta_fast,
+        "yarn_beta_slow": None if scaling.beta_slow == 1.0 else scaling.beta_slow,
+        "yarn_correction_range_round_to_int": None if scaling.truncate else False,
+        "mscale": _core_mscale(scaling),
+    }
+
+
+def _core_mscale(scaling: RopeScaling) -> float:
+    """Megatron-Core multiplies cos and sin by 0.1 mscale ln(factor) + 1; transformers by attention_factor."""
+    if scaling.attention_factor is None or scaling.factor <= 1:
+        return 1.0
+    return (scaling.attention_factor - 1.0) / (0.1 * math.log(scaling.factor))
+
+
+def read_core(args: Mapping[str, Any], where: str) -> RopeScaling | None:
+    """The scaling that Megatron-Core's args (or Megatron-Bridge's run_config.yaml) state."""
+    if args.get("position_embedding_type") == "yarn":
+        factor = args.get("yarn_rotary_scaling_factor") or args.get("rotary_scaling_factor") or 1.0
+        original = args.get("yarn_original_max_position_embeddings") or 4096
+        mscale = 1.0 if args.get("mscale") is None else float(args["mscale"])
+        # Bridge's own name of the constant factor
+        stated = args.get("yarn_attention_factor")
+        attention = stated if stated else None if mscale == 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+        return RopeScaling(
+            "yarn", float(factor), int(original), attention_factor=attention,
+            beta_fast=float(args.get("yarn_beta_fast") or 32.0), beta_slow=float(args.get("yarn_beta_slow") or 1.0),
+            truncate=args.get("yarn_correction_range_round_to_int") is not False,
+        )  # fmt: skip
+    if args.get("use_rope_scaling") or args.get("rope_scaling") is True or args.get("scale_factor"):
+        factor = args.get("rope_scaling_factor") or args.get("scale_factor") or CORE_LLAMA3_FACTOR
+        if type(factor) not in (int, float) or not 0 < factor < math.inf:
+            raise ConversionError(f"{where} have rope_scaling_factor {factor!r}, where a positive number was expected")
+        original = args.get("old_context_len") or CORE_LLAMA3["original_max_position_embeddings"]
+        return RopeScaling(
+            "llama3", float(factor), int(original),
+            low_freq_factor=float(args.get("low_freq_factor") or CORE_LLAMA3["low_freq_factor"]),
+            high_freq_factor=float(args.get("high_freq_factor") or CORE_LLAMA3["high_freq_factor"]),
+        )  # fmt: skip
+    return None
+
+
+def core_flags(config: ModelConfig) -> list[str]:
+    """Flags of Megatron-LM that --use-checkpoint-args does not restore."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return []
+    if scaling.kind == "llama3":
+        return ["--use-rope-scaling", f"--rope-scaling-factor {scaling.factor:g}"]
+    flags = [
+        "--position-embedding-type yarn",
+        f"--rotary-scaling-factor {scaling.factor:g}",
+        f"--yarn-original-max-position-embeddings {scaling.original_max_position_embeddings}",
+    ]
+    if scaling.beta_fast != 32.0:
+        flags.append(f"--yarn-beta-fast {scaling.beta_fast:g}")
+    if scaling.beta_slow != 1.0:
+        flags.append(f"--yarn-beta-slow {scaling.beta_slow:g}")
+    if not scaling.truncate:
+        flags.append("--no-yarn-correction-range-round-to-int")
+    if (mscale := _core_mscale(scaling)) != 1.0:
+        flags.append(f"--mscale {mscale!r}")
+    return flags
+
+
+def core_warnings(config: ModelConfig) -> list[str]:
+    """What stock Megatron-LM does with the scaling, whatever flags it is given."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "llama3":
+        return []
+    warnings = []
+    if scaling.factor != CORE_LLAMA3_FACTOR:
+        warnings.append(
+            f"stock Megatron-LM never passes --rope-scaling-factor to the model: it trains with factor "
+            f"{CORE_LLAMA3_FACTOR:g} where this model has {scaling.factor:g}; set rope_scaling_factor in its code"
+        )
+    different = [
+        f"{name} {getattr(scaling, name):g}" for name, value in CORE_LLAMA3.items() if getattr(scaling, name) != value
+    ]
+    if different:
+        warnings.append(
+            f"Megatron-Core has constants for Llama 3's rope scaling, this model differs in {', '.join(different)}"
+        )
+    return warnings
+
+
+def trained_warnings(config: ModelConfig) -> list[str]:
+    """What a checkpoint's stated factor may not be what it was trained with."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "llama3" or scaling.factor == CORE_LLAMA3_FACTOR:
+        return []
+    return [
+        f"args say rope_scaling_factor {scaling.factor:g}, which is exported; stock Megatron-LM trains with "
+        f"{CORE_LLAMA3_FACTOR:g} whatever that flag says: if it was used unchanged, set factor "
+        f"{CORE_LLAMA3_FACTOR:g} in the exported config.json"
+    ]
