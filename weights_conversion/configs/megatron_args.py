@@ -38,7 +38,7 @@ RESET_BY_RESHARDING = ("layernorm_epsilon", "rope_theta", "rope_scaling_factor",
 # What a family uses where nothing that can be trusted says otherwise.
 FAMILY_DEFAULTS = {name: family.defaults for name, family in FAMILIES.items()}
 # Values of the forward pass that no weight's shape would betray.
-SILENT = ("max_position_embeddings", *RESET_BY_RESHARDING)
+SILENT = ("max_position_embeddings", "rope_scaling", *RESET_BY_RESHARDING)
 # What --use_checkpoint_args does not restore, by ModelConfig field.
 NOT_RESTORED = ("rope_theta", "rope_scaling_factor", "layernorm_epsilon")
 
