@@ -74,12 +74,16 @@ SIGNS: dict[str, tuple[Signs, ...]] = {
     "falcon": (Signs(parallel_attention=True),),
     "llama": (Signs(theta=1e4, epsilon=1e-6),),
     "llama2": (Signs(theta=1e4, epsilon=1e-5),),
+    # 3.1 and later have rope scaling of their own; 3 has not.
+    "llama3": (Signs(llama3_rope=True), Signs(theta=5e5), Signs(rows=128256, rows_needed=True)),
     # Since 0.2 Mistral has no window, and Code Llama's theta.
     "mistral": (
         Signs(window=True),
         Signs(theta=1e6, grouped=True, least_positions=32768, ratio=3.5),
         Signs(theta=1e6, grouped=True, rows=32768, rows_needed=True),
     ),
+    "qwen2": (Signs(qkv_bias=True),),
+    "qwen3": (Signs(qk_norms=True),),
 }
 _STRUCTURE = ("parallel_attention", "qkv_bias", "qk_norms", "llama3_rope")
 

@@ -56,8 +56,8 @@ class Convention:
 
     def _check(self, config: ModelConfig) -> None:
         for has, name, what in (
-            (getattr(config, "add_qkv_bias", False), self.names.qkv_bias, "biases of q, k and v"),
-            (getattr(config, "qk_layernorm", False), self.names.q_norm, "norms of q and k"),
+            (config.add_qkv_bias, self.names.qkv_bias, "biases of q, k and v"),
+            (config.qk_layernorm, self.names.q_norm, "norms of q and k"),
         ):
             if has and not name:
                 raise ConversionError(

@@ -131,7 +131,7 @@ def _attention(
     groups, dim = config.num_query_groups, config.head_dim
     shape = (*x.shape[:2], groups, -1, dim)  # k and v: one head of a group
     q, k, v = (part.reshape(shape) for part in _qkv(config, convention, weights, prefix, x))
-    if getattr(config, "qk_layernorm", False):
+    if config.qk_layernorm:
         q = _rms(config, weights, prefix + names.q_norm, q)
         k = _rms(config, weights, prefix + names.k_norm, k)
     cos, sin = _angles(config, positions)
@@ -154,7 +154,7 @@ def _qkv(config: ModelConfig, convention: Convention, weights: Weights, prefix: 
     sizes = [config.num_attention_heads * dim, config.num_query_groups * dim, config.num_query_groups * dim]
     separate = len(names.qkv) == 3
     biases: list[Tensor] = []
-    if getattr(config, "add_qkv_bias", False):
+    if config.add_qkv_bias:
         lengths = sizes if separate else [sum(sizes)]
         biases = [_vector(weights, prefix + name, size) for name, size in zip(names.qkv_bias, lengths, strict=True)]
     if separate:

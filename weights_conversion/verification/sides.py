@@ -38,6 +38,7 @@ NUMBER_FIELDS = (
     "layernorm_epsilon",
     "rope_theta",
     "rope_scaling_factor",
+    "rope_scaling",
     "sliding_window",
     "tie_word_embeddings",
     "max_position_embeddings",
