@@ -41,8 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     cli.option(parser, "--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
     cli.option(
-        parser, "--load_iters", type=cli.positive, metavar="N",
-        help="where --model-path is a Megatron checkpoint: another iteration than its tracker's",
+        parser, "--load_iters", type=cli.iteration, metavar="N",
+        help="where --model-path is a Megatron checkpoint: another iteration than its tracker's, or release",
     )  # fmt: skip
     layout = parser.add_argument_group("layout of the checkpoint")
     cli.option(

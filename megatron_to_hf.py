@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="vocabulary rows to keep (default: as recorded at import; all, where nothing is recorded)",
     )  # fmt: skip
     cli.option(
-        parser, "--load_iters", type=cli.positive, metavar="N", help="another iteration than the tracker's"
+        parser, "--load_iters", type=cli.iteration, metavar="N", help="another iteration than the tracker's, or release"
     )  # fmt: skip
     cli.add_fields(parser)
     cli.add_common(parser)

@@ -62,6 +62,13 @@ def positive(text: str) -> int:
     return value
 
 
+def iteration(text: str) -> int | str:
+    """A number that names iter_0000000 or a later one, or "release"."""
+    if text != "release" and not (text.isascii() and text.isdecimal() and len(text) <= 12):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor release")
+    return text if text == "release" else int(text)
+
+
 def positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):

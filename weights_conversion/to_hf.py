@@ -40,7 +40,7 @@ class ExportOptions(RunOptions):
     tokenizer: TokenizerOptions = TokenizerOptions()
     no_tokenizer: bool = False
     true_vocab_size: int | None = None
-    load_iters: int | None = None
+    load_iters: int | str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -41,7 +41,7 @@ class ImportOptions(RunOptions):
     cache_dir: Path | None = None
     model_path: str | None = None
     revision: str | None = None
-    load_iters: int | None = None
+    load_iters: int | str | None = None
     parallel: Parallelism = Parallelism()
     layers_per_virtual_stage: int | None = None
     divisible_by: int | None = None

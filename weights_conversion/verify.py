@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def verify(
     source: Path, checkpoint: Path, model: str | None = None, *, workers: int = 2, exact_only: bool = False,
-    source_iters: int | None = None, checkpoint_iters: int | None = None, allow_inconsistent: bool = False,
+    source_iters: int | str | None = None, checkpoint_iters: int | str | None = None, allow_inconsistent: bool = False,
     fields: Mapping[str, Any] | None = None, true_vocab_size: int | None = None,
 ) -> Verification:  # fmt: skip
     """Compares `checkpoint` with `source`, which is taken as right where only one of them can be.
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.option(parser, "--workers", type=cli.positive, default=cli.cores(), help="threads (default: cores, at most 4)")
     cli.option(parser, "--exact-only", action="store_true", help="compare configs and weights, and run no forward pass")
     cli.option(
-        parser, "--load-iters", type=cli.positive, metavar="N", help="iteration of Megatron sides (default: tracker's)"
+        parser, "--load-iters", type=cli.iteration, metavar="N", help="iteration of Megatron sides (default: tracker's)"
     )  # fmt: skip
     cli.option(
         parser, "--allow-inconsistent", action="store_true",

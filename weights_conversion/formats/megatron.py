@@ -23,13 +23,13 @@ MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the latter beside a dist
 _IGNORED = re.compile(r"(\._extra_state|\.inv_freq|\.rotary_emb\..*)$")
 
 
-def find_iteration(root: Path, load_iters: int | None) -> tuple[Path, int | str]:
+def find_iteration(root: Path, load_iters: int | str | None) -> tuple[Path, int | str]:
     """The folder of iteration `load_iters`, or of the one that the tracker names."""
     tracker = root / TRACKER
     if not root.is_dir():
         raise ConversionError(f"{root} is not a folder, where one with a Megatron checkpoint's {TRACKER} was expected")
     if load_iters is not None:
-        iteration: int | str = load_iters
+        iteration = load_iters
     else:
         try:
             with fileio.open_file(tracker, noted=False) as file:  # training may move it on
@@ -38,8 +38,8 @@ def find_iteration(root: Path, load_iters: int | None) -> tuple[Path, int | str]
             raise ConversionError(
                 f"{tracker} cannot be read, so nothing says which iteration is meant; --load_iters names one"
             ) from error
-        if text != "release" and not (re.fullmatch(r"[0-9]{1,12}", text) and int(text) > 0):
-            raise ConversionError(f"{tracker} says {text[:80]!r}, where 'release' or a positive number was expected")
+        if text != "release" and not re.fullmatch(r"[0-9]{1,12}", text):  # 0: as imports by Megatron-Bridge leave it
+            raise ConversionError(f"{tracker} says {text[:80]!r}, where 'release' or a number was expected")
         iteration = text if text == "release" else int(text)
     folder = root / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
     if not folder.is_dir():

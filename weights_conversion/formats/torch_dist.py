@@ -17,11 +17,11 @@ from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk, read_metadata
+from weights_conversion.formats.run_config import RUN_CONFIG, read_run_config
 from weights_conversion.formats.stored_args import left_out, plain_args
 from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
 
 COMMON = "common.pt"
-RUN_CONFIG = "run_config.yaml"  # Megatron-Bridge's, in place of args
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -63,7 +63,7 @@ def open_dist(folder: Path, iteration: int | str) -> DistCheckpoint:
     stored, others = read_metadata(folder / METADATA)
     args, said_by = _common(folder, others).get("args"), folder / COMMON
     if args is None and (folder / RUN_CONFIG).is_file():
-        args, said_by = argparse.Namespace(**_read_run_config(folder / RUN_CONFIG)), folder / RUN_CONFIG
+        args, said_by = argparse.Namespace(**read_run_config(folder / RUN_CONFIG)), folder / RUN_CONFIG
     plain = {} if args is None else plain_args(args, said_by)
     lost = {} if args is None else left_out(args, plain)
     files = {chunk.file for tensor in stored.values() for chunk in tensor.chunks}
@@ -96,23 +96,3 @@ def _common(folder: Path, others: Mapping[str, StoredChunk]) -> Mapping[str, Any
     if not isinstance(content, dict):
         raise ConversionError(f"the common state in {path} is a {type(content).__name__}, not a dict")
     return content
-
-
-def _read_run_config(path: Path) -> dict[str, Any]:
-    """The `model` section of Megatron-Bridge's run_config.yaml as plain values. What it names is never called."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ConversionError(f"{path} cannot be read without PyYAML; pip install pyyaml") from error
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} cannot be read ({str(error)[:300]})") from error
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        raise ConversionError(f"{path} has no section `model`")
-    stated = {str(key): value for key, value in model.items()}
-    activation = model.get("activation_func")
-    if isinstance(activation, dict):
-        stated["activation_func"] = str(activation.get("_target_")).rpartition(".")[2]
-    return stated

@@ -17,10 +17,12 @@ from weights_conversion.configs import core_args, manifest, megatron_args, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.dist_index import METADATA
 from weights_conversion.formats.megatron import RankFiles, find_iteration, open_rank_files
+from weights_conversion.formats.run_config import RUN_CONFIG
 from weights_conversion.formats.stored_args import plain_args
-from weights_conversion.formats.torch_dist import RUN_CONFIG, DistCheckpoint, open_dist
+from weights_conversion.formats.torch_dist import DistCheckpoint, open_dist
 from weights_conversion.mapping.dialects import MEGATRON_CORE
 from weights_conversion.sources.families import chosen_family, read_features
+from weights_conversion.sources.vocabulary import true_rows
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class OpenedCheckpoint:
     warnings: tuple[str, ...]
 
 
-def open_files(root: Path, load_iters: int | None = None) -> RankFiles | DistCheckpoint:
+def open_files(root: Path, load_iters: int | str | None = None) -> RankFiles | DistCheckpoint:
     """Opens an iteration in whichever format it is, its args respelled in Megatron-LLM's names. No data are read."""
     folder, iteration = find_iteration(root, load_iters)
     dist = (folder / METADATA).is_file()
@@ -68,7 +70,7 @@ def _args_of_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(
-    root: Path, model: str | None, *, load_iters: int | None = None, true_vocab_size: int | None = None,
+    root: Path, model: str | None, *, load_iters: int | str | None = None, true_vocab_size: int | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> OpenedCheckpoint:  # fmt: skip
     """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep.
@@ -91,14 +93,16 @@ def open_checkpoint(
     warnings: list[str] = []
     if found:
         notes.append(f"config     from {found[0]}")
-    rows, known = _rows(files.vocabulary, true_vocab_size, said, notes)
+    kept = true_rows(files, true_vocab_size, said)
+    notes.append(kept.note)
+    warnings += kept.warnings
     fields = manifest.model_fields(said) if said else None
     args = dict(files.args)
     if model == "falcon":  # the original's release files leave it out
         args["tie_embed_logits"] = not files.has_head()
     elif not files.has_head() and not args.get("tie_embed_logits"):
         raise ConversionError(f"{files.folder} has no output layer (lm_head) on its last stage, which {model} needs")
-    resolved = megatron_args.resolve(model, args, fields, flags or {}, rows)
+    resolved = megatron_args.resolve(model, args, fields, flags or {}, kept.rows)
     warnings += resolved.warnings
     if files.dialect is MEGATRON_CORE:
         warnings += rope.trained_warnings(resolved.config)
@@ -112,7 +116,7 @@ def open_checkpoint(
         warnings.append(
             f"args say padded_vocab_size {padded}, the embedding has {files.vocabulary} rows, which are used"
         )
-    return OpenedCheckpoint(files, resolved.config, said, resolved.origins, known, tuple(notes), tuple(warnings))
+    return OpenedCheckpoint(files, resolved.config, said, resolved.origins, kept.known, tuple(notes), tuple(warnings))
 
 
 def trained_from(args: Mapping[str, Any]) -> list[Path]:
@@ -154,27 +158,10 @@ def _family(
     if model is not None:
         _check_family(model, files.args, said, root)
         return model
-    rows = true_vocab_size or (said or {}).get("true_vocab_size") or files.vocabulary
+    rows = true_rows(files, true_vocab_size, said).rows
     features = read_features(files.args, files.names, rows)
     family, why = chosen_family(claimed_families(files.args, said), features, root)
     if family not in FAMILIES:
         raise ConversionError(f"{root} holds a {family} model ({why}), which is none of {', '.join(FAMILIES)}")
     notes.append(f"model      {family}, {why}")
     return family
-
-
-def _rows(stored: int, flag: int | None, said: Mapping[str, Any] | None, notes: list[str]) -> tuple[int, bool]:
-    """(vocabulary rows to keep, whether that is known to be the true number)."""
-    recorded = (said or {}).get("true_vocab_size")
-    rows = flag if flag is not None else recorded
-    if rows is None:
-        notes.append(
-            f"vocabulary {stored} rows, all kept: nothing records the true number (--true_vocab_size gives it)"
-        )
-        return stored, False
-    origin = "--true_vocab_size" if flag is not None else "the manifest"
-    if not isinstance(rows, int) or not 0 < rows <= stored:
-        raise ConversionError(f"{origin} says {rows} vocabulary rows, but the embedding has {stored}")
-    cut = f", {stored - rows} padding rows left out" if rows < stored else ""
-    notes.append(f"vocabulary {rows} rows by {origin}{cut}")
-    return rows, True

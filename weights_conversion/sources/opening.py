@@ -51,7 +51,7 @@ class Opened:
 
 def open_source(
     model: str, path: str | None, target: Dialect, *, cache: Path | None = None, size: str | None = None,
-    revision: str | None = None, load_iters: int | None = None, true_vocab_size: int | None = None,
+    revision: str | None = None, load_iters: int | str | None = None, true_vocab_size: int | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Opened:  # fmt: skip
     """What `path` (a folder or a repository) names, or else `model` and `size`. `target` decides what is refused.
@@ -110,7 +110,7 @@ def open_meta(model: str, folder: Path) -> Opened:
 
 
 def open_megatron(
-    model: str, root: Path, target: Dialect, load_iters: int | None = None, true_vocab_size: int | None = None,
+    model: str, root: Path, target: Dialect, load_iters: int | str | None = None, true_vocab_size: int | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Opened:  # fmt: skip
     """A Megatron checkpoint as the source of another; its manifest, tokenizer and training args go along."""

@@ -28,9 +28,9 @@ from weights_conversion.watch import watching
 
 
 def prove(
-    source: Path, checkpoint: Path, model: str | None, *, workers: int, exact_only: bool, source_iters: int | None,
-    checkpoint_iters: int | None, allow_inconsistent: bool, fields: Mapping[str, Any] | None,
-    true_vocab_size: int | None,
+    source: Path, checkpoint: Path, model: str | None, *, workers: int, exact_only: bool,
+    source_iters: int | str | None, checkpoint_iters: int | str | None, allow_inconsistent: bool,
+    fields: Mapping[str, Any] | None, true_vocab_size: int | None,
 ) -> Verification:  # fmt: skip
     """See weights_conversion.verify.verify."""
     started = time.monotonic()
@@ -45,8 +45,8 @@ def prove(
 
 
 def _prove(
-    source: Path, checkpoint: Path, model: str | None, workers: int, exact_only: bool, source_iters: int | None,
-    checkpoint_iters: int | None, allow_inconsistent: bool, fields: Mapping[str, Any] | None,
+    source: Path, checkpoint: Path, model: str | None, workers: int, exact_only: bool, source_iters: int | str | None,
+    checkpoint_iters: int | str | None, allow_inconsistent: bool, fields: Mapping[str, Any] | None,
     true_vocab_size: int | None,
 ) -> Verification:  # fmt: skip
     for path in (source, checkpoint):

@@ -105,7 +105,7 @@ def check_kind(path: Path) -> None:
         )
 
 
-def family_of(path: Path, load_iters: int | None) -> tuple[str | None, str | None]:
+def family_of(path: Path, load_iters: int | str | None) -> tuple[str | None, str | None]:
     """(the family that a checkpoint states, or None; the one that its numbers suggest, should nothing state it)."""
     if is_huggingface(path):
         raw = fileio.read_json(path / "config.json")
@@ -142,7 +142,9 @@ def _llama(theta: object, eps: object) -> str:
     return "codellama" if theta == 1e6 else "llama" if eps == 1e-6 else "llama2"
 
 
-def choose_family(source: Path, checkpoint: Path, source_iters: int | None, checkpoint_iters: int | None) -> str:
+def choose_family(
+    source: Path, checkpoint: Path, source_iters: int | str | None, checkpoint_iters: int | str | None
+) -> str:
     """What the two sides state."""
     (one, first), (two, second) = family_of(source, source_iters), family_of(checkpoint, checkpoint_iters)
     if one and two and one != two:
@@ -152,7 +154,7 @@ def choose_family(source: Path, checkpoint: Path, source_iters: int | None, chec
 
 
 def open_model(
-    path: Path, family: str, load_iters: int | None = None, *, fields: Mapping[str, Any] | None = None,
+    path: Path, family: str, load_iters: int | str | None = None, *, fields: Mapping[str, Any] | None = None,
     true_vocab_size: int | None = None,
 ) -> Model:  # fmt: skip
     """Opens one side: headers, configs and args are read and checked, no data.
@@ -169,7 +171,7 @@ def open_model(
 
 
 def _open(
-    path: Path, family: str, load_iters: int | None, fields: Mapping[str, Any] | None, true_vocab_size: int | None
+    path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any] | None, true_vocab_size: int | None
 ) -> Model:
     if is_huggingface(path):
         raw = fileio.read_json(path / "config.json")
@@ -199,7 +201,7 @@ def _apart(
 
 
 def _open_megatron(
-    path: Path, family: str, load_iters: int | None, fields: Mapping[str, Any], true_vocab_size: int | None
+    path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any], true_vocab_size: int | None
 ) -> Model:
     opened = open_checkpoint(path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size)
     files, config = opened.files, opened.config

@@ -1,0 +1,71 @@
+"""What Megatron-Bridge and newer Megatron-LM state about themselves: iteration 0, run_config.yaml, the vocabulary."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import tiny_models as tm
+import torch
+from bridge_folders import as_bridge, model_section, nested
+from megatron_files import assert_same_tensors
+
+from weights_conversion.formats.stored_args import plain_args
+from weights_conversion.sources.vocabulary import stated_rows
+
+NAME = "llama2"
+PADDED = ("--target", "megatron-core", "--make-vocab-size-divisible-by", 256)
+
+
+def export(to_hf, root: Path, out: Path, *options: object) -> str:
+    said = to_hf("--input_dir", root, "--output_dir", out, "--no_tokenizer", "--model", "llama2", *options).succeeded()
+    return said.out
+
+
+@pytest.mark.parametrize("shape", [lambda section: section, nested], ids=["flat", "nested"])
+def test_iteration_zero_with_its_stated_vocabulary(shape, imported, sources, to_hf, tmp_path: Path) -> None:
+    root = as_bridge(imported(NAME, *PADDED), tmp_path / "in", shape(model_section(tm.MODELS[NAME])))
+    report = export(to_hf, root, tmp_path / "out")
+    assert "by the checkpoint (vocab_size)" in report
+    assert_same_tensors(tm.read_huggingface(tmp_path / "out"), tm.read_huggingface(sources(NAME)))
+
+
+@pytest.mark.parametrize("named", ["0", "release"])
+def test_iteration_is_named_by_zero_or_release(named: str, imported, sources, to_hf, tmp_path: Path) -> None:
+    root = as_bridge(imported(NAME, *PADDED), tmp_path / "in", model_section(tm.MODELS[NAME]))
+    (root / "iter_0000000").rename(root / ("release" if named == "release" else "iter_0000000"))
+    (root / "latest_checkpointed_iteration.txt").write_text("77")  # which is not there
+    export(to_hf, root, tmp_path / "out", "--load_iters", named)
+    assert_same_tensors(tm.read_huggingface(tmp_path / "out"), tm.read_huggingface(sources(NAME)))
+
+
+def test_two_sections_that_disagree(imported, to_hf, tmp_path: Path) -> None:
+    section = nested(model_section(tm.MODELS[NAME]))
+    section["transformer"]["rotary_base"] = 5e5
+    root = as_bridge(imported(NAME, *PADDED), tmp_path / "in", section)
+    said = to_hf("--input_dir", root, "--output_dir", tmp_path / "out", "--no_tokenizer", "--model", "llama2")
+    said.refused("rotary_base", "two sections")
+
+
+def test_vocabulary_of_megatron_lm_args(imported, sources, to_hf, tmp_path: Path) -> None:
+    root = as_bridge(imported(NAME, *PADDED), tmp_path / "in", {})
+    (root / "iter_0000000" / "run_config.yaml").unlink()
+    section = {key: value for key, value in model_section(tm.MODELS[NAME]).items() if not isinstance(value, dict)}
+    args = argparse.Namespace(**section | {"max_position_embeddings": 4096, "swiglu": True})
+    torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, root / "iter_0000000" / "common.pt")
+    assert "padding rows left out" in export(to_hf, root, tmp_path / "out")
+    assert_same_tensors(tm.read_huggingface(tmp_path / "out"), tm.read_huggingface(sources(NAME)))
+
+
+def test_manifest_that_knows_more_rows_wins_over_a_tokenizers_count(imported, to_hf, tmp_path: Path) -> None:
+    """A model may have more rows than its tokenizer has tokens (Qwen2): the import recorded the model's."""
+    imported_root = imported(NAME, *PADDED)
+    root = as_bridge(imported_root, tmp_path / "in", model_section(tm.MODELS[NAME], vocab_size=300))
+    (root / "conversion_manifest.json").write_bytes((imported_root / "conversion_manifest.json").read_bytes())
+    assert f"vocabulary {tm.MODELS[NAME].vocab} rows by the manifest" in export(to_hf, root, tmp_path / "out")
+
+
+def test_null_tokenizer_counts_its_end_of_document() -> None:
+    args = plain_args(argparse.Namespace(vocab_size=100, tokenizer_type="NullTokenizer"), Path("x"))
+    assert stated_rows(args) == 101

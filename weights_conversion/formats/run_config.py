@@ -1,0 +1,70 @@
+"""Megatron-Bridge's run_config.yaml, which stands in place of args. What it names is never imported or called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weights_conversion.errors import ConversionError
+
+RUN_CONFIG = "run_config.yaml"
+# What makes a section the model's own: the outer one of newer releases holds it under a name such as `transformer`.
+_SIZES = ("num_layers", "hidden_size")
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """The values that `path` states about its model, by Megatron-Core's names, those of the tokenizer among them."""
+    content = _yaml(path)
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise ConversionError(f"{path} has no section `model`")
+    stated: dict[str, Any] = {}
+    problems: list[str] = []
+    for section in (model, *_inner(model)):
+        for key, value in section.items():
+            plain = _plain(value)
+            if stated.get(str(key)) not in (None, plain) and plain is not None and not str(key).startswith("_"):
+                problems.append(f"{path} says {key} {stated[str(key)]!r} and {plain!r} in two sections of `model`")
+            if stated.get(str(key)) is None:
+                stated[str(key)] = plain
+    if problems:
+        raise ConversionError(*problems)
+    tokenizer = content.get("tokenizer")
+    for key in ("tokenizer_type", "tokenizer_model", "vocab_file"):
+        if isinstance(tokenizer, dict) and isinstance(tokenizer.get(key), str):
+            stated.setdefault(key, tokenizer[key])
+    return stated
+
+
+def _inner(model: Mapping[Any, Any]) -> list[dict[Any, Any]]:
+    """The sections within `model` that state a transformer's sizes, where `model` does not do so itself."""
+    if all(model.get(name) is not None for name in _SIZES):
+        return []
+    sections = [value for value in model.values() if isinstance(value, dict)]
+    return [section for section in sections if all(section.get(name) is not None for name in _SIZES)]
+
+
+def _plain(value: Any) -> Any:
+    """An object that the file spells as `_target_` becomes the name it ends in; anything else stays."""
+    if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
+        return value
+    if isinstance(value.get("_name_"), str):  # a member of an enumeration
+        return value["_name_"]
+    return value["_target_"].rpartition(".")[2] if value.get("_call_") is False else value
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ConversionError(f"{path} cannot be read without PyYAML; pip install pyyaml") from error
+
+    class Loader(yaml.SafeLoader):
+        """Tags that YAML does not know (a set, an object of Python) become nothing: no value here is of such a kind."""
+
+    Loader.add_multi_constructor("", lambda loader, suffix, node: None)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} cannot be read ({str(error)[:300]})") from error
