@@ -24,7 +24,7 @@ from weights_conversion.engine import run as convert
 from weights_conversion.engine import scale
 from weights_conversion.errors import ConversionError
 from weights_conversion.launch.environment import find_launch, first_host
-from weights_conversion.output import publish
+from weights_conversion.output import locks as output_locks
 
 MODEL = "llama2-gqa"
 CUT = ("--tensor-model-parallel-size", 4, "--pipeline-model-parallel-size", 2)
@@ -40,7 +40,7 @@ sys.path.insert(0, sys.argv[1])
 from weights_conversion import cli, to_hf, to_megatron
 from weights_conversion.engine import execute, run as convert
 from weights_conversion.launch import distributed
-from weights_conversion.output import publish
+from weights_conversion.output import locks
 
 def be(rank, job, group):
     os.setpgid(0, group)
@@ -411,7 +411,7 @@ execute.convert_chunk = dies
 NO_LOCKS = """
 def no_locks(*arguments):
     raise OSError(38, "Function not implemented")
-publish.fcntl.flock = no_locks
+locks.fcntl.flock = no_locks
 """
 
 
@@ -449,7 +449,7 @@ def test_a_rerun_beside_ranks_without_their_rank_zero(
     time.sleep(0.3)
     with monkeypatch.context() as patch:
         if not locks:
-            patch.setattr(publish.fcntl, "flock", no_locks)
+            patch.setattr(output_locks.fcntl, "flock", no_locks)
         patch.setattr(convert, "execute", rewritten)
         text = to_megatron(*line, "--dtype", "float32").succeeded().text
     job.join()

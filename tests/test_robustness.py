@@ -31,7 +31,7 @@ from weights_conversion.engine.execute import Written
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, pickles, stored_args, torch_files
 from weights_conversion.layouts.placement import TensorRef
-from weights_conversion.output import assembly, file_sums, publish
+from weights_conversion.output import assembly, file_sums, partial, place, publish
 from weights_conversion.output import journal as journals
 
 GQA = tm.MODELS["llama2-gqa"]
@@ -468,9 +468,9 @@ def test_overwrite_interrupted_in_its_clean_up(
     line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)
     shutil.copytree(imported("llama2"), out)
     if not exchange:
-        monkeypatch.setattr(publish, "_exchange", lambda one, two: False)
+        monkeypatch.setattr(publish, "exchange", lambda *_: False)
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "remove", lambda partial: None)
+        patch.setattr(partial.Partial, "remove", lambda self: None)
         to_megatron(*line, "--overwrite").succeeded()
     expected = tree_of(good)
     assert tree_of(out) == expected
@@ -486,7 +486,7 @@ def test_a_finished_output_does_not_answer_another_command(
     """Only its clean-up was left, but sums were not asked for then: to exit 0 without them would be untrue."""
     line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "remove", lambda partial: None)
+        patch.setattr(partial.Partial, "remove", lambda self: None)
         to_megatron(*line).succeeded()
     to_megatron(*line, "--checksums").refused("exists and is complete", "--overwrite")
     to_megatron(*line, "--checksums", "--overwrite").succeeded()
@@ -498,9 +498,9 @@ def test_an_output_that_appeared_while_waiting(imported, tmp_path: Path) -> None
     out = tmp_path / "out"
     shutil.copytree(imported("llama2"), out)
     with pytest.raises(ConversionError, match="another run has just finished"):
-        publish.prepare(out, "a plan")
+        partial.prepare(out, "a plan")
     assert not out.with_name("out.partial").exists()
-    publish.prepare(out, "a plan", overwrite=True).close()
+    partial.prepare(out, "a plan", overwrite=True).close()
 
 
 STUCK_MAIN = """
@@ -569,7 +569,7 @@ def test_replaced_output_is_not_published(imported, sources, to_megatron: Script
     line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", out)
     shutil.copytree(imported("llama2"), out)
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "remove", lambda partial: None)
+        patch.setattr(partial.Partial, "remove", lambda self: None)
         to_megatron(*line, "--overwrite").succeeded()
     shutil.rmtree(out)
     to_megatron(*line).succeeded()
@@ -597,7 +597,7 @@ def tree_of(folder: Path) -> dict[str, str]:
 def test_two_runs_at_once(sources, to_megatron: Script, tmp_path: Path) -> None:
     """The second is refused and touches nothing of the first, whatever it was asked to write."""
     out = tmp_path / "out"
-    hold = publish.prepare(out, "another plan")
+    hold = partial.prepare(out, "another plan")
     assert not hold.resume
     marker = out.with_name("out.partial") / "checkpoint" / "config.json"
     marker.write_text("x")
@@ -617,8 +617,8 @@ def test_strange_places(sources, to_megatron: Script, tmp_path: Path, monkeypatc
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "thesis.txt").write_text("x")
-    for place in (".", "..", "file", "link", "mine", "file/inner"):
-        to_megatron(*line, place, "--overwrite").refused()
+    for name in (".", "..", "file", "link", "mine", "file/inner"):
+        to_megatron(*line, name, "--overwrite").refused()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "mine.partial", "real"]
     assert (tmp_path / "mine.partial" / "thesis.txt").exists()
 
@@ -634,7 +634,7 @@ def test_mount_points_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
     with pytest.raises(ConversionError, match="mount point"):
-        publish.check(tmp_path / "out", overwrite=False)
+        place.check(tmp_path / "out", overwrite=False)
 
 
 # --- checksums --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import main_dtype
 from weights_conversion.layouts.planners import plan_to_hf
 from weights_conversion.mapping.dialects import HF
-from weights_conversion.output import assembly, publish
+from weights_conversion.output import assembly, place
 from weights_conversion.sources.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
 from weights_conversion.sources.locate import locate
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
@@ -49,7 +49,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     """Writes a Hugging Face folder. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.output_dir
     with distributed.rank_zero_first("output"):
-        replaced = publish.check(out, options.overwrite, options.verify)
+        replaced = place.check(out, options.overwrite, options.verify)
     opened = open_checkpoint(
         options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
         flags=options.fields,

@@ -24,7 +24,7 @@ from weights_conversion.layouts.plan import Plan
 from weights_conversion.layouts.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 from weights_conversion.mapping.parameters import is_buffer
-from weights_conversion.output import assembly, publish
+from weights_conversion.output import assembly, place
 from weights_conversion.sources.opening import open_source
 from weights_conversion.watch import watched
 
@@ -58,7 +58,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     architecture = FAMILIES[options.model]
     out = options.out or Path(f"{options.model}-{options.size or architecture.default_size}b-megatron")
     with distributed.rank_zero_first("output"):
-        replaced = publish.check(out, options.overwrite, options.verify)
+        replaced = place.check(out, options.overwrite, options.verify)
     dialect = TARGETS[options.target or architecture.target]
     ckpt_format = options.ckpt_format or ("torch_dist" if dialect is MEGATRON_CORE else "torch")
     if ckpt_format == "torch_dist" and dialect is not MEGATRON_CORE:

@@ -168,14 +168,14 @@ def test_what_comes_while_folders_are_exchanged_stays(
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
     shutil.copytree(imported(MODEL), out)
-    real = publish._exchange
+    real = publish.exchange
 
     def late(*arguments) -> bool:
         if not (out / "thesis.txt").exists():
             (out / "thesis.txt").write_text("years")
         return exchange and real(*arguments)
 
-    monkeypatch.setattr(publish, "_exchange", late)
+    monkeypatch.setattr(publish, "exchange", late)
     to_megatron(*line(sources, out, "--overwrite")).refused("thesis.txt")
     assert (out / "thesis.txt").read_text() == "years"
 

@@ -23,8 +23,9 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import TensorRef
 from weights_conversion.layouts.plan import Chunk, Plan
-from weights_conversion.output import assembly, publish
+from weights_conversion.output import assembly, partial, place
 from weights_conversion.output.journal import Journal
+from weights_conversion.output.partial import Partial
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASE_BYTES = 300 << 20  # an interpreter that has imported torch
@@ -152,7 +153,7 @@ def _predictions(needed: int, options: RunOptions) -> list[str]:
 class _Output:
     """OUT.partial, laid out: this rank's hold on it, where each tensor begins, and what is finished already."""
 
-    hold: publish.Hold
+    hold: Partial
     offsets: Mapping[TensorRef, int]
     journal: Journal
     done: dict[int, list[Written]]
@@ -161,7 +162,6 @@ class _Output:
 def _lay_out(job: Job, ranks: distributed.Ranks, run_digest: str, chunks: int, overwrite: bool) -> _Output:
     """Rank 0 makes the files; the others find them, and hear from it what is left to be done."""
     refs = [ref for target in job.targets for ref in target.refs]
-    folder = publish.partial_folder(job.out) / "journal"
     if ranks.rank:
         said = json.loads(ranks.hear("prepared"))
         done: dict[int, list[Written]] = {number: [] for start, stop in said["done"] for number in range(start, stop)}
@@ -169,19 +169,20 @@ def _lay_out(job: Job, ranks: distributed.Ranks, run_digest: str, chunks: int, o
         if _places(offsets) != said["places"]:
             hold.close()
             raise ConversionError(
-                f"{publish.partial_folder(job.out)} is not what rank 0 made; the output must be one folder on a "
+                f"{place.partial_folder(job.out)} is not what rank 0 made; the output must be one folder on a "
                 "filesystem that all nodes share"
             )
-        return _Output(hold, offsets, Journal(folder, refs, ranks.rank, hold.journal), done)
-    hold = publish.prepare(job.out, run_digest, overwrite)
+        return _Output(hold, offsets, Journal(hold.notes, refs, ranks.rank, hold.journal), done)
+    hold = partial.prepare(job.out, run_digest, overwrite)
     try:
-        journal, done = Journal(folder, refs, 0, hold.journal), {}
-        if hold.resume:
-            offsets = assembly.find_layout(job.out, job.targets)
-            done = {n: [] for n in range(chunks)} if publish.published(job.out) else journal.load()
+        done: dict[int, list[Written]] = {}
+        if hold.resume and (offsets := _found(hold, job)) is not None:
+            journal = Journal(hold.notes, refs, 0, hold.journal)
+            done = {n: [] for n in range(chunks)} if hold.complete else journal.load()
             job.report.notes.append(f"continued an interrupted run: {len(done)} of {chunks} parts were good")
         else:
-            offsets = assembly.lay_out(job.out, job.targets, run_digest)
+            offsets = assembly.lay_out(hold, job.targets, run_digest)
+            journal = Journal(hold.notes, refs, 0, hold.journal)
         if ranks.size > 1:
             hold.share()
         ranks.tell("prepared", json.dumps({"done": scale.to_ranges(sorted(done)), "places": _places(offsets)}))
@@ -189,6 +190,18 @@ def _lay_out(job: Job, ranks: distributed.Ranks, run_digest: str, chunks: int, o
         hold.close()
         raise
     return _Output(hold, offsets, journal, done)
+
+
+def _found(hold: Partial, job: Job) -> dict[TensorRef, int] | None:
+    """The layout that an earlier run made; None where it is damaged, and new folders have taken its place."""
+    try:
+        return assembly.find_layout(hold, job.targets)
+    except (OSError, ConversionError):
+        if hold.complete:
+            raise
+        hold.start_over()
+        hold.open_folders()
+        return None
 
 
 def _places(offsets: Mapping[TensorRef, int]) -> str:
@@ -217,7 +230,7 @@ def _convert(
     stands = seen.check if seen is not None else lambda: None
     remaining = assembly.remaining(chunks, done)
     mine = scale.share(remaining, [chunk.nbytes for _, chunk in remaining], ranks.size)[ranks.rank]
-    target = Target(publish.root_of(job.out), output.offsets, folder=output.hold.checkpoint)
+    target = Target(output.hold.shown, output.offsets, folder=output.hold.checkpoint)
     before = sum(w.length for writes in done.values() for w in writes)
     try:
         with progress.bar(needed, before) if ranks.rank == 0 else contextlib.nullcontext(lambda _: None) as advance:
@@ -248,7 +261,7 @@ def _convert(
         done = journal.load_all(len(chunks))
     written = [write for writes in done.values() for write in writes]
     assembly.finish(
-        job.out, job.targets, output.offsets, written, job.files, job.last, options.overwrite,
+        output.hold, job.targets, output.offsets, written, job.files, job.last, options.overwrite,
         options.workers if options.checksums else 0, _proof(job) if options.verify else None, stands,
     )  # fmt: skip
     ranks.tell("finished")

@@ -19,6 +19,7 @@ from weights_conversion import fileio, watch
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.placement import PAGE, TensorRef
 from weights_conversion.layouts.plan import CHUNK_BYTES
+from weights_conversion.output import descriptors
 
 logger = logging.getLogger(__name__)
 
@@ -159,16 +160,20 @@ class Target:
     def _open(self, file: str) -> tuple[int, int | None]:
         with self._lock:
             if file not in self._files:
-                path = self._root / file if self._folder is None else file
-                cached = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._folder)
+                cached = self._open_file(file, os.O_WRONLY)
                 direct = None
                 if self._direct and hasattr(os, "O_DIRECT"):
                     try:
-                        direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC, dir_fd=self._folder)
+                        direct = self._open_file(file, os.O_WRONLY | os.O_DIRECT)
                     except OSError:
-                        logger.debug("%s: no direct writes here", path)
+                        logger.debug("%s: no direct writes here", file)
                 self._files[file] = (cached, direct)
             return self._files[file]
+
+    def _open_file(self, file: str, flags: int) -> int:
+        if self._folder is None:
+            return os.open(self._root / file, flags | os.O_CLOEXEC)
+        return descriptors.open_regular(file, self._folder, flags)
 
     def sync(self) -> None:
         """Make everything that was written survive a power cut."""

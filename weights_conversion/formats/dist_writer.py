@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -64,27 +64,23 @@ class DistFileTarget:
             position += -(-items[-1].length // PAGE) * PAGE
         return items
 
-    def create(self, root: Path) -> dict[TensorRef, int]:
+    def create(self, file: BinaryIO) -> dict[TensorRef, int]:
         """Writes everything but the data, at its final size; returns the first byte of each tensor's data."""
-        path = root / self.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            for item in self.items():
-                file.seek(item.start)
-                file.write(item.head)
-                file.seek(item.data + item.ref.nbytes)
-                file.write(item.tail)
-        return self.find(root)
+        for item in self.items():
+            file.seek(item.start)
+            file.write(item.head)
+            file.seek(item.data + item.ref.nbytes)
+            file.write(item.tail)
+        return self.find(file)
 
-    def find(self, root: Path) -> dict[TensorRef, int]:
+    def find(self, file: BinaryIO) -> dict[TensorRef, int]:
         """What `create` returned, of a file that is there."""
         return {item.ref: item.data for item in self.items()}
 
-    def finish(self, root: Path, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
+    def finish(self, file: BinaryIO, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
         """Puts the CRC-32 of each item's data where its archive keeps it."""
-        with (root / self.file).open("r+b") as file:
-            for item in self.items():
-                patch_crcs(file, item.start, item.length, {item.data: (item.ref.nbytes, crcs[item.ref])})
+        for item in self.items():
+            patch_crcs(file, item.start, item.length, {item.data: (item.ref.nbytes, crcs[item.ref])})
 
 
 _ARCHIVES: dict[tuple[tuple[int, ...], torch.dtype], tuple[bytes, bytes]] = {}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -205,15 +205,14 @@ class SafetensorsTarget:
         text += b" " * (-(len(text) + 8) % PAGE)
         return len(text).to_bytes(8, "little") + text
 
-    def create(self, root: Path) -> dict[TensorRef, int]:
+    def create(self, file: BinaryIO) -> dict[TensorRef, int]:
         """Writes the header and gives the file its size; returns the first byte of each tensor's data."""
         header = self.header()
-        with (root / self.file).open("wb") as file:
-            file.write(header)
-            file.truncate(len(header) + sum(ref.nbytes for ref in self.refs))
-        return self.find(root)
+        file.write(header)
+        file.truncate(len(header) + sum(ref.nbytes for ref in self.refs))
+        return self.find(file)
 
-    def find(self, root: Path) -> dict[TensorRef, int]:
+    def find(self, file: BinaryIO) -> dict[TensorRef, int]:
         """What `create` returned, of a file that is there."""
         offsets, position = {}, len(self.header())
         for ref in self.refs:
@@ -221,7 +220,7 @@ class SafetensorsTarget:
             position += ref.nbytes
         return offsets
 
-    def finish(self, root: Path, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
+    def finish(self, file: BinaryIO, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
         """Nothing is left to do: the header was complete from the start."""
 
 

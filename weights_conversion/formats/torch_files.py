@@ -10,9 +10,11 @@ import io
 import mmap
 import os
 import struct
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -26,6 +28,7 @@ from weights_conversion.formats import pickles
 from weights_conversion.formats.archives import Record, Window, directory, patch_crcs
 from weights_conversion.formats.stand_ins import StoredTensor
 from weights_conversion.layouts.placement import PAGE, TensorRef
+from weights_conversion.output import descriptors
 
 # A state dict may hold one dict under many names, so that what it takes to walk it is not bounded by the file's size.
 _MAX_DEPTH, _MAX_LEAVES, _MAX_NAME = 32, 1_000_000, 1000
@@ -151,22 +154,37 @@ class TorchFileTarget:
     content: Mapping[str, Any] = field(hash=False)
     refs: tuple[TensorRef, ...] = ()
 
-    def create(self, root: Path) -> dict[TensorRef, int]:
+    def create(self, file: BinaryIO) -> dict[TensorRef, int]:
         """Writes everything but the data, at its final size; returns the first byte of each tensor's data."""
-        path = root / self.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return write_without_data(path, self.content)
+        with _path_of(file, self.file) as path:
+            return write_without_data(path, self.content)
 
-    def find(self, root: Path) -> dict[TensorRef, int]:
+    def find(self, file: BinaryIO) -> dict[TensorRef, int]:
         """What `create` returned, of a file that is there."""
-        return find_data(root / self.file, self.content)
+        with _path_of(file, self.file) as path:
+            return find_data(path, self.content)
 
-    def finish(self, root: Path, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
+    def finish(self, file: BinaryIO, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
         """Puts the CRC-32 of each tensor's data where the archive keeps it."""
-        path = root / self.file
         at = {offsets[ref]: (ref.nbytes, crcs[ref]) for ref in self.refs}
-        with path.open("r+b") as file:
-            patch_crcs(file, 0, path.stat().st_size, at)
+        patch_crcs(file, 0, os.fstat(file.fileno()).st_size, at)
+
+
+@contextmanager
+def _path_of(file: BinaryIO, name: str) -> Iterator[Path]:
+    """A path, for torch.save knows no others, that leads to an open file whatever comes to that file's own name.
+
+    Its last part is that of `name`, which torch writes into the archive.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, Path(name).name)
+        path.symlink_to(descriptors.path_of(file.fileno()))
+        try:
+            yield path
+        except OSError as error:
+            if error.filename == str(path):  # which would mean nothing to a user
+                error.filename = None
+            raise
 
 
 class _Blank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -10,17 +11,18 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 
-from weights_conversion import __version__, watch
+from weights_conversion import __version__, fileio, watch
 from weights_conversion.engine.execute import Written
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.placement import TensorRef
 from weights_conversion.layouts.plan import Chunk, Plan
-from weights_conversion.output import crc32, file_sums, ownership, publish
+from weights_conversion.output import crc32, descriptors, file_sums, partial, place
 from weights_conversion.output.journal import VISIBLE_SECONDS
+from weights_conversion.output.partial import Partial
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +36,15 @@ class TargetFile(Protocol):
     @property
     def refs(self) -> tuple[TensorRef, ...]: ...
 
-    def create(self, root: Path) -> dict[TensorRef, int]:
+    def create(self, file: BinaryIO) -> dict[TensorRef, int]:
         """Writes everything but the data, at its final size; returns the first byte of each tensor's data."""
         ...
 
-    def find(self, root: Path) -> dict[TensorRef, int]:
+    def find(self, file: BinaryIO) -> dict[TensorRef, int]:
         """What `create` returned, of a file that is there, with some of its data, and is left as it is."""
         ...
 
-    def finish(self, root: Path, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
+    def finish(self, file: BinaryIO, crcs: Mapping[TensorRef, int], offsets: Mapping[TensorRef, int]) -> None:
         """Puts in what only the data tell, such as the CRC-32 of each tensor."""
         ...
 
@@ -53,8 +55,7 @@ def check_apart(out: Path, plan: Plan, further: Iterable[Path | None] = ()) -> N
     `further` are the source's folder, and files that are copied.
     """
     sources = [Path(file) for file in source_files(plan)] + [path for path in further if path is not None]
-    names = [out, publish.partial_folder(out), publish.unverified_folder(out)]
-    ownership.check_apart(names, sources)
+    place.check_apart(out, sources)
 
 
 def source_files(plan: Plan) -> list[str]:
@@ -94,7 +95,7 @@ def check_space(out: Path, needed: int) -> None:
 def free_space(out: Path) -> int:
     """Bytes that the output may take: what is free, and what an interrupted run of it holds already."""
     stat = os.statvfs(_existing_parent(out))
-    return stat.f_bavail * stat.f_frsize + _allocated(publish.partial_folder(out))
+    return stat.f_bavail * stat.f_frsize + _allocated(place.partial_folder(out))
 
 
 def _existing_parent(out: Path) -> Path:
@@ -105,84 +106,97 @@ def _existing_parent(out: Path) -> Path:
 
 
 def _allocated(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    """Bytes on the disk below a folder, as far as it may be read; no link is followed."""
+    total = 0
+    for above, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(above, name)).st_blocks * 512
+    return total
 
 
-def reserve(path: Path) -> None:
+def reserve(descriptor: int) -> None:
     """Allocates a file's blocks now, so that a full disk or quota shows before the work and not within it."""
-    with path.open("r+b") as file:
-        size = os.fstat(file.fileno()).st_size
-        libc = ctypes.CDLL(None, use_errno=True)
-        if not hasattr(libc, "fallocate"):
-            return
-        # The C library's fallocate, not posix_fallocate: the latter writes every block where the call is not known.
-        while size and libc.fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
-            code = ctypes.get_errno()
-            if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise OSError(code, os.strerror(code), str(path))
-            if code != errno.EINTR:
-                return  # not known here: a full disk will show when it is written
+    size = os.fstat(descriptor).st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "fallocate"):
+        return
+    # The C library's fallocate, not posix_fallocate: the latter writes every block where the call is not known.
+    while size and libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(code, os.strerror(code))
+        if code != errno.EINTR:
+            return  # not known here: a full disk will show when it is written
 
 
-def lay_out(out: Path, targets: Sequence[TargetFile], run_digest: str) -> dict[TensorRef, int]:
+def lay_out(held: Partial, targets: Sequence[TargetFile], run_digest: str) -> dict[TensorRef, int]:
     """Creates every file at its final size; where each tensor's data begin."""
-    partial = publish.partial_folder(out)
-    root, offsets = partial / "checkpoint", {}
+    offsets: dict[TensorRef, int] = {}
     try:
         for target in targets:
-            offsets |= target.create(root)
-            reserve(root / target.file)
+            with _named("laying out", held, target), os.fdopen(held.create(target.file), "w+b") as file:
+                offsets |= target.create(file)
+                file.flush()
+                reserve(file.fileno())
     except OSError:
-        publish.remove(partial)  # nothing is gained yet, and the disk may be full of it
+        held.remove()  # nothing is gained yet, and the disk may be full of it
         raise
-    _sync_all(root, targets)
-    note = partial / "journal" / "digest"
-    note.write_text(run_digest)
-    publish.sync_path(note)
-    publish.sync_path(note.parent)
+    _sync_all(held, targets)
+    held.note_digest(run_digest)
     return offsets
 
 
-def find_layout(out: Path, targets: Sequence[TargetFile]) -> dict[TensorRef, int]:
+def find_layout(held: Partial, targets: Sequence[TargetFile]) -> dict[TensorRef, int]:
     """What `lay_out` returned, of the files that it made; OSError or ConversionError where one is not to be seen."""
-    root, offsets = publish.root_of(out), {}
+    offsets: dict[TensorRef, int] = {}
     for target in targets:
-        os.close(os.open(root / target.file, os.O_RDONLY))
-        offsets |= target.find(root)
+        with _named("opening", held, target), os.fdopen(held.open(target.file, os.O_RDONLY), "rb") as file:
+            offsets |= target.find(file)
     return offsets
+
+
+def _named(doing: str, held: Partial, target: TargetFile) -> contextlib.AbstractContextManager[None]:
+    """An OSError in the block names the file that a user can find, not a descriptor's."""
+    return fileio.named(doing, held.shown / target.file)
 
 
 def join_layout(
     out: Path, targets: Sequence[TargetFile], run_digest: str
-) -> tuple[publish.Hold, dict[TensorRef, int]]:  # fmt: skip
+) -> tuple[Partial, dict[TensorRef, int]]:  # fmt: skip
     """Another rank's hold on what rank 0 has laid out; a network filesystem may show the files a little late."""
     deadline = time.monotonic() + VISIBLE_SECONDS
-    partial = publish.partial_folder(out)
+    shown = place.partial_folder(out)
     while True:
         try:
-            hold = publish.join(out, run_digest)
+            held = partial.join(out, run_digest)
             try:
-                return hold, find_layout(out, targets)
+                return held, find_layout(held, targets)
             except BaseException:
-                hold.close()
+                held.close()
                 raise
         except (OSError, ConversionError) as error:
-            logger.debug("%s is not to be seen yet: %s", partial, error)
+            logger.debug("%s is not to be seen yet: %s", shown, error)
         if time.monotonic() > deadline:
             raise ConversionError(
-                f"{partial.absolute()}, which rank 0 has made, is not to be seen here; the output must be on a "
+                f"{shown.absolute()}, which rank 0 has made, is not to be seen here; the output must be on a "
                 "filesystem that all nodes share"
             )
         time.sleep(0.5)
 
 
-def _sync_all(root: Path, targets: Sequence[TargetFile]) -> None:
+def _sync_all(held: Partial, targets: Sequence[TargetFile]) -> None:
     """Makes the files, and the folders that name them, survive a power cut."""
     for target in targets:
-        publish.sync_path(root / target.file)
+        with _named("syncing", held, target):
+            descriptor = held.open(target.file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     folders = {folder for target in targets for folder in Path(target.file).parents}
     for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
-        publish.sync_path(root / folder)
+        descriptors.sync_folder(str(folder), held.checkpoint)
 
 
 def combine_crcs(targets: Sequence[TargetFile], written: Iterable[Written]) -> dict[TensorRef, int]:
@@ -206,7 +220,7 @@ def combine_crcs(targets: Sequence[TargetFile], written: Iterable[Written]) -> d
 
 
 def finish(
-    out: Path, targets: Sequence[TargetFile], offsets: Mapping[TensorRef, int], written: Iterable[Written],
+    held: Partial, targets: Sequence[TargetFile], offsets: Mapping[TensorRef, int], written: Iterable[Written],
     files: Mapping[str, bytes | Path], last: Mapping[str, bytes], overwrite: bool, sum_workers: int = 0,
     prove: Callable[[Path], None] | None = None, stands: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
@@ -216,40 +230,66 @@ def finish(
     finished folder just before the rename; should it raise ConversionError, the folder becomes OUT.unverified instead.
     `stands` raises ConversionError where the source has changed: then nothing is renamed.
     """
-    if publish.published(out):
-        publish.remove(publish.partial_folder(out))
+    names = [*(target.file for target in targets), *files]
+    if held.complete:
+        _check_complete(held, {*names, *last, *([file_sums.NAME] if sum_workers else [])})
+        _prove(held, prove)
+        held.remove()
         return
-    root = publish.partial_folder(out) / "checkpoint"
     crcs = combine_crcs(targets, written)
     for target in targets:
-        target.finish(root, crcs, offsets)
-    _remove_strays(root, {*(target.file for target in targets), *files})
+        with _named("finishing", held, target), os.fdopen(held.open(target.file), "r+b") as file:
+            target.finish(file, crcs, offsets)
+    _remove_strays(held.checkpoint, {*names})
     for name, content in files.items():
-        publish.write_file(root / name, content)
+        held.write(name, content.read_bytes() if isinstance(content, Path) else content)
     if sum_workers:
-        names = [*(target.file for target in targets), *files]
-        publish.write_file(root / file_sums.NAME, file_sums.sums(root, names, last, sum_workers))
-    _sync_all(root, targets)
+        held.write(file_sums.NAME, file_sums.sums(held.shown, names, last, sum_workers))
+    _sync_all(held, targets)
     for name, text in last.items():
-        publish.write_file(root / name, text)
-    publish.sync_path(root)
+        held.write(name, text)
+    descriptors.sync_folder(held.checkpoint)
     stands()
     if prove is not None:
-        try:
-            prove(root)
-        except ConversionError as error:
-            raise ConversionError(
-                *error.problems, f"the output is kept as {publish.set_aside(out)} for inspection"
-            ) from error
+        _prove(held, prove)
         stands()
-    publish.publish(out, overwrite)
+    held.publish(overwrite)
 
 
-def _remove_strays(root: Path, expected: set[str]) -> None:
+def _prove(held: Partial, prove: Callable[[Path], None] | None) -> None:
+    """Proves the finished folder, wherever it is; what fails is named OUT.unverified, never OUT."""
+    if prove is None:
+        return
+    try:
+        prove(held.shown)
+    except ConversionError as error:
+        raise ConversionError(*error.problems, f"the output is kept as {held.set_aside()} for inspection") from error
+
+
+def _check_complete(held: Partial, names: set[str]) -> None:
+    """Refuses an OUT that an earlier run has published, and that has not all its files any more."""
+    missing = sorted(name for name in names if not _is_there(held, name))
+    if missing:
+        raise ConversionError(
+            f"{held.out} was finished by the same command, but lacks {', '.join(missing[:8])} now; --overwrite makes "
+            "it again"
+        )
+
+
+def _is_there(held: Partial, name: str) -> bool:
+    try:
+        os.close(held.open(name, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
+
+
+def _remove_strays(top: int, expected: set[str]) -> None:
     """Removes what the finish of an earlier run wrote and this one will not, as a tokenizer file that is gone."""
-    for path in root.rglob("*"):
-        if not path.is_dir() and path.relative_to(root).as_posix() not in expected:
-            path.unlink()
+    for above, _, names, descriptor in os.fwalk(".", dir_fd=top, follow_symlinks=False):
+        for name in names:
+            if Path(above, name).as_posix() not in expected:
+                os.unlink(name, dir_fd=descriptor)
 
 
 def remaining(chunks: Sequence[Chunk], done: Mapping[int, list[Written]]) -> list[tuple[int, Chunk]]:

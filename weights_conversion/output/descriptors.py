@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +38,60 @@ def open_folder(name: Path | str, within: int | None = None) -> int:
         raise
 
 
+def open_place(path: Path) -> int:
+    """A folder to name things in, links on the way allowed; it need not be readable where the system knows O_PATH."""
+    return os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
 def open_regular(name: str, within: int, flags: int) -> int:
-    """Opens a regular file that is there, without waiting. Raises OSError for anything else."""
-    descriptor = os.open(name, flags | _SAFE, dir_fd=within)
+    """Opens a regular file that is there, `name` relative to `within`, without waiting. Raises OSError for all else."""
+    with _parent(name, within) as (above, last):
+        descriptor = os.open(last, flags | _SAFE, dir_fd=above)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is not a regular file", name)
     return descriptor
+
+
+def open_new(name: str, within: int, mode: int = 0o666) -> int:
+    """Makes a file that was not there, and the folders above it, to be written and read."""
+    with _parent(name, within, make=True) as (above, last):
+        return os.open(last, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, mode, dir_fd=above)
+
+
+@contextlib.contextmanager
+def _parent(name: str, within: int, make: bool = False) -> Iterator[tuple[int, str]]:
+    """The folder in which the last part of `name` stands, and that part."""
+    *above, last = name.split("/")
+    held = os.dup(within)
+    try:
+        for part in above:
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=held)
+            inner = open_folder(part, held)
+            os.close(held)
+            held = inner
+        yield held, last
+    finally:
+        os.close(held)
+
+
+def remove_tree(name: str, within: int) -> None:
+    """Removes a folder and all below it, following no link; nothing happens where nothing is."""
+    try:
+        top = open_folder(name, within)
+    except FileNotFoundError:
+        return
+    try:
+        for entry in os.listdir(top):
+            if stat.S_ISDIR(os.stat(entry, dir_fd=top, follow_symlinks=False).st_mode):
+                remove_tree(entry, top)
+            else:
+                os.unlink(entry, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(name, dir_fd=within)
 
 
 def read_note(within: int, name: str, limit: int, whole: bool = True) -> bytes | None:
@@ -56,10 +104,23 @@ def read_note(within: int, name: str, limit: int, whole: bool = True) -> bytes |
     return None if len(content) > limit else content
 
 
-def sync_folder(path: Path | str | int, within: int | None = None) -> None:
+def write_note(within: int, name: str, content: bytes) -> None:
+    """Writes a small file whole or not at all, whatever is cut off when."""
+    new = f"{name}.new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new, dir_fd=within)
+    with os.fdopen(open_new(new, within, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(new, name, src_dir_fd=within, dst_dir_fd=within)
+    sync_folder(within)
+
+
+def sync_folder(name: Path | str | int, within: int | None = None) -> None:
     """Makes the names in a folder survive a power cut, where the filesystem knows how and the folder may be read."""
     try:
-        with folder(path, within) as descriptor:
+        with folder(name, within) as descriptor:
             try:
                 os.fsync(descriptor)
             except OSError as error:
@@ -67,3 +128,52 @@ def sync_folder(path: Path | str | int, within: int | None = None) -> None:
                     raise
     except PermissionError:
         return
+
+
+def is_at(name: str, within: int, descriptor: int) -> bool:
+    """Whether what is open is still what stands at `name`."""
+    try:
+        return os.path.samestat(os.stat(name, dir_fd=within, follow_symlinks=False), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def is_place(path: Path, descriptor: int) -> bool:
+    """Whether `path`, links followed, still leads to the folder that is open."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def who_am_i(within: int) -> int:
+    """The owner that this filesystem gives to a file that this process makes: no id is compared with any other.
+
+    Servers may squash all users to one, or map each to another number.
+    """
+    name = f"probe.{secrets.token_hex(8)}"
+    descriptor = open_new(name, within, 0o600)
+    try:
+        return os.fstat(descriptor).st_uid
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=within)
+
+
+def who_am_i_unseen(folder: Path) -> int | None:
+    """As `who_am_i`, by a file without a name, so that nothing changes; None where there are no such files."""
+    try:
+        descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except (AttributeError, OSError):
+        return None
+    try:
+        return os.fstat(descriptor).st_uid
+    finally:
+        os.close(descriptor)
+
+
+def path_of(descriptor: int) -> Path:
+    """A path that opens what `descriptor` holds, for libraries that take paths alone."""
+    place = Path(f"/proc/self/fd/{descriptor}")
+    return place if place.exists() else Path(f"/dev/fd/{descriptor}")

@@ -6,30 +6,32 @@ import contextlib
 import logging
 import os
 import stat
-from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_LISTS = ("system.posix_acl_access", "system.posix_acl_default")
+_ACCESS, _DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 
 
-def take_over(old: Path | int, new: Path) -> None:
-    """Gives the finished folder `new` what `old` has; its files and folders get no right that `old` does not give.
+def take_over(old: int, new: int) -> None:
+    """Gives the finished folder `new` what `old` has (both are open).
+
+    Its files and folders get no right that `old` does not give.
 
     Where the group may not be given away, it gets no right at all: another group would have it.
     """
     wanted = os.stat(old)
     mode = stat.S_IMODE(wanted.st_mode)
-    for folder, _, files, descriptor in os.fwalk(new, topdown=False, follow_symlinks=False):
+    for folder, _, files, descriptor in os.fwalk(".", topdown=False, follow_symlinks=False, dir_fd=new):
         for name in files:
             handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
             try:
                 _give(handle, wanted, mode & 0o777)
             finally:
                 os.close(handle)
-        top = Path(folder) == new
+        top = folder == "."
         if top:
-            _copy_lists(old, descriptor)
+            for name in (_ACCESS, _DEFAULT):
+                _copy_list(name, old, descriptor)
         _give(descriptor, wanted, mode, exact=top)
 
 
@@ -57,8 +59,12 @@ def _change_owner(handle: int, here: os.stat_result, wanted: os.stat_result) -> 
             return
 
 
-def _copy_lists(old: Path | int, new: int) -> None:
-    """Access lists, where the filesystem has them."""
-    for name in _LISTS:
-        with contextlib.suppress(OSError, AttributeError):
-            os.setxattr(new, name, os.getxattr(old, name))
+def copy_default_list(old: int, new: int) -> None:
+    """What is made in `new` gets the access list that it would get in `old`."""
+    _copy_list(_DEFAULT, old, new)
+
+
+def _copy_list(name: str, old: int, new: int) -> None:
+    """An access list, where the filesystem has them."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setxattr(new, name, os.getxattr(old, name))

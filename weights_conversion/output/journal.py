@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from weights_conversion.engine.execute import Written
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.placement import TensorRef
+from weights_conversion.output import descriptors
 
+MAX_NOTE_BYTES = 1 << 30
 SYNC_BYTES = 1 << 30  # how much may have to be done again after a kill, per process
 VISIBLE_SECONDS = 20.0  # how long another node's files may take to be seen here
 
 
 class Journal:
     """Which chunks are written and on the disk. A file per process; entries follow a sync of their data.
+
+    Each line has its own CRC-32 in front, so that what a kill or a broken disk leaves is never taken for an entry.
 
     `descriptor` is the open `folder`: what is noted then goes there and nowhere else, whatever comes to its name.
     """
@@ -29,21 +35,26 @@ class Journal:
         self._folder, self._rank, self._descriptor = folder, rank, descriptor
         self._number = {ref: number for number, ref in enumerate(refs)}
         self._refs = refs
-        self._waiting: list[str] = []
+        self._waiting: list[bytes] = []
         self._bytes = 0
         self._sync_failed = False
         self._lock = threading.Lock()
 
     def load(self) -> dict[int, list[Written]]:
-        """Chunks that any process has finished, with what they wrote."""
+        """Chunks that any process has finished, with what they wrote. What cannot be read counts as not there."""
         done: dict[int, list[Written]] = {}
-        for path in sorted(self._folder.glob("chunks.*")):
-            for line in path.read_text().splitlines():
-                try:
-                    number, writes = json.loads(line)
-                except ValueError:  # the line that a kill cut off
-                    continue
-                done[number] = [Written(self._refs[ref], start, length, crc) for ref, start, length, crc in writes]
+        try:
+            with self._opened() as folder:
+                names = sorted(name for name in os.listdir(folder) if name.startswith("chunks."))
+                notes = [descriptors.read_note(folder, name, MAX_NOTE_BYTES) or b"" for name in names]
+        except OSError:
+            return done
+        for line in b"\n".join(notes).split(b"\n"):
+            sum_, _, text = line.partition(b" ")
+            if sum_ != _sum(text):  # cut off by a kill, or garbage
+                continue
+            number, writes = json.loads(text)
+            done[number] = [Written(self._refs[ref], start, length, crc) for ref, start, length, crc in writes]
         return done
 
     def load_all(self, count: int) -> dict[int, list[Written]]:
@@ -62,7 +73,8 @@ class Journal:
         """Notes a finished chunk; after every SYNC_BYTES the data are synced and the notes written."""
         writes = [(self._number[w.ref], w.start, w.length, w.crc) for w in written]
         with self._lock:
-            self._waiting.append(json.dumps([number, writes]))
+            text = json.dumps([number, writes]).encode()
+            self._waiting.append(_sum(text) + b" " + text)
             self._bytes += sum(length for _, _, length, _ in writes)
             if self._bytes < SYNC_BYTES:
                 return
@@ -81,13 +93,20 @@ class Journal:
         except OSError:
             self._sync_failed = True  # the kernel reports lost data once, so no later sync vouches for anything
             raise
-        with open(self._open(), "a") as file:
-            file.write("\n" + "\n".join(lines) + "\n")  # in front too: a kill may have left half a line
+        with self._opened() as folder, os.fdopen(self._open(folder), "ab") as file:
+            file.write(b"\n" + b"\n".join(lines) + b"\n")  # in front too: a kill may have left half a line
             file.flush()
             os.fsync(file.fileno())
 
-    def _open(self) -> int:
-        name, flags = f"chunks.{self._rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        if self._descriptor is None:
-            return os.open(self._folder / name, flags, 0o666)
-        return os.open(name, flags, 0o666, dir_fd=self._descriptor)
+    def _opened(self) -> contextlib.AbstractContextManager[int]:
+        return descriptors.folder(self._folder if self._descriptor is None else self._descriptor)
+
+    def _open(self, folder: int) -> int:
+        name = f"chunks.{self._rank}"
+        with contextlib.suppress(FileExistsError):
+            return descriptors.open_new(name, folder, 0o600)
+        return descriptors.open_regular(name, folder, os.O_WRONLY | os.O_APPEND)
+
+
+def _sum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)

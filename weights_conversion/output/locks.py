@@ -1,0 +1,78 @@
+"""The lock on OUT.partial: one process alone, or shared by the ranks of one job; some filesystems have none."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import time
+from pathlib import Path
+
+from weights_conversion.errors import ConversionError
+from weights_conversion.output import descriptors
+
+logger = logging.getLogger(__name__)
+
+LEFT_SECONDS = 60.0  # how long to wait for ranks of an earlier job that have lost their rank 0: within it they end
+NAME = "lock"
+_BUSY = (errno.EWOULDBLOCK, errno.EAGAIN)
+
+
+def open_lock(top: int) -> int:
+    """The lock's file in an open OUT.partial, made where it is missing. Raises OSError where it is no file."""
+    with contextlib.suppress(FileExistsError):
+        return descriptors.open_new(NAME, top, 0o600)
+    return descriptors.open_regular(NAME, top, os.O_RDWR)
+
+
+def take(descriptor: int, kind: int) -> bool:
+    """Takes a lock; False where the filesystem has none, BlockingIOError where another process has it."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _BUSY:
+            raise
+        return False
+    return True
+
+
+def take_alone(top: int, partial: Path) -> int | None:
+    """The lock of this process alone; -1 where there are no locks, None where another file has come to its name."""
+    deadline, waiting = time.monotonic() + LEFT_SECONDS, False
+    while True:
+        descriptor = open_lock(top)
+        try:
+            if not take(descriptor, fcntl.LOCK_EX):
+                os.close(descriptor)
+                return -1
+        except BlockingIOError as error:
+            shared = _is_shared(descriptor)
+            os.close(descriptor)
+            if not shared or time.monotonic() > deadline:
+                raise ConversionError(f"another process is writing {partial} at this moment; wait for it") from error
+            if not waiting:
+                logger.warning("ranks of another job are writing %s: waiting for their end", partial)
+            waiting = True
+            time.sleep(0.2)
+            continue
+        if descriptors.is_at(NAME, top, descriptor):
+            return descriptor
+        os.close(descriptor)
+        return None
+
+
+def share(descriptor: int) -> None:
+    """From the one process that has prepared OUT.partial to all ranks of its job, which take it with `take`."""
+    if descriptor >= 0:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConversionError("another process has just begun to write the same output; wait for it") from error
+
+
+def _is_shared(descriptor: int) -> bool:
+    with contextlib.suppress(OSError):
+        return take(descriptor, fcntl.LOCK_SH)
+    return False
