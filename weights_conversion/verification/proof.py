@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.fileio import MAX_INDEX_BYTES, read_whole, sha256
+from weights_conversion.mapping.dialects import HF
 from weights_conversion.output.file_sums import NAME as CHECKSUMS
 from weights_conversion.verification import causes, exact, numeric
+from weights_conversion.verification.hf_values import misread
 from weights_conversion.verification.padding import check_padding
 from weights_conversion.verification.report import ConfigField, Verification
 from weights_conversion.verification.sides import (
@@ -62,6 +64,10 @@ def _prove(
     result.notes += [f"source: {note}" for note in (*one.contradicted, *one.notes)]
     result.notes += [f"checkpoint: {note}" for note in two.notes]
     result.config_problems += [f"the checkpoint contradicts itself: {sentence}" for sentence in two.contradicted]
+    for name, side in (("source", one), ("checkpoint", two)):
+        problems, unknown = misread(side.path, side.config) if side.dialect is HF else ([], [])
+        result.config_problems += [f"{name}: {sentence}" for sentence in problems]
+        result.notes += [f"{name}: {sentence}" for sentence in unknown]
     if all(getattr(ours.config, name) == getattr(theirs.config, name) for name in SHAPE_FIELDS):
         _compare_weights(result, workers, exact_only, allow_inconsistent)
     result.checksums = check_checksums(checkpoint, workers)

@@ -1,0 +1,89 @@
+"""What transformers makes of a config.json, its defaults included: a value that the converter overlooks is seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weights_conversion.config import ModelConfig
+from weights_conversion.errors import ConversionError
+from weights_conversion.verification.forward import rope_of
+from weights_conversion.verification.rope import frequencies
+
+_PLAIN = {  # ModelConfig's field: names in transformers' classes, of which a class has one or none
+    "layernorm_epsilon": ("rms_norm_eps", "layer_norm_epsilon"),
+    "max_position_embeddings": ("max_position_embeddings",),
+    "tie_word_embeddings": ("tie_word_embeddings",),
+    "num_layers": ("num_hidden_layers",),
+    "hidden_size": ("hidden_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "vocab_size": ("vocab_size",),
+}
+_SEQUENTIAL = {"ffn_hidden_size": ("intermediate_size",), "num_query_groups": ("num_key_value_heads",)}
+
+
+def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
+    """(where `config`, as the converter reads it, is not what transformers' class says; what could not be compared)."""
+    try:
+        stated = _load(folder)
+    except Exception as error:  # transformers raises whatever its classes raise
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return [], [f"transformers cannot read config.json ({reason}), so its values are as the converter reads them"]
+    problems = []
+    names = _PLAIN if config.family == "falcon" else _PLAIN | _SEQUENTIAL
+    for field, spellings in names.items():
+        values = [getattr(stated, name) for name in spellings if hasattr(stated, name)]
+        if values and values[0] is not None and values[0] != getattr(config, field):
+            problems.append(_sentence(field, values[0], getattr(config, field)))
+    window = _window(stated)
+    if window != config.sliding_window:
+        problems.append(_sentence("sliding_window", window, config.sliding_window))
+    problems += _rope_problems(stated, config)
+    return problems, []
+
+
+def _sentence(field: str, transformers: object, converter: object) -> str:
+    return f"{field} in config.json is {transformers} to transformers and {converter} to the converter"
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _window(stated: Any) -> int | None:
+    kinds = getattr(stated, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return getattr(stated, "sliding_window", None)
+
+
+def rope_values(stated: Any) -> dict[str, Any]:
+    """Rope of a transformers config, in the words of `frequencies`, of transformers 4 and 5."""
+    values = dict(getattr(stated, "rope_parameters", None) or getattr(stated, "rope_scaling", None) or {})
+    kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
+    values.pop("type", None)
+    theta = values.pop("rope_theta", None)
+    theta = theta if theta is not None else getattr(stated, "rope_theta", 10000.0)
+    return {"kind": kind, "theta": theta, **{name: value for name, value in values.items() if value is not None}}
+
+
+def _rope_problems(stated: Any, config: ModelConfig) -> list[str]:
+    """Compares the angles, since the same rope can be said in several ways."""
+    said, read = rope_values(stated), rope_of(config)
+    angles = []
+    for values in (said, read):
+        kwargs = dict(values)
+        dim = int(config.head_dim * kwargs.pop("partial_rotary_factor", 1.0))
+        try:
+            angles.append(frequencies(dim=dim, **kwargs))
+        except (ConversionError, TypeError) as error:
+            return [f"the rope in config.json is {json.dumps(said, default=str)} to transformers: {error}"]
+    (wanted, wanted_scaling), (found, scaling) = angles
+    if wanted.shape == found.shape and torch.equal(wanted, found) and wanted_scaling == scaling:
+        return []
+    return [_sentence("rope", json.dumps(said, default=str), json.dumps(read, default=str))]
