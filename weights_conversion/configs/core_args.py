@@ -49,6 +49,11 @@ _FEATURES = {
     "qk_layernorm": ("norms of q and k", ".q_layernorm.weight"),
 }
 _FACTORS = ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
+_PLACES = {
+    "rope_scaling_factor": _FACTORS,
+    "rope_scaling": ("use_rope_scaling", "rope_scaling", "scale_factor", "position_embedding_type"),
+    "sliding_window_size": ("window_size",),
+}
 _ZERO_IS_NONE = ("num_experts", "num_moe_experts", "no_rope_freq", "mtp_num_layers")
 # What the names of tensors betray, where args are silent.
 _FOREIGN_TENSORS = (
@@ -198,7 +203,7 @@ def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> lis
     return [
         *problems,
         f"{folder} holds a model with a sliding window of {window} tokens, which {family} does not have; if it is a "
-        "mistral, say --model mistral"
+        "mistral, say --model mistral",
     ]
 
 
@@ -239,6 +244,10 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     result["rope_scaling_factor"] = factor  # linear; Megatron-Core's arg of this name is Llama 3's
     result["rope_scaling"] = rope.read_core(args, f"the args of {folder}")
     result["sliding_window_size"] = None if window is None else window + 1
+    # Not every wrapper stores every arg: what has no place in them is not said to be absent.
+    for name, places in _PLACES.items():
+        if not any(place in args for place in places):
+            result.pop(name)
     if args.get("untie_embeddings_and_output_weights") is not None:
         result["tie_embed_logits"] = not args["untie_embeddings_and_output_weights"]
     elif args.get("share_embeddings_and_output_weights") is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
+from weights_conversion.configs import rope
 from weights_conversion.errors import ConversionError
 
 # ModelConfig field -> Megatron-LLM's name in args.
@@ -32,9 +33,14 @@ NAMES = {
 }
 # Those of them that only Megatron-Core has.
 _CORE_ONLY = ("rope_scaling", "add_qkv_bias", "qk_layernorm")
-# Fields that the original's resharding tool re-creates from its defaults.
 FEATURES = ("add_qkv_bias", "qk_layernorm")
-RESET_BY_RESHARDING = ("layernorm_epsilon", "rope_theta", "rope_scaling_factor", "sliding_window")
+# Fields that the original's resharding tool re-creates, and its defaults: another value cannot have been reset.
+RESET_BY_RESHARDING: dict[str, Any] = {
+    "layernorm_epsilon": 1e-5,
+    "rope_theta": 1e4,
+    "rope_scaling_factor": 1.0,
+    "sliding_window": None,
+}
 # What a family uses where nothing that can be trusted says otherwise.
 FAMILY_DEFAULTS = {name: family.defaults for name, family in FAMILIES.items()}
 # Values of the forward pass that no weight's shape would betray.
@@ -112,6 +118,62 @@ def was_reset(args: Mapping[str, Any]) -> bool:
     )
 
 
+def _stated(family: str, args: Mapping[str, Any], manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What args say and can be trusted for, and the names of what the resharding tool has reset in them.
+
+    That no window or no rope scaling is there is said too, where args have a place for it.
+    """
+    stated, lost = from_args(family, args), []
+    if FAMILIES[family].windowed and "sliding_window_size" in args:
+        stated["sliding_window"] = args["sliding_window_size"]
+    if "rope_scaling" in args:
+        stated["rope_scaling"] = rope.completed(args["rope_scaling"], manifest.get("rope_scaling"))
+    if was_reset(args):
+        lost = [name for name, default in RESET_BY_RESHARDING.items() if stated.get(name, default) == default]
+    return {name: value for name, value in stated.items() if name not in lost}, lost
+
+
+def _family_says(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{field.name: field.default for field in fields(ModelConfig) if field.name in RESET_BY_RESHARDING},
+        **FAMILY_DEFAULTS[family],
+        **{name: FAMILIES[family].has(name) for name in FEATURES},
+        "rope_scaling": None,
+        "max_position_embeddings": args.get("seq_length"),
+    }
+
+
+def _disagreement(name: str, said: Sequence[tuple[str, Any]]) -> str | None:
+    """A sentence on what differs from the first of `said`, which is used; a family's default is no rival."""
+    (origin, value), *others = said
+    rivals = [(other, stated) for other, stated in others if other != "family" and stated != value]
+    if not rivals:
+        return None
+    shown = NAMES.get(name, name)
+    rest = " and ".join(f"{stated} in the {other}" for other, stated in rivals)
+    if origin == "flag":
+        return f"{shown} is {value} by --{shown}, over {rest}"
+    if name not in SILENT:
+        return (
+            f"{shown} is {value} in the {origin} and {rest}, so the manifest belongs to another model; "
+            "remove conversion_manifest.json"
+        )
+    override = f", --{shown} overrides it" if name != "rope_scaling" else ""
+    return f"{shown} is {value} in the {origin} and {rest}; {value} is used{override}"
+
+
+def _lost(family: str, name: str, stated: Any, origin: str, value: Any) -> list[str]:
+    """A warning on a value that the resharding tool has reset, where what is used instead may be wrong."""
+    shown = NAMES[name]
+    if origin == "manifest" and stated != value:
+        return [f"{shown} is {stated} in the args, which the resharding tool has reset, and {value} in the manifest, "
+                "which is used"]  # fmt: skip
+    if origin == "family" and (name in FAMILY_DEFAULTS[family] or stated not in (value, None)):
+        return [f"{shown} is lost: the args say {stated}, but the resharding tool has reset them; {value}, as usual "
+                f"for {family}, is used, --{shown} overrides it"]  # fmt: skip
+    return []
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A ModelConfig, where each field came from ("flag", "manifest", "args", "family"), and what disagreed."""
@@ -139,10 +201,10 @@ def from_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def foreign(family: str, args: Mapping[str, Any]) -> list[str]:
-    """Args that ask for a forward pass that no model of `family` has, and that no weight's shape betrays: sentences."""
+def _forward_pass(family: str) -> dict[str, Any]:
+    """Args that decide the forward pass, with the one value that a family's models have."""
     falcon = family == "falcon"
-    expected = {
+    return {
         "glu_activation": None if falcon else "swiglu",
         "use_rms_norm": not falcon,
         "parallel_attn": falcon,
@@ -150,11 +212,31 @@ def foreign(family: str, args: Mapping[str, Any]) -> list[str]:
         "use_post_ln": False,
         "apply_residual_connection_post_layernorm": False,
     }
+
+
+def unreadable(left_out: Mapping[str, str], folder: object) -> list[str]:
+    """Sentences on args that decide the model, but are no plain values: `left_out` names the type of each."""
+    return [
+        f"the args of {folder} have {name} of type {left_out[name]}, which is not understood"
+        for name in (*NAMES.values(), *_forward_pass("llama2"), "position_embedding_type")
+        if name in left_out
+    ]
+
+
+def foreign(family: str, args: Mapping[str, Any]) -> list[str]:
+    """Args that ask for a forward pass that no model of `family` has, and that no weight's shape betrays: sentences."""
+    expected = _forward_pass(family)
     problems = [
         f"the checkpoint's args say {name} {args[name]!r}, but {family} models have {value!r}"
         for name, value in expected.items()
         if name in args and args[name] != value and not (args[name] is None and value is False)
     ]
+    window = args.get("sliding_window_size")
+    if window is not None and not FAMILIES[family].windowed:
+        problems.append(
+            f"the checkpoint's args say sliding_window_size {window}, a window that {family} does not have; if it is a "
+            "mistral, say --model mistral"
+        )
     position = args.get("position_embedding_type")
     if position not in (None, "rotary", "PositionEmbeddingType.rotary", "rope") and getattr(position, "value", 0) != 1:
         shown = getattr(position, "value", position)
@@ -167,25 +249,17 @@ def foreign(family: str, args: Mapping[str, Any]) -> list[str]:
 def resolve(
     family: str, args: Mapping[str, Any], manifest: Mapping[str, Any] | None, flags: Mapping[str, Any], vocabulary: int
 ) -> Resolved:
-    """Each field by precedence: flag, manifest, args (where they can be trusted), family. Disagreements are warned of.
+    """Each field by precedence: flag, args (where they can be trusted), manifest, family. Disagreements are warned of.
 
-    `manifest` and `flags` hold ModelConfig fields. A manifest that contradicts the args about the model's shape belongs
-    to another model and is an error.
+    `manifest` and `flags` hold ModelConfig fields. What training was told outranks what was imported; only a context
+    that is shorter than the import's says nothing about the model. A manifest that contradicts the args about the
+    model's shape belongs to another model and is an error.
     """
-    stated = from_args(family, args)
-    reset = was_reset(args)
-    args_say = {name: value for name, value in stated.items() if not (reset and name in RESET_BY_RESHARDING)}
-    if FAMILIES[family].windowed and "sliding_window_size" in args and not reset:
-        args_say["sliding_window"] = args["sliding_window_size"]
-    defaults = {field.name: field.default for field in fields(ModelConfig) if field.name in RESET_BY_RESHARDING}
-    family_says = {
-        **defaults,
-        **FAMILY_DEFAULTS[family],
-        **{name: FAMILIES[family].has(name) for name in FEATURES},
-        "rope_scaling": None,
-        "max_position_embeddings": args.get("seq_length"),
-    }
-    sources = (("flag", flags), ("manifest", manifest or {}), ("args", args_say), ("family", family_says))
+    imported = dict(manifest or {})
+    args_say, lost = _stated(family, args, imported)
+    longer = (imported.get("max_position_embeddings") or 0) > args_say.get("max_position_embeddings", 0)
+    order = {"max_position_embeddings": ("flag", "manifest", "args", "family")} if longer else {}
+    sources = {"flag": flags, "args": args_say, "manifest": imported, "family": _family_says(family, args)}
 
     values: dict[str, Any] = {"family": family, "vocab_size": vocabulary}
     origins, warnings, problems = {}, [], []
@@ -193,36 +267,15 @@ def resolve(
         name = field.name
         if name in values:
             continue
-        said = [(origin, source[name]) for origin, source in sources if name in source]
+        said = [(origin, sources[origin][name]) for origin in order.get(name, sources) if name in sources[origin]]
         if not said or (said[0][1] is None and name not in ("sliding_window", "rope_scaling")):
             problems.append(f"nothing says what {NAMES.get(name, name)} is; the checkpoint's args lack it")
             continue
         origins[name], values[name] = said[0]
-        rivals = [(origin, value) for origin, value in said[1:] if origin != "family" and value != values[name]]
-        if origins[name] == "flag":
-            continue
-        for origin, value in rivals:
-            sentence = f"{NAMES.get(name, name)} is {values[name]} in the {origins[name]} and {value} in the {origin}"
-            if name in SILENT:
-                warnings.append(f"{sentence}; {values[name]} is used, --{NAMES[name]} overrides it")
-            else:
-                problems.append(
-                    f"{sentence}, so the manifest belongs to another model; remove conversion_manifest.json"
-                )
-        if reset and name in RESET_BY_RESHARDING:
-            said_there = args.get(NAMES[name])
-            if origins[name] == "family" and (
-                name in FAMILY_DEFAULTS[family] or said_there not in (values[name], None)
-            ):
-                warnings.append(
-                    f"{NAMES[name]} is lost: the args say {said_there}, but the resharding tool has reset them; "
-                    f"{values[name]}, as usual for {family}, is used, --{NAMES[name]} overrides it"
-                )
-            elif origins[name] == "manifest" and said_there != values[name]:
-                warnings.append(
-                    f"{NAMES[name]} is {said_there} in the args, which the resharding tool has reset, and "
-                    f"{values[name]} in the manifest, which is used"
-                )
+        if sentence := _disagreement(name, said):
+            (warnings if name in SILENT or origins[name] == "flag" else problems).append(sentence)
+        if name in lost:
+            warnings += _lost(family, name, args.get(NAMES[name]), origins[name], values[name])
     if problems:
         raise ConversionError(*problems)
     return Resolved(ModelConfig(**values), origins, tuple(warnings))

@@ -150,6 +150,18 @@ def read_core(args: Mapping[str, Any], where: str) -> RopeScaling | None:
     return None
 
 
+def completed(stated: RopeScaling | None, imported: RopeScaling | None) -> RopeScaling | None:
+    """What args state, with what they cannot carry from the import: Llama 3's constants, the last digit of a factor."""
+    if stated is None or imported is None or stated.kind != imported.kind:
+        return stated
+    if stated.kind == "llama3":
+        constants = all(getattr(stated, name) == value for name, value in CORE_LLAMA3.items())
+        return dataclasses.replace(imported, factor=stated.factor) if constants else stated
+    one, two = (dataclasses.replace(each, attention_factor=None) for each in (stated, imported))
+    factors = [each.attention_factor or _mscale(each.factor) for each in (stated, imported)]
+    return imported if one == two and math.isclose(*factors, rel_tol=1e-9) else stated
+
+
 def core_flags(config: ModelConfig) -> list[str]:
     """Flags of Megatron-LM that --use-checkpoint-args does not restore."""
     scaling = config.rope_scaling

@@ -43,10 +43,11 @@ def open_files(root: Path, load_iters: int | str | None = None) -> RankFiles | D
     folder, iteration = find_iteration(root, load_iters)
     dist = (folder / METADATA).is_file()
     files = open_dist(folder, iteration) if dist else open_rank_files(folder, iteration)
-    if files.dialect is not MEGATRON_CORE:
-        return files
-    if problems := core_args.unreadable(files.left_out, folder):
+    core = files.dialect is MEGATRON_CORE
+    if problems := (core_args if core else megatron_args).unreadable(files.left_out, folder):
         raise ConversionError(*problems)
+    if not core:
+        return files
     return dataclasses.replace(files, args=core_args.normalise(files.args or _args_of_manifest(folder), folder))
 
 

@@ -207,14 +207,16 @@ def _open_megatron(
     files, config = opened.files, opened.config
     placed = locate(files, FAMILIES[family], config)
     assumed = {name for name, origin in opened.origins.items() if origin == "family"}
+    # What training was told later may differ from what was imported; in a conversion's own output it must not.
+    said = manifest.model_fields(opened.manifest) if opened.manifest and files.iteration == "release" else {}
     contradicted = []
     if not megatron_args.was_reset(files.args):
         stated = megatron_args.from_args(family, files.args)
-        for name in megatron_args.SILENT:
-            if name in stated and name not in fields and stated[name] != getattr(config, name):
-                contradicted.append(
-                    f"{name} is {getattr(config, name)} in its {opened.origins[name]} and {stated[name]} in its args"
-                )
+        contradicted += [
+            f"{name} is {said[name]} in its manifest and {stated[name]} in its args"
+            for name in megatron_args.SILENT
+            if name in stated and name in said and name not in fields and stated[name] != said[name]
+        ]
     if family == "falcon" and files.args.get("tie_embed_logits") not in (None, config.tie_word_embeddings):
         stored = "stored" if files.has_head() else "not stored"
         contradicted.append(f"its head is {stored}, but its args say tie_embed_logits {files.args['tie_embed_logits']}")
