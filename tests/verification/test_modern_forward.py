@@ -6,7 +6,7 @@ Megatron-Core's tensors are made here, head by head, without the package's own m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from weights_conversion.config import ModelConfig
+from weights_conversion.config import ModelConfig, RopeScaling
 from weights_conversion.errors import ConversionError
 from weights_conversion.verification import forward
 from weights_conversion.verification.conventions import HF, MEGATRON_CORE, MEGATRON_LLM, META, Convention
@@ -24,27 +24,7 @@ BOUND = 1e-5  # of single logits, in float32
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
-@dataclass(frozen=True)
-class Rope:
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-
-
-@dataclass(frozen=True)
-class Modern(ModelConfig):
-    rope: Rope = Rope(1e4)
-    add_qkv_bias: bool = False
-    qk_layernorm: bool = False
-
-
-BASE = Modern(
+BASE = ModelConfig(
     family="llama3",
     num_layers=2,
     hidden_size=48,
@@ -55,31 +35,31 @@ BASE = Modern(
     vocab_size=97,
     max_position_embeddings=4096,
     layernorm_epsilon=1e-5,
-    rope=Rope(5e5),
+    rope_theta=5e5,
 )
-LLAMA3 = Rope(5e5, "llama3", 8.0, 1.0, 4.0, 256)
-YARN = Rope(1e6, "yarn", 4.0, original_max_position_embeddings=512)
-QWEN2 = replace(BASE, family="qwen2", layernorm_epsilon=1e-6, rope=Rope(1e6), add_qkv_bias=True)
-QWEN3 = replace(BASE, family="qwen3", layernorm_epsilon=1e-6, rope=Rope(1e6), qk_layernorm=True, head_dim=16)
+LLAMA3 = RopeScaling("llama3", 8.0, 256)
+YARN = RopeScaling("yarn", 4.0, 512)
+QWEN2 = replace(BASE, family="qwen2", layernorm_epsilon=1e-6, rope_theta=1e6, add_qkv_bias=True)
+QWEN3 = replace(BASE, family="qwen3", layernorm_epsilon=1e-6, rope_theta=1e6, qk_layernorm=True, head_dim=16)
 CONFIGS = {
     "llama3 8B": BASE,
-    "llama3.1": replace(BASE, rope=LLAMA3),
-    "llama3.2 tied": replace(BASE, rope=replace(LLAMA3, factor=32.0), tie_word_embeddings=True),
-    "llama linear": replace(BASE, rope=Rope(5e5, "linear", 4.0)),
+    "llama3.1": replace(BASE, rope_scaling=LLAMA3),
+    "llama3.2 tied": replace(BASE, rope_scaling=replace(LLAMA3, factor=32.0), tie_word_embeddings=True),
+    "llama linear": replace(BASE, rope_scaling_factor=4.0),
     "qwen2": QWEN2,
     "qwen2 tied": replace(QWEN2, tie_word_embeddings=True),
-    "qwen2 yarn": replace(QWEN2, rope=YARN),
+    "qwen2 yarn": replace(QWEN2, rope_scaling=YARN),
     "qwen3": QWEN3,
     "qwen3 tied": replace(QWEN3, tie_word_embeddings=True),
-    "qwen3 yarn": replace(QWEN3, rope=replace(YARN, attention_factor=1.3, beta_fast=24.0, beta_slow=2.0)),
-    "mistral nemo": replace(BASE, family="mistral", head_dim=16, rope=Rope(1e6)),
+    "qwen3 yarn": replace(QWEN3, rope_scaling=replace(YARN, attention_factor=1.3, beta_fast=24.0, beta_slow=2.0)),
+    "mistral nemo": replace(BASE, family="mistral", head_dim=16, rope_theta=1e6),
     "mistral window": replace(BASE, family="mistral", head_dim=16, sliding_window=7),
 }
 CLASSES = {"llama3": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
 CASES = [pytest.param(name, side, id=f"{name}-{side.title}") for name in CONFIGS for side in (HF, MEGATRON_CORE)]
 
 
-def transformers_model(config: Modern) -> Any:
+def transformers_model(config: ModelConfig) -> Any:
     """A random model with random norms and biases, in float32."""
     fields: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -98,9 +78,10 @@ def transformers_model(config: Modern) -> Any:
         fields["head_dim"] = config.head_dim
     if config.family == "mistral":
         fields["sliding_window"] = config.sliding_window
-    scaling = {name: value for name, value in vars(config.rope).items() if value is not None}
-    theta, kind = scaling.pop("theta"), scaling.pop("kind")
-    scaling = {"rope_type": kind} | ({} if kind == "default" else scaling)
+    theta, kind = config.rope_theta, config.rope.kind
+    scaling = {"rope_type": kind} | ({"factor": config.rope_scaling_factor} if kind == "linear" else {})
+    if config.rope_scaling:
+        scaling |= {k: v for k, v in vars(config.rope_scaling).items() if v is not None and k != "kind"}
     if TRANSFORMERS_5:
         fields["rope_parameters"] = {**scaling, "rope_theta": theta}
     else:
@@ -115,7 +96,7 @@ def transformers_model(config: Modern) -> Any:
     return model.eval()
 
 
-def reference(config: Modern) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+def reference(config: ModelConfig) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """(HF tensors, prompts, positions, transformers' logits)."""
     model, prompts = transformers_model(config), forward.default_prompts(config)
     positions = forward.default_positions(config, prompts.shape[1])
@@ -126,7 +107,7 @@ def reference(config: Modern) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, prompts, positions, logits
 
 
-def grouped(config: Modern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def grouped(config: ModelConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[q .. q, k, v] of every query group, head by head."""
     dim, each = config.head_dim, config.num_attention_heads // config.num_query_groups
     heads: list[Tensor] = []
@@ -136,7 +117,7 @@ def grouped(config: Modern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(heads)
 
 
-def core(config: Modern, hf: dict[str, Tensor]) -> dict[str, Tensor]:
+def core(config: ModelConfig, hf: dict[str, Tensor]) -> dict[str, Tensor]:
     """Megatron-Core's full tensors, with rows of NaN behind the vocabulary, which nobody may read."""
     padding = torch.full((3, config.hidden_size), float("nan"))
     out = {
@@ -163,7 +144,7 @@ def core(config: Modern, hf: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def logits_of(config: Modern, side: Convention, tensors: dict[str, Tensor], prompts: Tensor, at: Tensor) -> Tensor:
+def logits_of(config: ModelConfig, side: Convention, tensors: dict[str, Tensor], prompts: Tensor, at: Tensor) -> Tensor:
     unread = set(tensors)
 
     def weights(name: str, rows: slice | None) -> Tensor:
@@ -230,17 +211,17 @@ def test_a_wrong_tensor_is_far_beyond_the_bound(fault: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("llama3.1", {"rope": Rope(5e5)}),
-        ("llama3.2 tied", {"rope": LLAMA3}),  # what stock training does with factor 32
-        ("llama3.1", {"rope": replace(LLAMA3, low_freq_factor=2.0)}),
-        ("llama3.1", {"rope": replace(LLAMA3, high_freq_factor=8.0)}),
-        ("llama3.1", {"rope": replace(LLAMA3, original_max_position_embeddings=512)}),
-        ("llama linear", {"rope": Rope(5e5)}),
-        ("qwen2 yarn", {"rope": Rope(1e6)}),
-        ("qwen2 yarn", {"rope": replace(YARN, factor=8.0)}),
-        ("qwen2 yarn", {"rope": replace(YARN, attention_factor=1.0)}),
-        ("qwen3 yarn", {"rope": YARN}),
-        ("qwen3", {"rope": Rope(1e4)}),
+        ("llama3.1", {"rope_scaling": None}),
+        ("llama3.2 tied", {"rope_scaling": LLAMA3}),  # what stock training does with factor 32
+        ("llama3.1", {"rope_scaling": replace(LLAMA3, low_freq_factor=2.0)}),
+        ("llama3.1", {"rope_scaling": replace(LLAMA3, high_freq_factor=8.0)}),
+        ("llama3.1", {"rope_scaling": replace(LLAMA3, original_max_position_embeddings=512)}),
+        ("llama linear", {"rope_scaling_factor": 1.0}),
+        ("qwen2 yarn", {"rope_scaling": None}),
+        ("qwen2 yarn", {"rope_scaling": replace(YARN, factor=8.0)}),
+        ("qwen2 yarn", {"rope_scaling": replace(YARN, attention_factor=1.0)}),
+        ("qwen3 yarn", {"rope_scaling": YARN}),
+        ("qwen3", {"rope_theta": 1e4}),
         ("qwen3", {"layernorm_epsilon": 1e-4}),
         ("qwen2", {"tie_word_embeddings": True}),
     ],

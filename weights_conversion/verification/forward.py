@@ -58,12 +58,8 @@ def default_positions(config: ModelConfig, length: int) -> Tensor:
 
 
 def rope_of(config: ModelConfig) -> dict[str, Any]:
-    """What decides the rotary angles, as `frequencies` takes it, and `partial_rotary_factor`."""
-    rope = getattr(config, "rope", None)
-    if rope is not None:
-        return {name: value for name, value in vars(rope).items() if value is not None}
-    factor = config.rope_scaling_factor
-    return {"kind": "default" if factor == 1.0 else "linear", "theta": config.rope_theta, "factor": factor}
+    """What decides the rotary angles, as `frequencies` takes it."""
+    return {name: value for name, value in vars(config.rope).items() if value is not None}
 
 
 def trace(
@@ -176,19 +172,16 @@ def _apart(config: ModelConfig, fused: Tensor, grouped: bool) -> Sequence[Tensor
 
 def _angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of every position and rotary pair: (length, 1, 1, pairs)."""
-    rope = rope_of(config)
-    inverse, scaling = frequencies(dim=int(config.head_dim * rope.pop("partial_rotary_factor", 1.0)), **rope)
+    inverse, scaling = frequencies(dim=config.head_dim, **rope_of(config))
     angles = positions.float()[:, None] * inverse
     return angles.cos()[:, None, None] * scaling, angles.sin()[:, None, None] * scaling
 
 
 def _rotate(convention: Convention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (prompts, length, groups, heads, head_dim); dimensions without an angle stay."""
-    turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    """Rotary embedding of x (prompts, length, groups, heads, head_dim)."""
     axis = -1 if convention.interleaved_rotary else -2
-    a, b = turned.unflatten(-1, (-1, 2) if convention.interleaved_rotary else (2, -1)).unbind(axis)
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=axis).flatten(-2)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    a, b = x.unflatten(-1, (-1, 2) if convention.interleaved_rotary else (2, -1)).unbind(axis)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=axis).flatten(-2)
 
 
 def _mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ KINDS = ("default", "linear", "llama3", "yarn")
 
 def frequencies(
     kind: str, *, dim: int, theta: float, factor: float = 1.0, low_freq_factor: float = 1.0,
-    high_freq_factor: float = 4.0, original_max_position_embeddings: int | None = None,
+    high_freq_factor: float = 4.0, original_max_position_embeddings: int = 0,
     attention_factor: float | None = None, beta_fast: float | None = None, beta_slow: float | None = None,
     mscale: float | None = None, mscale_all_dim: float | None = None, truncate: bool = True,
 ) -> tuple[Tensor, float]:  # fmt: skip
@@ -33,7 +33,7 @@ def frequencies(
         return plain / factor, 1.0
     if kind not in KINDS:
         raise ConversionError(f"the forward pass knows the rope kinds {', '.join(KINDS)}, not {kind!r}")
-    if original_max_position_embeddings is None:
+    if not original_max_position_embeddings:
         raise ConversionError(f"rope of kind {kind} needs original_max_position_embeddings, which is not stated")
     original = original_max_position_embeddings
     if kind == "llama3":
