@@ -69,6 +69,8 @@ def megatron_to_hf(options: ExportOptions) -> Report:
 
     written_dtype = dtype or main_dtype([placed for group in sources.values() for placed in group])
     base = (opened.manifest or {}).get("config") or {}
+    if problems := hf_config.foreign(config.family, base, f"the config in {manifest.NAME}"):
+        raise ConversionError(*problems)
     exported = hf_config.write_config(config, base, str(written_dtype).removeprefix("torch."))
     generation = dict((opened.manifest or {}).get("generation_config") or {})
     if options.no_tokenizer:

@@ -14,17 +14,15 @@ class Family(Architecture):
     """`repositories` are the default ones by size, whose keys are --size's choices; the first is the default.
 
     `defaults` are ModelConfig fields that a family uses where nothing that can be trusted says otherwise.
-    `config_defaults` are what transformers' config class takes for a config.json key that is absent. `ropes` are the
-    kinds of rope scaling that its transformers class computes. `features` name ModelConfig fields (add_qkv_bias,
-    qk_layernorm) that every model of the family has. `meta_context` is the context of a release in Meta's files, whose
-    params.json does not state it.
+    `ropes` are the kinds of rope scaling that its transformers class computes. `features` name ModelConfig fields
+    (add_qkv_bias, qk_layernorm) that every model of the family has. `meta_context` is the context of a release in
+    Meta's files, whose params.json does not state it. What a config.json says: configs/hf_keys.py, by `hf_class`.
     """
 
     model_types: tuple[str, ...] = ("llama",)
     hf_class: str = "LlamaForCausalLM"
     repositories: Mapping[str, str] = field(default_factory=dict, hash=False)
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    config_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     features: frozenset[str] = frozenset()
     windowed: bool = False

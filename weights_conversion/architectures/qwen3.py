@@ -8,6 +8,5 @@ QWEN3 = dense(
     hf_class="Qwen3ForCausalLM",
     repositories={size: f"Qwen/Qwen3-{size}B" for size in ("8", "0.6", "1.7", "4", "14", "32")},
     defaults={"layernorm_epsilon": 1e-6, "rope_theta": 1e6},
-    config_defaults={"head_dim": 128},
     features=frozenset({"qk_layernorm"}),
 )

@@ -1,42 +1,34 @@
-"""config.json <-> ModelConfig, by table, in the spelling of transformers 4 and 5; Meta's params.json -> ModelConfig."""
+"""config.json <-> ModelConfig, by table, in the spelling of transformers 4 and 5."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import rope
+from weights_conversion.configs import foreign_keys, rope
+from weights_conversion.configs.hf_keys import CONFIG_CLASSES, GENERIC, ConfigClass
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import Placed
 from weights_conversion.mapping.dialects import Dialect
 
-# ModelConfig field -> config.json key (and the spellings of older releases).
-LLAMA_KEYS: dict[str, tuple[str, ...]] = {
-    "num_layers": ("num_hidden_layers",),
-    "hidden_size": ("hidden_size",),
-    "ffn_hidden_size": ("intermediate_size",),
-    "num_attention_heads": ("num_attention_heads",),
-    "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("max_position_embeddings",),
-    "layernorm_epsilon": ("rms_norm_eps",),
-}
-FALCON_KEYS: dict[str, tuple[str, ...]] = {
-    "num_layers": ("num_hidden_layers", "n_layer"),
-    "hidden_size": ("hidden_size",),
-    "num_attention_heads": ("num_attention_heads", "n_head"),
-    "vocab_size": ("vocab_size",),
-    "layernorm_epsilon": ("layer_norm_epsilon",),
-}
 # Keys that name what OUT does not hold: code of the source's own (never copied, never run; transformers has a class for
 # every family), a weight file by another name, a tokenizer class, which tokenizer_config.json states.
 LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenizer_class", "_commit_hash")
 
 
-def keys_of(family: str) -> dict[str, tuple[str, ...]]:
-    return FALCON_KEYS if family == "falcon" else LLAMA_KEYS
+# Keys that are read here apart from a class's fields, and say how the weights are stored.
+READ = ("rope_parameters", "rope_scaling", "partial_rotary_factor", "layer_types", "n_head_kv")
+
+
+def class_of(family: str) -> ConfigClass:
+    return CONFIG_CLASSES[FAMILIES[family].hf_class]
+
+
+def keys_of(family: str) -> Mapping[str, tuple[str, ...]]:
+    return class_of(family).fields
 
 
 def read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: str) -> ModelConfig:
@@ -58,13 +50,15 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
             "give the MODEL that the checkpoint is"
         )
     problems = unsupported(family, raw, target, where)
+    full = class_of(family).completed(raw)
     values: dict[str, Any] = {}
     for name, keys in keys_of(family).items():
-        value = next((raw[key] for key in keys if raw.get(key) is not None), None)
+        stated = {key: full[key] for key in keys if full.get(key) is not None}
+        value = next(iter(stated.values()), None)
         wanted = float if name == "layernorm_epsilon" else int
-        if name == "layernorm_epsilon" and value is None:
-            value = 1e-5 if family == "falcon" else 1e-6  # transformers' defaults
-        if not isinstance(value, (int, wanted)) or isinstance(value, bool) or value <= 0:
+        if len(set(map(repr, stated.values()))) > 1:
+            problems.append(f"{where} has two values of one field, {stated}; remove the wrong one")
+        elif not isinstance(value, (int, wanted)) or isinstance(value, bool) or not 0 < value < math.inf:
             problems.append(f"{where} has {keys[0]} {value!r}, where a positive {wanted.__name__} was expected")
         else:
             values[name] = value
@@ -73,36 +67,54 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
     theta, factor = read_rope(raw, where)
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     if family == "falcon":
-        values |= _falcon(raw, heads, hidden)
+        values |= _falcon(raw, full, heads, hidden)
     else:
-        values["num_query_groups"] = raw.get("num_key_value_heads") or heads
-        values["head_dim"] = (
-            raw.get("head_dim") or FAMILIES[family].config_defaults.get("head_dim") or hidden // heads
-        )
-        values["sliding_window"] = raw.get("sliding_window") if FAMILIES[family].windowed else None
+        groups, head_dim = full["num_key_value_heads"], full.get("head_dim")
+        values["num_query_groups"] = heads if groups is None else groups
+        values["head_dim"] = hidden // heads if head_dim is None else head_dim
+        values["sliding_window"] = _window(full, where) if FAMILIES[family].windowed else None
         values |= dict.fromkeys(FAMILIES[family].features, True)
-        values["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
+        values["tie_word_embeddings"] = bool(full["tie_word_embeddings"])
     scaling = rope.read_scaling(raw, where)
     config = ModelConfig(family=family, rope_theta=theta, rope_scaling_factor=factor, rope_scaling=scaling, **values)
-    _check_heads(config, raw.get("head_dim") is not None and family != "falcon", where)
+    check_heads(config, full.get("head_dim") is not None and family != "falcon", where)
     return config
 
 
-def _falcon(raw: Mapping[str, Any], heads: int, hidden: int) -> dict[str, Any]:
+def _falcon(raw: Mapping[str, Any], full: Mapping[str, Any], heads: int, hidden: int) -> dict[str, Any]:
+    """`full` is `raw` with the class's defaults; a config of the first release means what its own code made of it."""
     grouped = bool(raw.get("new_decoder_architecture", raw.get("model_type") == "RefinedWeb"))  # its name of old
-    kv = raw.get("num_kv_heads") or raw.get("n_head_kv") or heads
-    norms = raw.get("num_ln_in_parallel_attn")
+    kv = full["num_kv_heads"] or full.get("n_head_kv") or heads
+    norms = full["num_ln_in_parallel_attn"]
     return {
-        "ffn_hidden_size": raw.get("ffn_hidden_size") or 4 * hidden,
-        "num_query_groups": kv if grouped else 1 if raw.get("multi_query", True) else heads,
+        "ffn_hidden_size": full["ffn_hidden_size"] or 4 * hidden,
+        "num_query_groups": kv if grouped else 1 if full["multi_query"] else heads,
         "head_dim": hidden // heads,
-        "max_position_embeddings": raw.get("max_position_embeddings") or 2048,
+        "max_position_embeddings": full["max_position_embeddings"] or 2048,
         "num_layernorms": norms if norms in (1, 2) else 2 if grouped else 1,
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", True)),
+        "tie_word_embeddings": bool(full["tie_word_embeddings"]),
     }
 
 
-def _check_heads(config: ModelConfig, own_head_dim: bool, where: str) -> None:
+def _kinds(layer_types: Any) -> set[str]:
+    return {str(kind) for kind in layer_types} if isinstance(layer_types, list) else {str(layer_types)}
+
+
+def _window(full: Mapping[str, Any], where: str) -> int | None:
+    """The sliding window of every layer. `layer_types` (version 5) may only repeat it."""
+    window, kinds = full["sliding_window"], full.get("layer_types")
+    if window is not None and (type(window) is not int or window <= 0):
+        raise ConversionError(f"{where} has sliding_window {window!r}, where a positive int or null was expected")
+    expected = "full_attention" if window is None else "sliding_attention"
+    if kinds is not None and _kinds(kinds) != {expected}:
+        raise ConversionError(
+            f"{where} has sliding_window {window}, but not all of its layer_types are {expected}: layers that differ "
+            "cannot be expressed"
+        )
+    return window
+
+
+def check_heads(config: ModelConfig, own_head_dim: bool, where: str) -> None:
     heads, groups = config.num_attention_heads, config.num_query_groups
     problems = []
     for name in ("num_query_groups", "head_dim", "max_position_embeddings", "ffn_hidden_size"):
@@ -121,26 +133,13 @@ def _check_heads(config: ModelConfig, own_head_dim: bool, where: str) -> None:
 def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str) -> list[str]:
     """Features of a config.json that the target cannot express, as sentences."""
     found = []
-    if raw.get("quantization_config"):
-        found.append("quantized weights (quantization_config)")
-    if family == "falcon":
+    if FAMILIES[family].parallel_attention:
         if not target.parallel_attention:
             found.append("falcon's attention in parallel with the MLP (parallel_attn)")
-        if raw.get("alibi"):
-            found.append("alibi position embeddings (alibi)")
         if not (raw.get("parallel_attn", True) or raw.get("new_decoder_architecture", False)):
             found.append("attention before the MLP instead of beside it (parallel_attn false)")
-        if raw.get("bias"):
-            found.append("linear layers with bias (bias)")
-        if raw.get("activation", "gelu") != "gelu":
-            found.append(f"activation {raw['activation']!r}")
     else:
         found += [f"{feature}, which {family} has" for feature in FAMILIES[family].features - target.features]
-        for key in ("attention_bias", "mlp_bias"):
-            if raw.get(key):
-                found.append(f"{key} (linear layers with bias)")
-        if raw.get("hidden_act", "silu") != "silu":
-            found.append(f"hidden_act {raw['hidden_act']!r}")
         if raw.get("tie_word_embeddings") and not target.ties_heads:
             found.append("a head tied to the embedding (tie_word_embeddings)")
     malformed = []
@@ -154,10 +153,49 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str
             found.append(f"rope scaling of type {kind!r} (only {', '.join(ropes[1:])})")
         if (stated.get("partial_rotary_factor") or 1.0) != 1.0:
             found.append("rotary embedding on a part of each head (partial_rotary_factor)")
+        malformed += rope.contradictions(stated, f"{key} of {where}")
     if (raw.get("partial_rotary_factor") or 1.0) != 1.0:
         found.append("rotary embedding on a part of each head (partial_rotary_factor)")
     sentences = [f"{where} asks for {what}, which {target.name} cannot express" for what in dict.fromkeys(found)]
-    return sentences + malformed
+    return sentences + foreign(family, raw, where) + malformed
+
+
+def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
+    """What a config.json asks for that no model of `family` computes, as sentences: known keys by value, others by
+    name."""
+    known = class_of(family)
+    reader = FAMILIES[family].hf_class.removesuffix("ForCausalLM") + "Config of transformers"
+    problems = [
+        f"{where} has {key} {raw[key]!r}, where {family} models have {plain[0]!r}: it cannot be expressed"
+        for key, plain in known.plain.items()
+        if key in raw and not any(raw[key] is value or raw[key] == value for value in plain)
+    ]
+    problems += [
+        f"{where} has {key}: the weights are quantized; convert the unquantized checkpoint"
+        for key in ("quantization_config", "compression_config")
+        if raw.get(key)
+    ]
+    if raw.get("transformers_weights") not in (None, "model.safetensors", "model.safetensors.index.json"):
+        problems.append(
+            f"{where} has transformers_weights {raw['transformers_weights']!r}; rename that file to "
+            "model.safetensors and remove the key"
+        )
+    kinds = raw.get("layer_types")
+    if kinds is not None and not FAMILIES[family].windowed and _kinds(kinds) - {"full_attention"}:
+        problems.append(f"{where} has layer_types {sorted(_kinds(kinds))}, where all layers are full_attention")
+    read = {*known.defaults, *known.plain, *READ, *(key for keys in known.fields.values() for key in keys)}
+    return problems + foreign_keys.refusals(raw, read, where, reader)
+
+
+def unread(family: str, raw: Mapping[str, Any]) -> list[str]:
+    """Keys of a config.json that nobody here has heard of, and whose names say nothing of the forward pass."""
+    known = class_of(family)
+    heard = {*GENERIC, *known.plain, *READ, *LEFT_BEHIND}
+    return [
+        key
+        for key, value in raw.items()
+        if not (key in heard or known.knows(key) or key.startswith("_") or foreign_keys.is_plain(key, value))
+    ]
 
 
 def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, float]:
@@ -169,10 +207,11 @@ def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, float]:
     new, old = ropes
     linear = [
         stated.get("factor", "missing") if stated.get("rope_type", stated.get("type")) == "linear" else 1.0
-        for stated, present in ((new, "rope_parameters" in raw), (old, raw.get("rope_scaling") is not None))
-        if present
+        for stated in (new, old)
+        if stated
     ]
-    thetas = [value for value in (new.get("rope_theta"), raw.get("rope_theta")) if value is not None]
+    places = (new.get("rope_theta"), old.get("rope_theta"), raw.get("rope_theta"))
+    thetas = [value for value in places if value is not None]
     found = []
     for name, values in (("rope_theta", thetas), ("rope scaling factor", linear)):
         for value in values:
@@ -183,45 +222,6 @@ def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, float]:
         found.append(values[0] if values else None)
     theta, factor = found
     return float(theta or 10000.0), float(factor or 1.0)
-
-
-def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Placed], where: str) -> ModelConfig:
-    """The ModelConfig of Meta's params.json; what it leaves out comes from the tensors' own shapes.
-
-    `where` is the path of the file, for errors.
-    """
-    context = FAMILIES[family].meta_context
-    if context is None:
-        raise ConversionError(f"{where} is of Meta's Llama files, and no {family} model was published in them")
-    if family == "codellama" and not raw.get("rope_theta"):
-        raise ConversionError(f"{where} has no rope_theta, which differs among the Code Llama models; add it")
-    embedding, first = tensors.get("tok_embeddings.weight"), tensors.get("layers.0.feed_forward.w1.weight")
-    if embedding is None or first is None:
-        raise ConversionError(
-            "the consolidated files hold no tok_embeddings.weight and layers.0.feed_forward.w1.weight"
-        )
-    try:
-        hidden, heads = int(raw["dim"]), int(raw["n_heads"])
-        config = ModelConfig(
-            family=family,
-            num_layers=int(raw["n_layers"]),
-            hidden_size=hidden,
-            ffn_hidden_size=first.rows,
-            num_attention_heads=heads,
-            num_query_groups=int(raw.get("n_kv_heads") or heads),
-            head_dim=hidden // heads,
-            vocab_size=embedding.rows,
-            max_position_embeddings=context,
-            layernorm_epsilon=float(raw["norm_eps"]),
-            rope_theta=float(raw.get("rope_theta") or 10000.0),
-        )
-    except (KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConversionError(f"{where} lacks or garbles a field ({type(error).__name__}: {error})") from error
-    stated = raw.get("vocab_size", -1)
-    if stated not in (-1, None, embedding.rows):
-        raise ConversionError(f"{where} says vocab_size {stated}, tok_embeddings.weight has {embedding.rows} rows")
-    _check_heads(config, own_head_dim=False, where=where)
-    return config
 
 
 def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -235,18 +235,14 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     result["architectures"] = [FAMILIES[config.family].hf_class]
     result.setdefault("model_type", FAMILIES[config.family].model_types[0])
     for name, keys in keys_of(config.family).items():
-        result[next((key for key in keys if key in result), keys[0])] = getattr(config, name)
+        result |= dict.fromkeys([key for key in keys if key in result] or keys[:1], getattr(config, name))
     if config.family == "falcon":
         _write_falcon(config, result)
     else:
         result.setdefault("hidden_act", "silu")
         result["num_key_value_heads"] = config.num_query_groups
-        implied = FAMILIES[config.family].config_defaults.get("head_dim") is None
-        if (
-            "head_dim" in result
-            or not implied
-            or config.head_dim * config.num_attention_heads != config.hidden_size
-        ):
+        implied = class_of(config.family).defaults.get("head_dim") is None
+        if "head_dim" in result or not implied or config.head_dim * config.num_attention_heads != config.hidden_size:
             result["head_dim"] = config.head_dim
         result["tie_word_embeddings"] = config.tie_word_embeddings
         if FAMILIES[config.family].windowed:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from reprlib import repr as short
 from typing import Any
 
 from weights_conversion.config import ModelConfig, RopeScaling
+from weights_conversion.configs.foreign_keys import is_plain
 from weights_conversion.errors import ConversionError
 
 KEYS = ("rope_parameters", "rope_scaling")
@@ -24,6 +26,22 @@ _IDLE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"
 
 def kind_of(rope: Mapping[str, Any]) -> str:
     return rope.get("rope_type", rope.get("type")) or "default"
+
+
+def contradictions(rope: Mapping[str, Any], where: str) -> list[str]:
+    """What a rope object says beside its own kind, as sentences: transformers 4 and 5 would each make another model."""
+    kind, other = rope.get("rope_type"), rope.get("type")
+    if kind is not None and other is not None and kind != other:
+        return [f"{where} has rope_type {kind!r} and type {other!r}; remove the wrong one"]
+    if kind_of(rope) not in ("default", "linear"):
+        return []  # the keys of the other kinds are read, and refused, where they are known
+    idle = (*_IDLE, "original_max_position_embeddings", *(("factor",) if kind_of(rope) == "linear" else ()))
+    return [
+        f"{where} has {key} {short(value)}, which rope of type {kind_of(rope)} does not have; "
+        "remove it, or state the rope_type that has it"
+        for key, value in rope.items()
+        if key not in idle and not is_plain(key, value)
+    ]
 
 
 def read_scaling(raw: Mapping[str, Any], where: str) -> RopeScaling | None:

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import hf_config, megatron_args
+from weights_conversion.configs import hf_config, megatron_args, meta_params
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, meta
 from weights_conversion.formats.megatron import TRACKER
@@ -94,15 +95,18 @@ def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
     generation = folder / "generation_config.json"
     generation_config = fileio.read_json(generation) if generation.is_file() else None
     tensors = huggingface.read_hf(folder)
+    unread = hf_config.unread(model, raw)
+    shown = ", ".join(map(short, unread[:10])) + (f" and {len(unread) - 10} more" if len(unread) > 10 else "")
+    notes = (f"keys of config.json that are not known here are kept as they are: {shown}",) if unread else ()
     return Opened(
         folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
-        raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
+        raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors), notes=notes,
     )  # fmt: skip
 
 
 def open_meta(model: str, folder: Path) -> Opened:
     tensors = meta.read_meta(folder)
-    config = hf_config.read_params(model, meta.read_params(folder), tensors, str(folder / "params.json"))
+    config = meta_params.read_params(model, meta.read_params(folder), tensors, str(folder / "params.json"))
     return Opened(
         folder, META, config, lambda architecture: in_huggingface(architecture, config, tensors, META),
         tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),

@@ -12,7 +12,7 @@ import torch
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import hf_config, manifest, megatron_args, rope
+from weights_conversion.configs import hf_config, manifest, megatron_args, meta_params, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, meta
 from weights_conversion.layouts.placement import Placed, main_dtype
@@ -186,7 +186,7 @@ def _open(
         folder = meta.find_meta(path, family, "") or path
         tensors, raw = meta.read_meta(folder), meta.read_params(folder)
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
-        config = hf_config.read_params(family, raw, tensors, str(folder / "params.json"))
+        config = meta_params.read_params(family, raw, tensors, str(folder / "params.json"))
         return _apart(path, META, config, tensors, frozenset(assumed))
     return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size)
 
