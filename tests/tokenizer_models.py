@@ -105,6 +105,38 @@ class MegatronSentencePiece:
         return [*self.model.EncodeAsIds(text[:at]), self.ids[token], *self.encode(text[at + len(token) :])]
 
 
+def train_llama3(folder: Path, vocab_size: int = 300, spare: int = 1) -> Path:
+    """Writes a folder like Llama 3's: byte-level tokenizer.json alone, bos and eos among the added tokens behind it.
+
+    `spare` tokens lie between the two.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    spares = [f"<|reserved_{i}|>" for i in range(spare)]
+    tokenizer.add_special_tokens(["<|begin_of_text|>", *spares, "<|end_of_text|>"])
+    folder.mkdir(parents=True)
+    data = json.loads(tokenizer.to_str())
+    (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False))
+    settings = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "model_max_length": 8192}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "vocab.json").write_text(json.dumps(data["model"]["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+def ids_of(folder: Path) -> dict[str, int]:
+    """The ids in a folder's tokenizer.json."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    return {**data["model"]["vocab"], **{entry["content"]: entry["id"] for entry in data["added_tokens"]}}
+
+
 FALCON_SPECIAL = [
     *(f">>{name}<<" for name in ("TITLE", "ABSTRACT", "INTRODUCTION", "SUMMARY", "COMMENT", "ANSWER", "QUESTION")),
     *(f">>{name}<<" for name in ("DOMAIN", "PREFIX", "SUFFIX", "MIDDLE")),

@@ -18,7 +18,7 @@ from weights_conversion.hub import repositories as hub
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import main_dtype
 from weights_conversion.layouts.planners import plan_to_hf
-from weights_conversion.mapping.dialects import HF
+from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
 from weights_conversion.output import assembly, place
 from weights_conversion.sources.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
 from weights_conversion.sources.locate import locate
@@ -78,6 +78,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     else:
         planned = _tokenizer(options, opened, generation)
         report.notes += planned.report
+        report.warnings += planned.warnings
         _set_token_ids(exported, generation, planned, has_base=bool(base))
         files |= planned.copied
         files |= {name: _json(content) for name, content in planned.written.items()}
@@ -108,7 +109,8 @@ def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Map
     try:
         return plan_tokenizer(
             opened.config.family, options.input_dir, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
-            search=trained_from(args), fetch=fetch, generation=generation,
+            rows_known=opened.true_rows_known, core=opened.files.dialect is MEGATRON_CORE,
+            iteration=opened.files.folder, search=trained_from(args), fetch=fetch, generation=generation,
         )  # fmt: skip
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         place = options.tokenizer.vocab_file or options.input_dir

@@ -75,9 +75,10 @@ def check_loaded(data: Mapping[str, Any], expected: Mapping[str, int], built_fro
 
 
 def row_problems(ids: Mapping[str, int], rows: int, base: int, extras: Iterable[str]) -> list[str]:
-    """A sentence for each kind of token whose id has no embedding row, naming the flag that mends it.
+    """A sentence for each kind of token that training needs and whose id has no embedding row, with the flag for it.
 
-    `base` is the number of ids of the vocabulary file itself, `extras` the extra tokens.
+    `ids` are the tokens of the vocabulary file and those that training added; `base` is the number of ids of the file
+    itself, `extras` the extra tokens.
     """
     extras = set(extras)
     kinds: dict[str, list[str]] = {"pieces": [], "extras": [], "new": []}
@@ -99,3 +100,37 @@ def row_problems(ids: Mapping[str, int], rows: int, base: int, extras: Iterable[
                 f"rows: {names}; either {remedies[kind]}, or the exported rows are too few (--true_vocab_size)."
             )
     return problems
+
+
+def rowless(ids: Mapping[str, int], rows: int) -> list[str]:
+    """A sentence on tokens of the tokenizer's own files behind the model's rows, as fine-tunes have them; none is lost.
+
+    Training never gave them to the model.
+    """
+    behind = [f"{token} = {i}" for token, i in sorted(ids.items(), key=lambda item: item[1]) if i >= rows]
+    if not behind:
+        return []
+    shown = ", ".join(behind[:8]) + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
+    return [
+        f"{len(behind)} token{'s' if len(behind) > 1 else ''} of the tokenizer's own files stand behind the model's "
+        f"{rows} rows, here as there: {shown}; text that holds one cannot be given to the model"
+    ]
+
+
+def check_default(source: Source, tokens: int, rows: int, known: bool, args: Mapping[str, Any]) -> None:
+    """Raises where the family's usual tokenizer, which nothing names, has not the model's number of ids.
+
+    `tokens` is their number. `known`: `rows` are without padding; else the padding that `args` ask for may be there.
+    """
+    if tokens == rows:
+        return
+    divisor, tp = (args.get(name) for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"))
+    if isinstance(divisor, int) and isinstance(tp, int) and divisor * tp > 0:
+        fits = not known and rows == -(-tokens // (divisor * tp)) * divisor * tp
+    else:
+        fits = not known and 0 <= rows - tokens < 1024
+    if not fits:
+        raise ConversionError(
+            f"the tokenizer of {source.origin.split(',')[0]} has {tokens} tokens and the model {rows} rows, so it is "
+            "not this model's; name the tokenizer of training with --vocab_file, or leave it out with --no_tokenizer."
+        )

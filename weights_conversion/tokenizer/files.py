@@ -12,7 +12,8 @@ from weights_conversion.errors import ConversionError
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 SPECIAL_MAP, ADDED, CHAT_TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
-TOKENIZER_FILES = (MODEL, JSON, CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE)
+VOCAB, MERGES = "vocab.json", "merges.txt"  # of byte-level tokenizers, for readers without tokenizer.json
+TOKENIZER_FILES = (MODEL, JSON, CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE, VOCAB, MERGES)
 
 # Asked only where no file is at hand. Falcon's is the one that Megatron-LLM itself always uses.
 REPOSITORIES = {
@@ -28,10 +29,14 @@ Fetch = Callable[[str, "Path | None"], Path]
 
 @dataclass(frozen=True)
 class Source:
-    """The tokenizer files found: where, in words for the report, and each file by its usual name."""
+    """The tokenizer files found: where, in words for the report, and each file by its usual name.
+
+    `default`: the family's usual tokenizer, taken because nothing is stated.
+    """
 
     origin: str
     files: Mapping[str, Path]
+    default: bool = False
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file's content, {} where there is none. Raises ConversionError where it is no JSON object."""
@@ -41,6 +46,27 @@ class Source:
             return fileio.read_json(self.files[name], fileio.MAX_TOKENIZER_BYTES)
         except ConversionError as error:
             raise ConversionError(f"{error}; mend it, or name another tokenizer with --vocab_file") from error
+
+    def vocabulary_file(self) -> Path:
+        return self.files.get(MODEL) or self.files[JSON]
+
+    def agrees(self, other: Source) -> bool:
+        """Whether no token has two ids and no id two tokens in them."""
+        if MODEL in self.files and MODEL in other.files:
+            return self.same_model(other)
+        mine, theirs = self.ids(), other.ids()
+        owner = {index: token for token, index in mine.items()}
+        return all(mine.get(token, i) == i and owner.get(i, token) == token for token, i in theirs.items())
+
+    def ids(self) -> dict[str, int]:
+        """The ids of all tokens: tokenizer.json's, else tokenizer.model's pieces; with those of added_tokens.json."""
+        from weights_conversion.tokenizer import special_tokens, tokenizer_json
+
+        if JSON in self.files:
+            found = tokenizer_json.all_ids(self.json(JSON))
+        else:
+            found = {piece: i for i, piece in enumerate(special_tokens.read_sentencepiece(self.files[MODEL]).pieces)}
+        return {**self.json(ADDED), **found}
 
     def same_model(self, other: Source) -> bool:
         """Whether both hold a tokenizer.model, equal byte for byte."""
@@ -75,61 +101,3 @@ def with_settings(source: Source, others: Sequence[Source]) -> Source:
         if {JSON, CONFIG} & set(other.files) and source.same_model(other):
             return Source(f"{source.origin}, with the settings in {other.origin}", {**other.files, **source.files})
     return source
-
-
-def locate(
-    family: str,
-    checkpoint: Path,
-    trained_with: str | None,
-    vocab_file: Path | None,
-    search: Sequence[Path],
-    fetch: Fetch | None,
-    cache_dir: Path | None,
-) -> Source:
-    """The tokenizer to export: --vocab_file, else the checkpoint's root, else the file of training, else `search`, else
-    the family's own repository.
-
-    Raises ConversionError where there is none, or where the checkpoint's root and training disagree on tokenizer.model.
-    """
-    wanted = JSON if family == "falcon" else f"{MODEL} or {JSON}"
-    places = [(checkpoint, f"the checkpoint, {checkpoint}")]
-    if trained_with and family != "falcon":
-        places.append((Path(trained_with), f"training's vocab_file, {trained_with}"))
-    recorded = len(places)
-    places += [(folder, str(folder)) for folder in search]
-    opened = [open_source(path, origin, family) for path, origin in places]
-    found = [source for source in opened if source is not None]
-
-    if vocab_file is not None:
-        source = open_source(vocab_file, f"--vocab_file {vocab_file}", family)
-        if source is None:
-            what = (
-                "a folder without" if vocab_file.is_dir() else "not there; expected a vocabulary file or a folder with"
-            )
-            raise ConversionError(f"--vocab_file {vocab_file} is {what} {wanted}; name the tokenizer of training.")
-        return with_settings(source, found)
-    models = [source for source in opened[:recorded] if source is not None and MODEL in source.files]
-    if len(models) == 2 and not models[0].same_model(models[1]):
-        raise ConversionError(
-            f"{models[0].files[MODEL]} and {models[1].files[MODEL]}, which training used, are different; "
-            "name the right one with --vocab_file."
-        )
-    if found:
-        return with_settings(found[0], found[1:])
-
-    looked = [str(path) for path, _ in places]
-    reasons: tuple[str, ...] = ()
-    # A recorded vocab_file that is gone was training's own choice: the family's usual tokenizer would be a guess.
-    if fetch is not None and family in REPOSITORIES and recorded == 1:
-        looked.append(REPOSITORIES[family])
-        try:
-            fetched = open_source(fetch(REPOSITORIES[family], cache_dir), f"{REPOSITORIES[family]}, downloaded", family)
-        except ConversionError as error:
-            fetched, reasons = None, error.problems
-        if fetched is not None:
-            return fetched
-    raise ConversionError(
-        f"no tokenizer for {family} found; looked for {wanted} in {', '.join(looked)}. Name the file or its "
-        "folder with --vocab_file, or export the weights alone with --no_tokenizer.",
-        *reasons,
-    )

@@ -16,12 +16,14 @@ from weights_conversion.tokenizer.files import (
     CHAT_TEMPLATE,
     CONFIG,
     JSON,
+    MERGES,
     MODEL,
     SPECIAL_MAP,
+    VOCAB,
     Fetch,
     Source,
-    locate,
 )
+from weights_conversion.tokenizer.places import locate, stated_places
 from weights_conversion.tokenizer.special_tokens import CONFIG_KEYS, NEW_TOKENS, Extension, Vocabulary
 
 
@@ -50,6 +52,7 @@ class TokenizerPlan:
     config_overrides: dict[str, int]
     report: list[str]
     vocabulary: dict[str, int]
+    warnings: list[str] = field(default_factory=list)
     copied: Mapping[str, Path] = field(default_factory=dict)
     written: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -68,29 +71,33 @@ def plan_tokenizer(
     options: TokenizerOptions,
     *,
     embedding_rows: int,
+    rows_known: bool = False,
+    core: bool = False,
+    iteration: Path | None = None,
     search: Sequence[Path] = (),
     fetch: Fetch | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> TokenizerPlan:
     """Finds the tokenizer, extends it as training did, checks every id, and writes nothing yet.
 
-    `checkpoint` is the Megatron checkpoint's root; `args` its arguments, which count for nothing here where the
-    original's resharding tool has reset them; `embedding_rows` the rows of the exported embedding; `search` further
-    folders; `fetch(repository, cache_dir)` downloads tokenizer files and returns their folder; `generation` the
-    generation_config.json to be exported. Raises ConversionError.
+    `checkpoint` is the Megatron checkpoint's root, `iteration` the folder of the one that is read; `args` its
+    arguments, which count for nothing here where the original's resharding tool has reset them; `core`: it is
+    Megatron-Core's, whose tokenizers add nothing; `embedding_rows` the rows of the exported embedding, `rows_known`:
+    without padding; `search` further folders; `fetch(repository, cache_dir)` downloads tokenizer files and returns
+    their folder; `generation` the generation_config.json to be exported. Raises ConversionError.
     """
     trained = special_tokens.trusted_args(family, args)
-    extension = special_tokens.resolve_extension(family, trained, options.new_tokens, options.vocab_extra_ids_list)
-    source = locate(family, checkpoint, trained.get("vocab_file"), options.vocab_file, search, fetch, options.cache_dir)
+    stated = special_tokens.stated_extension(trained, args.get("tokenizer_type"), core)
+    extension = special_tokens.resolve_extension(family, stated, options.new_tokens, options.vocab_extra_ids_list)
+    places = stated_places(family, checkpoint, iteration, trained, search)
+    source, warnings = locate(family, places, options.vocab_file, fetch, options.cache_dir)
     original = source.json(JSON)
-    vocabulary = _vocabulary(family, source, original, extension)
-    base = len(vocabulary.pieces)
-    if family == "falcon":
-        ids = special_tokens.falcon_token_ids({token: i for i, token in enumerate(vocabulary.pieces)}, extension)
-        cut = tuple(token for token in extension.extras if token in ids)
-    else:
-        ids = special_tokens.token_ids(vocabulary, extension)
-        cut = special_tokens.added_tokens(vocabulary, extension)
+    vocabulary = _vocabulary(family, source, original, extension, rule=not core or "new_tokens" in trained)
+    own_json = MODEL not in source.files and family != "falcon"
+    base, ids, cut = _ids(family, vocabulary, extension, own_json)
+    if trained and (stated != extension):
+        _, before, _ = _ids(family, vocabulary, stated, own_json)
+        warnings += special_tokens.contradictions(stated, extension, before, ids)
 
     config = tokenizer_config.starting_config(family, source, vocabulary)
     fill = tokenizer_config.fill_token(family, config)
@@ -100,11 +107,18 @@ def plan_tokenizer(
         data = {**data, "added_tokens": [entry for entry in data["added_tokens"] if entry["content"] != fill]}
     every = checks.checked_ids(source, data, ids)
     with_rows = {token: index for token, index in every.items() if token != fill or index < base}
-    if problems := checks.row_problems(with_rows, embedding_rows, base, extension.extras):
+    needed = ids
+    if own_json:  # tokens that its own files added need no row
+        pieces = tokenizer_json.model_vocabulary(data)
+        needed = {token: index for token, index in ids.items() if index >= base or token in pieces}
+    if problems := checks.row_problems(needed, embedding_rows, base, extension.extras):
         raise ConversionError(*problems)
+    warnings += checks.rowless({t: i for t, i in with_rows.items() if t not in needed}, embedding_rows)
+    if source.default:
+        checks.check_default(source, max(with_rows.values()) + 1, embedding_rows, rows_known, args)
 
     extras = [token for token in extension.extras if token in ids]
-    named = tokenizer_config.named_tokens(config)
+    named = tokenizer_config.named_tokens({**source.json(SPECIAL_MAP), **config} if own_json else config)
     if extension.new_tokens and family != "falcon":
         named |= {key: token for key, token in NEW_TOKENS.items() if key != "eod"}
         named["pad"] = vocabulary.pad or "<PAD>"
@@ -119,11 +133,14 @@ def plan_tokenizer(
     named |= overrides
     checks.check_known(source, named, tokenizer_config.extra_tokens(config), every)
 
-    special = dict.fromkeys([*cut, *named.values()])
-    data = tokenizer_json.with_special(data, [(token, every[token]) for token in special])
-    config = tokenizer_config.with_tokens(config, named, extras, data, set(special), data != original)
+    as_it_is = own_json and not cut and not overrides
+    if not as_it_is:
+        special = dict.fromkeys([*cut, *named.values()])
+        data = tokenizer_json.with_special(data, [(token, every[token]) for token in special])
+        config = tokenizer_config.with_tokens(config, named, extras, data, set(special), data != original)
     checks.check_loaded(data, every, built_from)
-    copied, written = _files(source, data, config, {token: i for token, i in with_rows.items() if i >= base})
+    behind = {token: i for token, i in with_rows.items() if i >= base}
+    copied, written = _files(source, data, config, behind, own_json, as_it_is)
     doubted = options.new_tokens is None and args.get("new_tokens") is not None and not trained
     overridden = {f"{key}_token_id": every[token] for key, token in overrides.items() if key in CONFIG_KEYS}
     return TokenizerPlan(
@@ -132,16 +149,33 @@ def plan_tokenizer(
         config_overrides=overridden,
         report=_report(source, extension, config, with_rows, base, overrides, cut, generation or {}, doubted),
         vocabulary=with_rows,
+        warnings=warnings,
         copied=copied,
         written=written,
     )
 
 
-def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension: Extension) -> Vocabulary:
-    """What training had before it added tokens: tokenizer.model, or for falcon all of tokenizer.json."""
+def _ids(
+    family: str, vocabulary: Vocabulary, extension: Extension, own_json: bool
+) -> tuple[int, dict[str, int], tuple[str, ...]]:
+    """(number of ids of the vocabulary file, id of every token that training had, tokens that it cut out of text)."""
+    ids = vocabulary.ids
+    base = max(ids.values(), default=-1) + 1
+    if family == "falcon":
+        ids = special_tokens.falcon_token_ids(ids, extension)
+        return base, ids, tuple(token for token in extension.extras if token in ids)
+    if own_json:
+        for token in extension.extras:
+            ids.setdefault(token, max(ids.values()) + 1)
+        return base, ids, extension.extras
+    return base, special_tokens.token_ids(vocabulary, extension), special_tokens.added_tokens(vocabulary, extension)
+
+
+def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension: Extension, rule: bool) -> Vocabulary:
+    """What training had before it added tokens: tokenizer.model, else tokenizer.json. `rule`: Megatron-LLM's holds."""
     if MODEL in source.files and family != "falcon":
         vocabulary = special_tokens.read_sentencepiece(source.files[MODEL])
-        if not extension.new_tokens and None in (vocabulary.bos, vocabulary.eos):
+        if rule and not extension.new_tokens and None in (vocabulary.bos, vocabulary.eos):
             raise ConversionError(
                 f"{source.files[MODEL]} lacks a begin or an end token; without new tokens, versions of "
                 "Megatron-LLM disagree "
@@ -154,9 +188,8 @@ def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension:
             f"{source.origin} has no {MODEL}, on whose pad token the ids of the new tokens depend; name the {MODEL} of "
             "training with --vocab_file, or say --no_new_tokens."
         )
-    ids = tokenizer_json.model_vocabulary(data)
-    ids = tokenizer_json.all_ids(data) if family == "falcon" else ids
-    if sorted(ids.values()) != list(range(len(ids))):
+    ids = {**source.json(ADDED), **tokenizer_json.all_ids(data)}
+    if sorted(ids.values()) != list(range(len(ids))) and (extension.extras or family == "falcon"):
         raise ConversionError(
             f"the ids in {source.files[JSON]} have gaps, so those of added tokens are unknown; name another "
             "--vocab_file."
@@ -168,7 +201,7 @@ def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension:
     if family == "falcon" and "<|endoftext|>" in ids:
         named.setdefault("eos", "<|endoftext|>")
     pieces = tuple(sorted(ids, key=lambda token: ids[token]))
-    return Vocabulary(pieces, named.get("bos"), named.get("eos"), unk=named.get("unk"))
+    return Vocabulary(pieces, named.get("bos"), named.get("eos"), unk=named.get("unk"), own=ids)
 
 
 def _starting_json(
@@ -192,14 +225,24 @@ def _starting_json(
 
 
 def _files(
-    source: Source, data: dict[str, Any], config: dict[str, Any], added: dict[str, int]
+    source: Source, data: dict[str, Any], config: dict[str, Any], added: dict[str, int], own_json: bool, as_it_is: bool
 ) -> tuple[dict[str, Path], dict[str, Mapping[str, Any]]]:
     """Files to copy as they are, and contents to write because they differ from the source's.
 
-    `added` are the ids behind the vocabulary's own.
+    `added` are the ids behind the vocabulary's own. `own_json`: tokenizer.json stands by itself, needing no others.
+    `as_it_is`: nothing was added to it, so that all but the config stays byte for byte.
     """
-    copied = {name: source.files[name] for name in (MODEL, CHAT_TEMPLATE) if name in source.files}
+    kept = [
+        MODEL,
+        CHAT_TEMPLATE,
+        *([] if added else [VOCAB, MERGES]),
+        *([JSON, SPECIAL_MAP, ADDED] if as_it_is else []),
+    ]
+    copied = {name: source.files[name] for name in kept if name in source.files}
     wanted = {JSON: data, CONFIG: config, SPECIAL_MAP: tokenizer_config.special_map(source, config), ADDED: added}
+    if own_json:
+        gone = {*kept, ADDED, *({SPECIAL_MAP} - set(source.files))}
+        wanted = {name: content for name, content in wanted.items() if name not in gone}
     written: dict[str, Mapping[str, Any]] = {}
     for name, content in wanted.items():
         if name in source.files and source.json(name) == content:
@@ -228,6 +271,7 @@ def _report(
     lines += [f"{key} is {token} = {every[token]}, by --override_special_tokens" for key, token in overrides.items()]
     if "eos" in overrides and isinstance(generation.get("eos_token_id"), list):
         lines.append(f"the override replaces generation_config.json's list of eos ids, {generation['eos_token_id']}")
+    lines += tokenizer_config.loadable(source.json(CONFIG))[1]
     name = str(config.get("tokenizer_class"))
     if name.removesuffix("Fast") in ("LlamaTokenizer", "CodeLlamaTokenizer"):
         lines.append(

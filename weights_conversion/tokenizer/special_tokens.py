@@ -18,13 +18,21 @@ NEW_TOKENS = {"cls": "<CLS>", "sep": "<SEP>", "eod": "<EOD>", "mask": "<MASK>"}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a vocabulary file in id order, and the names of its special ones (None: it has none)."""
+    """The tokens of a vocabulary file in id order, and the names of its special ones (None: it has none).
+
+    `own` are the ids where the file states them (tokenizer.json), since they may have gaps; else they count up.
+    """
 
     pieces: tuple[str, ...]
     bos: str | None = None
     eos: str | None = None
     pad: str | None = None
     unk: str | None = None
+    own: Mapping[str, int] | None = None
+
+    @property
+    def ids(self) -> dict[str, int]:
+        return dict(self.own) if self.own is not None else {piece: i for i, piece in enumerate(self.pieces)}
 
 
 @dataclass(frozen=True)
@@ -126,16 +134,30 @@ def trusted_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
             f"the checkpoint's args name tokenizer_type {kind}, which is not {family}'s; give the right "
             "--model, or export the weights alone with --no_tokenizer."
         )
-    names = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list", "vocab_file")
+    names = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list", "vocab_file", "tokenizer_model")
     return {} if was_reset(args) else {name: args[name] for name in names if args.get(name) is not None}
 
 
-def resolve_extension(family: str, args: Mapping[str, Any], new_tokens: bool | None, listed: str | None) -> Extension:
-    """The flags where they are given, else the (trusted) arguments of training; no new tokens where both are silent."""
+def stated_extension(args: Mapping[str, Any], kind: str | None, core: bool) -> Extension:
+    """What the (trusted) arguments say that training added, with tokenizer type `kind`.
+
+    Of Megatron-Core's types only SentencePieceTokenizer adds tokens, always and by the same rule; but a checkpoint that
+    came from Megatron-LLM keeps what was added there.
+    """
+    if core and "new_tokens" not in args:
+        adds = kind == "SentencePieceTokenizer"
+        return Extension(adds, int(args.get("vocab_extra_ids") or 0) if adds else 0)
+    return Extension(
+        bool(args.get("new_tokens")), int(args.get("vocab_extra_ids") or 0), args.get("vocab_extra_ids_list") or None
+    )
+
+
+def resolve_extension(family: str, stated: Extension, new_tokens: bool | None, listed: str | None) -> Extension:
+    """The flags where they are given, else what training stated."""
     extension = Extension(
-        bool(args.get("new_tokens")) if new_tokens is None else new_tokens,
-        int(args.get("vocab_extra_ids") or 0),
-        listed if listed is not None else args.get("vocab_extra_ids_list") or None,
+        stated.new_tokens if new_tokens is None else new_tokens,
+        stated.vocab_extra_ids,
+        stated.vocab_extra_ids_list if listed is None else listed,
     )
     if family == "falcon" and listed and not extension.new_tokens:
         raise ConversionError(
@@ -143,6 +165,28 @@ def resolve_extension(family: str, args: Mapping[str, Any], new_tokens: bool | N
             "ran with new tokens, and neither the checkpoint nor a flag says so; add --new_tokens, or drop the list."
         )
     return extension
+
+
+def contradictions(
+    stated: Extension, used: Extension, ids_stated: Mapping[str, int], ids_used: Mapping[str, int]
+) -> list[str]:
+    """Sentences on flags that say otherwise than training's args, with the tokens whose ids differ by that."""
+    flags = []
+    if used.new_tokens != stated.new_tokens:
+        flag = "--new_tokens" if used.new_tokens else "--no_new_tokens"
+        flags.append(f"{flag} is used over the args' new_tokens {stated.new_tokens}")
+    if (used.vocab_extra_ids_list or "") != (stated.vocab_extra_ids_list or ""):
+        flags.append(
+            f"--vocab_extra_ids_list {used.vocab_extra_ids_list or repr('')} is used over the args' "
+            f"{stated.vocab_extra_ids_list or 'none'}"
+        )
+    moved = [
+        f"{token} = {ids_used.get(token, 'no token')} (by the args {ids_stated.get(token, 'no token')})"
+        for token in dict.fromkeys([*ids_used, *ids_stated])
+        if ids_used.get(token) != ids_stated.get(token)
+    ]
+    shown = ", ".join(moved[:8]) + (f" and {len(moved) - 8} more" if len(moved) > 8 else "")
+    return [f"{sentence}; ids that differ from training's by its args: {shown or 'none'}" for sentence in flags]
 
 
 def parse_overrides(overrides: Iterable[str], ids: Mapping[str, int], special: Iterable[str]) -> dict[str, str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from weights_conversion.tokenizer.files import CONFIG, SPECIAL_MAP, Source
+from weights_conversion.tokenizer.files import CONFIG, MODEL, SPECIAL_MAP, Source
 from weights_conversion.tokenizer.special_tokens import KEYS, Vocabulary
 
 EXTRAS, DECODER = "additional_special_tokens", "added_tokens_decoder"
+PLAIN = "PreTrainedTokenizerFast"
 FILL = "<FILL_ME>"  # where CodeLlama's tokenizer cuts a prompt in two; never an input of the model, so without a row
 INFILLING = {"prefix": "\u2581<PRE>", "middle": "\u2581<MID>", "suffix": "\u2581<SUF>", "eot": "\u2581<EOT>"}
 
@@ -53,15 +54,38 @@ def without_fill(config: dict[str, Any], fill: str) -> dict[str, Any]:
     return {**config, **{key: value for key, value in ((DECODER, decoder), (EXTRAS, extras)) if key in config}}
 
 
-def starting_config(family: str, source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The source's tokenizer_config.json, made readable for transformers 4 and 5; Llama's where there is none."""
-    config = source.json(CONFIG)
-    config.pop("auto_map", None)  # code of the source's own, which is neither copied nor run
+def loadable(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(a tokenizer_config.json that transformers 4 and 5 both read, without code of its own; what was left out).
+
+    A class that either lacks, or that the repository brought as code, is left out: tokenizer.json, which is always
+    written, holds everything that decides an id.
+    """
+    config, notes = dict(config), []
+    code = config.pop("auto_map", None)
+    if code is not None:
+        notes.append(f"{CONFIG}: auto_map is left out, since its code is neither copied nor run ({code!r:.120})")
     name = config.get("tokenizer_class")
-    if not isinstance(name, str) or name.removesuffix("Fast") not in CLASSES:
-        config.pop("tokenizer_class", None)
+    if name is not None and (not isinstance(name, str) or name.removesuffix("Fast") not in CLASSES):
+        config.pop("tokenizer_class")
+        if name != "TokenizersBackend":  # version 5's name of the class that is written
+            notes.append(
+                f"{CONFIG}: tokenizer_class {name!r:.80} is not in transformers 4.57 and 5; another is written"
+            )
     if isinstance(config.get("extra_special_tokens"), list):  # version 5's spelling, refused by version 4
         config[EXTRAS] = config.pop("extra_special_tokens")
+    return config, notes
+
+
+def starting_config(family: str, source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The source's tokenizer_config.json as `loadable` has it; where there is none, Llama's for a tokenizer.model.
+
+    A tokenizer.json that stands without a tokenizer.model needs nothing more than its own settings.
+    """
+    given = source.json(CONFIG)
+    config, _ = loadable(given)
+    own_json = MODEL not in source.files and family != "falcon"
+    if own_json and CONFIG in source.files and not str(config.get("tokenizer_class")).startswith("CodeLlama"):
+        return config if given.get("tokenizer_class") is None else {"tokenizer_class": PLAIN, **config}
     if DECODER not in config:
         # Once added_tokens_decoder is there, transformers no longer reads special_tokens_map.json.
         for key, token in source.json(SPECIAL_MAP).items():
@@ -70,7 +94,7 @@ def starting_config(family: str, source: Source, vocabulary: Vocabulary) -> dict
     if CONFIG not in source.files:
         llama = {"add_bos_token": True, "add_eos_token": False, "legacy": True, "padding_side": "left"}
         config = {
-            **({} if family == "falcon" else llama),
+            **({} if family == "falcon" or own_json else llama),
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": 10**30,
@@ -82,7 +106,7 @@ def starting_config(family: str, source: Source, vocabulary: Vocabulary) -> dict
     infills = family == "codellama" and set(INFILLING.values()) <= set(vocabulary.pieces)
     # Not LlamaTokenizer where the choice is ours: version 5 ignores tokenizer.json's normalizer for that class, and a
     # leading space is lost. CodeLlamaTokenizer is needed for infilling.
-    config.setdefault("tokenizer_class", "CodeLlamaTokenizer" if infills else "PreTrainedTokenizerFast")
+    config.setdefault("tokenizer_class", "CodeLlamaTokenizer" if infills else PLAIN)
     if str(config["tokenizer_class"]).startswith("CodeLlama") and not infills:
         config |= {f"{key}_token": None for key in (*INFILLING, "fill")}  # else the class adds them, without rows
     return config
