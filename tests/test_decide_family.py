@@ -32,10 +32,13 @@ RESET = {
         ({"theta": 1e6, "window": False, "grouped": True, "ratio": 3.5}, ("codellama", "mistral")),
         ({"theta": 1e6, "window": False, "grouped": True, "positions": 32768, "rows": 32768}, ("mistral",)),
         ({"parallel_attention": True, "window": False}, ("falcon",)),
-        ({"theta": 5e5, "epsilon": 1e-5, "window": False}, ()),
-        ({"theta": 1e4, "epsilon": 1e-5, "window": False, "qkv_bias": True}, ()),
-        ({"theta": 1e4, "epsilon": 1e-5, "window": False, "qk_norms": True}, ()),
-        ({}, ("codellama", "llama", "llama2", "mistral")),
+        ({"theta": 3e5, "epsilon": 1e-5, "window": False}, ()),
+        ({"theta": 5e5, "epsilon": 1e-5, "window": False}, ("llama3",)),
+        ({"theta": 1e4, "epsilon": 1e-5, "window": False, "rows": 128256}, ("llama3",)),
+        ({"theta": 1e4, "epsilon": 1e-5, "window": False, "qkv_bias": True}, ("qwen2",)),
+        ({"theta": 1e4, "epsilon": 1e-5, "window": False, "qk_norms": True}, ("qwen3",)),
+        ({"theta": 1e6, "window": False, "qkv_bias": True, "qk_norms": True}, ()),
+        ({}, ("codellama", "llama", "llama2", "llama3", "mistral")),
     ],
 )  # fmt: skip
 def test_what_a_checkpoint_shows(shown: dict[str, Any], expected: tuple[str, ...]) -> None:
@@ -99,7 +102,7 @@ def test_megatron_core_without_a_manifest(imported, to_hf: Script, tmp_path: Pat
     ("args", "words"),
     [
         (RESET, ("codellama", "llama", "mistral", "--model")),
-        ({"rope_theta": 5e5}, ("rope_theta 500000", "--model")),
+        ({"rope_theta": 3e5}, ("rope_theta 300000", "--model")),
         ({"rope_theta": 1e6, "max_position_embeddings": 32768},
          ("codellama and mistral", "--model codellama or --model mistral")),
     ],
