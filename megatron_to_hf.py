@@ -5,8 +5,8 @@ Set --input_dir to the root of the checkpoint (the folder that holds latest_chec
 to the folder for the Hugging Face model. Every tensor, pipeline and virtual pipeline parallel size is read, with or
 without a distributed optimizer; optimizer state is not touched. No GPU, no Megatron and little memory are needed.
 
-The tokenizer is rebuilt with the ids that training used: from --vocab_file, the checkpoint, what its args name, the files
-of the import, or the hub, in this order. --no_tokenizer leaves it out.
+The tokenizer is rebuilt with the ids that training used: from --vocab_file, the checkpoint, what its args name, the
+files of the import, or the hub, in this order. --no_tokenizer leaves it out.
 """
 
 from __future__ import annotations
