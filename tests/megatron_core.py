@@ -75,13 +75,16 @@ class Sizes:
     window: int | None
     tied: bool
     dtype: torch.dtype
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    llama3_factor: float | None = None
 
     @classmethod
     def from_hf(cls, path: Path) -> Sizes:
         config = json.loads(path.read_text())
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "linear"):
+        if rope_type not in ("default", "linear", "llama3"):
             raise SystemExit(f"the harness has no rope type {rope_type}")
         heads = config["num_attention_heads"]
         return cls(
@@ -99,6 +102,9 @@ class Sizes:
             window=config.get("sliding_window") if config["model_type"] == "mistral" else None,
             tied=bool(config.get("tie_word_embeddings", False)),
             dtype=getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32"),
+            qkv_bias=config["model_type"] == "qwen2",
+            qk_norm=config["model_type"] == "qwen3",
+            llama3_factor=float(rope["factor"]) if rope_type == "llama3" else None,
         )
 
     def padded_vocab(self, divisible_by: int, tp: int) -> int:
@@ -223,6 +229,8 @@ def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | Non
         use_cpu_initialization=True,
         perform_initialization=False,
         add_bias_linear=False,
+        add_qkv_bias=sizes.qkv_bias,
+        qk_layernorm=sizes.qk_norm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         normalization="RMSNorm",
@@ -243,7 +251,7 @@ def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | Non
         last = stage == options.pp - 1 and virtual == options.vpp - 1
         model = GPTModel(
             config=config,
-            transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+            transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=sizes.qk_norm),
             vocab_size=sizes.padded_vocab(options.divisible_by, options.tp),
             max_sequence_length=sizes.max_positions,
             pre_process=first,
@@ -252,6 +260,8 @@ def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | Non
             position_embedding_type="rope",
             rotary_base=int(sizes.theta),
             seq_len_interpolation_factor=sizes.rope_factor,
+            rope_scaling=sizes.llama3_factor is not None,
+            rope_scaling_factor=sizes.llama3_factor or 8.0,
             vp_stage=virtual if options.vpp > 1 else None,
         )
         model.to(sizes.dtype).eval()  # as training's Float16Module does: the local norms are born float32

@@ -131,7 +131,7 @@ class Llama(tm.Tiny):
 
 
 F32 = torch.float32
-MODELS: dict[str, tm.Tiny] = tm.MODELS | {
+MODELS: dict[str, tm.Tiny] = tm.MODELS | tm.DENSE | {
     model.name: model
     for model in (
         Llama("mha", "llama2", layers=2, heads=4, groups=4, dtype=F32),
@@ -238,6 +238,12 @@ def assert_same_model(result_file: Path, huggingface: Path, dtype: torch.dtype) 
         loads("codellama", 1, 1),
         loads("mistral-v0.3", 2, 1),
         loads("window", 1, 1),
+        loads("llama3", 1, 1),
+        loads("llama3-tied", 2, 2),
+        loads("qwen2", 2, 1),
+        loads("qwen2-tied", 1, 2),
+        loads("qwen3", 2, 1),
+        loads("qwen3-tied", 2, 2),
     ],
     ids=str,
 )
@@ -251,7 +257,9 @@ def test_torch_dist_loads(job: Job, ran, huggingface) -> None:
     "job",
     [
         loads(name, tp, pp, conversion=cut(tp, pp), norms=norms)
-        for name, tp, pp in (("gqa", 2, 2), ("mha", 1, 1), ("tied", 2, 2), ("mqa", 2, 1))
+        for name, tp, pp in (
+            ("gqa", 2, 2), ("mha", 1, 1), ("tied", 2, 2), ("mqa", 2, 1), ("qwen2", 2, 2), ("qwen3", 2, 1),
+        )
         for norms in ("local", "te")
     ],
     ids=str,
@@ -295,7 +303,7 @@ def assert_training_args(args: dict[str, Any], model: tm.Tiny) -> None:
         "normalization": "RMSNorm",
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_qkv_bias": getattr(model, "model_type", "") == "qwen2",
         "untie_embeddings_and_output_weights": not model.tied,
         "group_query_attention": model.groups != model.heads,
     }

@@ -140,6 +140,45 @@ class Tiny:
         return {name: random_weight(name, shape, self.dtype, generator) for name, shape in shapes.items()}
 
 
+@dataclass(frozen=True)
+class Modern(Tiny):
+    """A dense decoder of today: Llama's tensors, with what llama3, qwen2 and qwen3 add. `rope` is its scaling."""
+
+    model_type: str = "llama"
+    head_is_embedding: bool = False
+    rope: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def tied(self) -> bool:
+        return self.head_is_embedding
+
+    def config(self, spelling: int = 5) -> dict[str, Any]:
+        config = super().config(spelling)
+        config |= {"model_type": self.model_type, "architectures": [f"{self.model_type.title()}ForCausalLM"]}
+        if self.model_type != "llama":
+            for key in ("attention_bias", "mlp_bias", "pretraining_tp"):
+                config.pop(key)
+        if self.model_type == "qwen3":
+            config["head_dim"] = self.head_dim
+        if spelling == 4:
+            return config | {"rope_scaling": dict(self.rope) or None}
+        return config | {"rope_parameters": config["rope_parameters"] | dict(self.rope)}
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 as above
+    def tensors(self) -> Tensors:
+        tensors = dict(super().tensors())
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + 1)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i in range(self.layers):
+            p = f"model.layers.{i}.self_attn"
+            if self.model_type == "qwen2":
+                for part, heads in (("q", self.heads), ("k", self.groups), ("v", self.groups)):
+                    shapes[f"{p}.{part}_proj.bias"] = (heads * self.head_dim,)
+            if self.model_type == "qwen3":
+                shapes |= {f"{p}.q_norm.weight": (self.head_dim,), f"{p}.k_norm.weight": (self.head_dim,)}
+        return tensors | {name: random_weight(name, shape, self.dtype, generator) for name, shape in shapes.items()}
+
+
 def random_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     values = torch.randn(shape, generator=generator)
     if len(shape) == 1:
@@ -149,6 +188,10 @@ def random_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype, generat
     return values.to(dtype)
 
 
+LLAMA3_ROPE = (
+    ("rope_type", "llama3"), ("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0),
+    ("original_max_position_embeddings", 8192),
+)  # fmt: skip
 MODELS: dict[str, Tiny] = {
     model.name: model
     for model in (
@@ -169,6 +212,33 @@ MODELS: dict[str, Tiny] = {
         Tiny("llama2-linear", "llama2", linear_factor=4.0, max_positions=16384),
         Tiny("llama2-wide-heads", "llama2", heads=4, groups=2, head_dim=24, vocab=331),
         Tiny("mistral-wide-heads", "mistral", heads=4, groups=2, head_dim=32, max_positions=1024, theta=1e6, vocab=333),
+    )
+}
+
+# What people train with Megatron-Core; Megatron-LLM has most of them not.
+DENSE: dict[str, Tiny] = {
+    model.name: model
+    for model in (
+        Modern(
+            "llama3", "llama3", heads=8, groups=2, head_dim=8, theta=5e5, max_positions=131072, dtype=torch.float32,
+            rope=LLAMA3_ROPE,
+        ),
+        Modern("llama3-8b", "llama3", heads=8, groups=2, head_dim=8, theta=5e5, max_positions=8192),
+        Modern(
+            "llama3-tied", "llama3", layers=4, heads=8, groups=4, head_dim=8, theta=5e5, max_positions=131072,
+            rope=LLAMA3_ROPE, head_is_embedding=True,
+        ),
+        Modern("qwen2", "qwen2", heads=8, groups=2, head_dim=8, eps=1e-6, theta=1e6, model_type="qwen2",
+               dtype=torch.float32),
+        Modern("qwen2-tied", "qwen2", layers=4, heads=8, groups=4, head_dim=8, eps=1e-6, theta=1e6, model_type="qwen2",
+               head_is_embedding=True),
+        Modern("qwen3", "qwen3", heads=4, groups=2, head_dim=24, eps=1e-6, theta=1e6, model_type="qwen3",
+               dtype=torch.float32),
+        Modern("qwen3-tied", "qwen3", layers=4, heads=4, groups=4, head_dim=24, eps=1e-6, theta=1e6,
+               model_type="qwen3", head_is_embedding=True),
+        Modern("qwen3-yarn", "qwen3", heads=4, groups=2, head_dim=24, eps=1e-6, theta=1e6, model_type="qwen3",
+               dtype=torch.float32, max_positions=40960,
+               rope=(("rope_type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 32768))),
     )
 }
 

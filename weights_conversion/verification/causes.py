@@ -112,7 +112,7 @@ def _explain(examiner: Examiner, group: list[Difference]) -> None:
     ours, theirs = examiner.both(row, layer)
     for d in group:
         a, b = ours[d.index], theirs[d.index]
-        if len(row.shape) == 1:
+        if len(row.shape) == 1 and len(row.hf) == 1:  # a norm; the biases of q, k and v have rows as their weights do
             d.cause = _norm(examiner, row, layer, d)
         else:
             d.cause = _order(examiner, d, a, b)
