@@ -58,6 +58,8 @@ class Trouble:
     drops: dict[str, list[int]] = field(default_factory=dict)  # bytes after which the connection is closed
     resets: dict[str, list[int]] = field(default_factory=dict)  # the same, as by a router that forgot the connection
     stalls: dict[str, list[int]] = field(default_factory=dict)  # bytes after which nothing more comes
+    other: dict[str, bytes] = field(default_factory=dict)  # bytes that are sent in place of the stated ones
+    drips: dict[str, float] = field(default_factory=dict)  # seconds between one byte and the next
     status: dict[str, int] = field(default_factory=dict)  # an HTTP status instead of "listing" or of a file
     silent_listing: bool = False  # the listing never comes
     not_a_hub: bool = False  # a captive portal: every answer is the same page of HTML
@@ -246,8 +248,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self.fail(416, "", "Range not satisfiable")
                 return
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        body = data[start:]
-        if self.command == "GET" and (drops := self.hub.trouble.drops.get(path)):
+        body = self.hub.trouble.other.get(path, data)[start:]
+        if self.command == "GET" and (pause := self.hub.trouble.drips.get(path)):
+            self.send(status, headers, body, stop_after=0)
+            for byte in body:
+                if self.hub.released.wait(pause):
+                    break
+                self.wfile.write(bytes([byte]))
+            self.close_connection = True
+        elif self.command == "GET" and (drops := self.hub.trouble.drops.get(path)):
             self.send(status, headers, body, stop_after=drops.pop(0))
             self.close_connection = True
         elif self.command == "GET" and (resets := self.hub.trouble.resets.get(path)):

@@ -104,7 +104,7 @@ def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Map
 
     def fetch(repository: str, cache: Path | None) -> Path:
         with distributed.rank_zero_first("tokenizer"):
-            return hub.snapshot(repository, cache_dir=cache, weights=False).folder
+            return hub.snapshot(repository, cache_dir=cache, weights=False, recheck=options.verify).folder
 
     try:
         return plan_tokenizer(

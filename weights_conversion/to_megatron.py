@@ -66,7 +66,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     opened = open_source(
         options.model, options.model_path, dialect, cache=options.cache_dir, size=options.size,
         revision=options.revision, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
-        fields=options.fields,
+        fields=options.fields, recheck=options.verify,
     )  # fmt: skip
     config = opened.config
     if options.size is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,11 @@ def _one_line(text: object, limit: int = 200) -> str:
     printable = "".join(character if character.isprintable() else " " for character in str(text))
     line = " ".join(printable.split()).rstrip(".")
     return line if len(line) <= limit else f"{line[:limit]}..."
+
+
+def masked(text: str) -> str:
+    """Text without the user name and password that an address in it may hold, as HF_ENDPOINT's may."""
+    return re.sub(r"(?<=://)[^/\s]+@", "***@", text)
 
 
 def broke_in_mid_file(error: Exception) -> bool:

@@ -11,14 +11,15 @@ import contextlib
 import logging
 import re
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.hub.checking import Cached, Checker, check, stated_by
 from weights_conversion.hub.choice import MAX_SMALL_BYTES, choices, few, with_shards
-from weights_conversion.hub.errors import broke_in_mid_file, explain
+from weights_conversion.hub.errors import explain, masked
+from weights_conversion.hub.fetching import TIMEOUTS, download, patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -38,7 +39,6 @@ SMALL_FILES = (
 )
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 
-ATTEMPTS = 5  # per file, at a connection that breaks in mid-file
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = re.compile(r"(?!.*\.\.)[^\s/\\:~^?*\[\x00-\x1f-][^\s\\:~^?*\[\x00-\x1f]*(?<!/)")  # git's own rules for names
 
@@ -58,13 +58,16 @@ class Snapshot:
 
 
 def snapshot(
-    repository: str, *, revision: str | None = None, cache_dir: Path | None = None, weights: bool = True
-) -> Snapshot:
+    repository: str, *, revision: str | None = None, cache_dir: Path | None = None, weights: bool = True,
+    recheck: bool = False,
+) -> Snapshot:  # fmt: skip
     """Bring the files that a conversion needs into the hub cache, or find them there.
 
     With `weights`, one format of weights (safetensors before .bin), the configs and the tokenizer; without, the configs
     and the tokenizer alone. `revision` is a branch, a tag or a commit; None is main. Where the hub cannot be reached or
     refuses, a cache that holds everything serves instead, with a warning unless HF_HUB_OFFLINE asked for it.
+    Every file is held against the SHA-256 or git blob id that the hub states: what is fetched, and what lies in the
+    cache where nothing records that it was right, or where `recheck` asks for it.
     Raises ConversionError, one sentence that names the repository and what mends it.
     """
     from huggingface_hub import constants
@@ -73,7 +76,7 @@ def snapshot(
     _check_names(repository, revision)
     cache = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser().absolute()
     try:
-        return _from_hub(repository, revision, cache, weights)
+        return _from_hub(repository, revision, cache, weights, recheck)
     except ConversionError:
         raise
     except Exception as error:  # the client's errors share no base: its HTTP library's, hf_xet's, its own, OSError
@@ -81,10 +84,11 @@ def snapshot(
         cached = "" if failure.kind == "final" else _from_cache(repository, revision, cache, weights)
         if isinstance(cached, Snapshot):
             if failure.kind != "offline":
-                logger.warning("%s; using the complete copy in the cache, %s.", failure.found, cached.folder)
+                logger.warning("%s; using the complete copy in the cache, %s.", masked(failure.found), cached.folder)
+            _check_cached(cached, recheck)
             return cached
         beside = f", and the cache {cache} holds {cached}" if failure.kind in ("offline", "unreachable") else ""
-        raise ConversionError(f"{failure.found}{beside}: {failure.remedy}.") from error
+        raise ConversionError(masked(f"{failure.found}{beside}: {failure.remedy}.")) from error
 
 
 def _check_names(repository: str, revision: str) -> None:
@@ -106,39 +110,54 @@ def _check_names(repository: str, revision: str) -> None:
 # Fetching
 
 
-def _from_hub(repository: str, revision: str, cache: Path, weights: bool) -> Snapshot:
+def _from_hub(repository: str, revision: str, cache: Path, weights: bool, recheck: bool) -> Snapshot:
     info, first = _resolve(repository, revision, cache, weights)
-    commit = str(info.sha)
+    commit, listed = str(info.sha), {file.rfilename: file for file in info.siblings or ()}
     sizes = _sizes(info)
-    names = [name for name in SMALL_FILES if name in sizes]
-    for name in names:
-        _download(repository, name, commit, cache)
-    if not any(name in sizes for name in VOCABULARIES):
-        _remember_absence(repository, commit, cache)
 
-    if weights:
-        files = choices(sizes)[0]
-        if files[0].endswith(".json"):
-            _download(repository, files[0], commit, cache)
-        files = with_shards(files, first.parent, repository)
-        if lacking := [name for name in files if name not in sizes]:
-            raise ConversionError(
-                f"Repository {repository} is incomplete at revision {revision}, without {few(lacking)}: give another "
-                "--revision, or another repository with --model-path."
-            )
-        _check_space(info, files, first.parent, repository)
-        for name in files:
-            _download(repository, name, commit, cache)
-        names += files
-
-    for name in names:
-        path, expected = first.parent / name, sizes[name]
+    def take(name: str) -> Cached:
+        path, expected = download(repository, name, commit, cache, sizes[name]), sizes[name]
         if expected is not None and path.stat().st_size != expected:
             raise ConversionError(
                 f"The cached {path} has {path.stat().st_size} bytes, but {expected} in the repository: fetch it anew "
                 f"with 'hf download {repository} {name} --revision {commit} --force-download'."
             )
-    return Snapshot(first.parent, repository, commit, tuple(names))
+        lfs = listed[name].lfs
+        stated = stated_by(path, lfs.sha256 if lfs else None, listed[name].blob_id)
+        return Cached(repository, commit, path, stated)
+
+    names = [name for name in SMALL_FILES if name in sizes]
+    for name in names:
+        check(take(name), recheck)
+    if not any(name in sizes for name in VOCABULARIES):
+        _remember_absence(repository, commit, cache)
+    if not weights:
+        return Snapshot(first.parent, repository, commit, tuple(names))
+
+    files = choices(sizes)[0]
+    if files[0].endswith(".json"):
+        check(take(files[0]), recheck)
+    files = with_shards(files, first.parent, repository)
+    if lacking := [name for name in files if name not in sizes]:
+        raise ConversionError(
+            f"Repository {repository} is incomplete at revision {revision}, without {few(lacking)}: give another "
+            "--revision, or another repository with --model-path."
+        )
+    _check_space(info, files, first.parent, repository)
+    with Checker(recheck) as checker:
+        for name in files:
+            checker.add(take(name))
+        checker.finish()
+    return Snapshot(first.parent, repository, commit, (*names, *files))
+
+
+def _check_cached(snapshot: Snapshot, recheck: bool) -> None:
+    """Without the hub, its word is the name that the client gave to each blob."""
+    with Checker(recheck) as checker:
+        for name in snapshot.files:
+            path = snapshot.folder / name
+            checker.add(Cached(snapshot.repository, snapshot.revision, path, stated_by(path, None, None)))
+        checker.finish()
 
 
 def _resolve(repository: str, revision: str, cache: Path, weights: bool) -> tuple[ModelInfo, Path]:
@@ -149,13 +168,18 @@ def _resolve(repository: str, revision: str, cache: Path, weights: bool) -> tupl
     """
     from huggingface_hub import constants, model_info
 
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+
+    def list_files() -> ModelInfo:
+        return model_info(repository, revision=revision, files_metadata=True, timeout=timeout)
+
     for _ in range(3):  # a branch may move between the two requests
-        info = model_info(repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        info = patiently(list_files, float(TIMEOUTS * timeout), "the listing")
         if not COMMIT.fullmatch(str(info.sha)):
             raise ValueError(f"the answer for {repository} has no commit hash")
         _check_listing(_sizes(info), repository, revision, weights)
         first = next(name for name in SMALL_FILES if name in _sizes(info))
-        path = _download(repository, first, revision, cache)
+        path = download(repository, first, revision, cache)
         if path.parent.name == info.sha:
             return info, path
     raise ConversionError(
@@ -194,28 +218,13 @@ def _check_listing(sizes: dict[str, int | None], repository: str, revision: str,
             )
 
 
-def _download(repository: str, name: str, revision: str, cache: Path) -> Path:
-    """One file, one at a time: an interrupt then ends the client at once, and hf_xet splits big files by itself."""
-    from huggingface_hub import hf_hub_download
-
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return Path(hf_hub_download(repository, name, revision=revision, cache_dir=cache))
-        except Exception as error:
-            if not broke_in_mid_file(error):
-                raise
-            logger.warning("The connection broke while fetching %s of %s: trying again.", name, repository)
-            time.sleep(1)
-    return Path(hf_hub_download(repository, name, revision=revision, cache_dir=cache))
-
-
 def _remember_absence(repository: str, commit: str, cache: Path) -> None:
     """Ask for the vocabularies that a repository lacks: the client then notes that they are not merely uncached."""
     from huggingface_hub.errors import EntryNotFoundError
 
     for name in VOCABULARIES:
         with contextlib.suppress(EntryNotFoundError):
-            _download(repository, name, commit, cache)
+            download(repository, name, commit, cache)
 
 
 def _check_space(info: ModelInfo, files: list[str], folder: Path, repository: str) -> None:

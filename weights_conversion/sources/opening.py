@@ -53,11 +53,12 @@ class Opened:
 def open_source(
     model: str, path: str | None, target: Dialect, *, cache: Path | None = None, size: str | None = None,
     revision: str | None = None, load_iters: int | str | None = None, true_vocab_size: int | None = None,
-    fields: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None, recheck: bool = False,
 ) -> Opened:  # fmt: skip
     """What `path` (a folder or a repository) names, or else `model` and `size`. `target` decides what is refused.
 
-    `fields` are ModelConfig fields that the user states about a Megatron checkpoint.
+    `fields` are ModelConfig fields that the user states about a Megatron checkpoint. `recheck`: hold what the hub's
+    cache has against the hub's sums, also where that was done before.
     """
     local = Path(path).expanduser() if path is not None else None
     trained = local is not None and local.is_dir() and ((local / TRACKER).is_file() or load_iters is not None)
@@ -84,7 +85,9 @@ def open_source(
     if path is not None and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
         raise ConversionError(f"--model-path {repository} is neither a folder here nor the name of a repository")
     with distributed.rank_zero_first("hub"):
-        snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache)
+        snapshot = hub.snapshot(
+            repository, revision=revision, cache_dir=cache, recheck=recheck and distributed.current().rank == 0
+        )
     opened = open_hf(model, snapshot.folder, target)
     return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision)
 
