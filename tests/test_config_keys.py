@@ -109,6 +109,7 @@ def test_theta_is_read_wherever_it_stands(changes, to_megatron, tmp_path: Path) 
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
         ({"transformers_weights": "other.safetensors"}, ["other.safetensors"]),
         ({"max_position_embeddings": None}, ["max_position_embeddings None"]),
+        ({"tie_word_embeddings": "no"}, ["tie_word_embeddings 'no'"]),
     ],
 )
 def test_refused_by_name(changes, words, to_megatron, tmp_path: Path) -> None:
@@ -165,6 +166,21 @@ def test_params_refused_by_name(changes, word, to_megatron, tmp_path: Path) -> N
     params = tm.read_json(tmp_path / "meta" / "params.json")
     tm.write_json(tmp_path / "meta" / "params.json", params | changes)
     to_megatron("llama2", "--model-path", tmp_path / "meta", "--out", tmp_path / "mt").refused("params.json", word)
+
+
+def test_verify_takes_an_absent_key_as_its_default(to_megatron, to_hf, tmp_path: Path) -> None:
+    """Absent is 2048 to transformers: a checkpoint of 4096 positions is another model."""
+    from conftest import run
+
+    source = tm.write_huggingface(tmp_path / "hf", replace(LLAMA, max_positions=4096), spelling=4)
+    to_megatron("llama2", "--model-path", source, "--out", tmp_path / "mt").succeeded()
+    config = tm.read_json(source / "config.json")
+    del config["max_position_embeddings"]
+    tm.write_json(source / "config.json", config)
+    result = run("weights_conversion.verify", source, tmp_path / "mt", "--model", "llama2")
+    assert result.code == 1
+    assert "max_position_embeddings" in result.text
+    assert "2048" in result.text
 
 
 def test_params_that_ask_for_nothing(to_megatron, tmp_path: Path) -> None:

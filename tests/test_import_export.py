@@ -373,6 +373,7 @@ def test_names_that_the_export_does_not_hold(name: str, to_megatron, to_hf, tmp_
     source = tm.write_huggingface(tmp_path / "hf", model, changes=changes)
     settings = tm.read_json(source / "tokenizer_config.json")
     own = {"tokenizer_class": "LLaMATokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.T", None]}}
+    own |= {"vocab_file": "/elsewhere/tokenizer.model", "special_tokens_map_file": "/elsewhere/map.json"}
     tm.write_json(source / "tokenizer_config.json", settings | own)
     for file in ("configuration_own.py", "modeling_own.py", "tokenization_own.py"):
         (source / file).write_text("raise SystemExit('run')\n")
@@ -384,7 +385,8 @@ def test_names_that_the_export_does_not_hold(name: str, to_megatron, to_hf, tmp_
     assert not {"auto_map", "custom_pipelines", "tokenizer_class"} & set(config)
     assert config["architectures"] == ["FalconForCausalLM" if model.falcon else "LlamaForCausalLM"]
     settings = tm.read_json(tmp_path / "out" / "tokenizer_config.json")
-    assert (settings["tokenizer_class"], "auto_map" in settings) == ("PreTrainedTokenizerFast", False)
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"auto_map", "vocab_file", "special_tokens_map_file"} & set(settings)
     for trust in (True, False):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trust)
         assert tokenizer.decode(tokenizer("the model")["input_ids"], skip_special_tokens=True) == "the model"

@@ -131,17 +131,21 @@ class Llama(tm.Tiny):
 
 
 F32 = torch.float32
-MODELS: dict[str, tm.Tiny] = tm.MODELS | tm.DENSE | {
-    model.name: model
-    for model in (
-        Llama("mha", "llama2", layers=2, heads=4, groups=4, dtype=F32),
-        Llama("gqa", "llama2", layers=4, heads=8, groups=2, head_dim=8, vocab=250),
-        Llama("mqa", "llama2", layers=2, heads=4, groups=1, vocab=331, dtype=F32),
-        Llama("tied", "llama2", layers=4, heads=8, groups=4, head_dim=8, vocab=250, dtype=F32, tied_head=True),
-        Llama("tied-bf16", "llama2", layers=2, heads=4, groups=2, tied_head=True),
-        tm.Tiny("window", "mistral", layers=2, heads=4, groups=2, max_positions=64, dtype=F32, window=5),
-    )
-}
+MODELS: dict[str, tm.Tiny] = (
+    tm.MODELS
+    | tm.DENSE
+    | {
+        model.name: model
+        for model in (
+            Llama("mha", "llama2", layers=2, heads=4, groups=4, dtype=F32),
+            Llama("gqa", "llama2", layers=4, heads=8, groups=2, head_dim=8, vocab=250),
+            Llama("mqa", "llama2", layers=2, heads=4, groups=1, vocab=331, dtype=F32),
+            Llama("tied", "llama2", layers=4, heads=8, groups=4, head_dim=8, vocab=250, dtype=F32, tied_head=True),
+            Llama("tied-bf16", "llama2", layers=2, heads=4, groups=2, tied_head=True),
+            tm.Tiny("window", "mistral", layers=2, heads=4, groups=2, max_positions=64, dtype=F32, window=5),
+        )
+    }
+)
 
 
 @pytest.fixture(scope="session")
@@ -258,7 +262,12 @@ def test_torch_dist_loads(job: Job, ran, huggingface) -> None:
     [
         loads(name, tp, pp, conversion=cut(tp, pp), norms=norms)
         for name, tp, pp in (
-            ("gqa", 2, 2), ("mha", 1, 1), ("tied", 2, 2), ("mqa", 2, 1), ("qwen2", 2, 2), ("qwen3", 2, 1),
+            ("gqa", 2, 2),
+            ("mha", 1, 1),
+            ("tied", 2, 2),
+            ("mqa", 2, 1),
+            ("qwen2", 2, 2),
+            ("qwen3", 2, 1),
         )
         for norms in ("local", "te")
     ],

@@ -62,6 +62,11 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
             problems.append(f"{where} has {keys[0]} {value!r}, where a positive {wanted.__name__} was expected")
         else:
             values[name] = value
+    problems += [
+        f"{where} has {key} {full[key]!r}, where true or false was expected"
+        for key, default in class_of(family).defaults.items()
+        if isinstance(default, bool) and type(full.get(key)) not in (bool, type(None)) and full[key] not in (0, 1)
+    ]
     if problems:
         raise ConversionError(*problems)
     theta, factor = read_rope(raw, where)
@@ -91,7 +96,7 @@ def _falcon(raw: Mapping[str, Any], full: Mapping[str, Any], heads: int, hidden:
         "num_query_groups": kv if grouped else 1 if full["multi_query"] else heads,
         "head_dim": hidden // heads,
         "max_position_embeddings": full["max_position_embeddings"] or 2048,
-        "num_layernorms": norms if norms in (1, 2) else 2 if grouped else 1,
+        "num_layernorms": 2 if grouped and norms in (2, None) else 1,
         "tie_word_embeddings": bool(full["tie_word_embeddings"]),
     }
 

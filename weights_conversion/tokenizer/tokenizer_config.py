@@ -64,6 +64,9 @@ def loadable(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     code = config.pop("auto_map", None)
     if code is not None:
         notes.append(f"{CONFIG}: auto_map is left out, since its code is neither copied nor run ({code!r:.120})")
+    for key in [key for key in config if key.endswith("_file")]:  # of another folder, which transformers would open
+        if (path := config.pop(key)) is not None:
+            notes.append(f"{CONFIG}: {key} is left out, since it names a file of another folder ({path!r:.120})")
     name = config.get("tokenizer_class")
     if name is not None and (not isinstance(name, str) or name.removesuffix("Fast") not in CLASSES):
         config.pop("tokenizer_class")

@@ -180,8 +180,7 @@ def _open(
             family, raw, MEGATRON_LLM if family == "falcon" else MEGATRON_CORE, str(path / "config.json")
         )
         tensors = huggingface.read_hf(path)
-        assumed = frozenset({"max_position_embeddings"} if raw.get("max_position_embeddings") is None else ())
-        return _apart(path, HF, config, tensors, assumed)
+        return _apart(path, HF, config, tensors, frozenset())  # an absent key is stated: transformers has a default
     if is_meta(path):
         folder = meta.find_meta(path, family, "") or path
         tensors, raw = meta.read_meta(folder), meta.read_params(folder)
