@@ -34,6 +34,11 @@ def build_parser() -> argparse.ArgumentParser:
         parser, "--num_output_shards", type=cli.positive, default=1, metavar="N",
         help="how many safetensors files to write (default: 1)",
     )  # fmt: skip
+    cli.option(
+        parser, "--reference", metavar="PATH_OR_REPO",
+        help="a Hugging Face model whose tokenizer, generation config and fields that Megatron's args cannot carry are "
+        "taken; what it contradicts is named",
+    )  # fmt: skip
     cli.option(parser, "--cache_dir", type=Path, metavar="DIR", help="the hub's cache, should a tokenizer be fetched")
     cli.option(
         parser, "--vocab_file", type=Path, metavar="FILE",
@@ -97,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             no_tokenizer=args.no_tokenizer,
             true_vocab_size=args.true_vocab_size,
             load_iters=args.load_iters,
+            reference=args.reference,
             fields=fields,
         )
         return megatron_to_hf(options).text()

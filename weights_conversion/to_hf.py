@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
 from weights_conversion.output import assembly, place
 from weights_conversion.sources.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
 from weights_conversion.sources.locate import locate
+from weights_conversion.sources.reference import Reference, disagreements, open_reference
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
 from weights_conversion.watch import watched
 
@@ -41,6 +42,7 @@ class ExportOptions(RunOptions):
     no_tokenizer: bool = False
     true_vocab_size: int | None = None
     load_iters: int | str | None = None
+    reference: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -50,10 +52,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     out = options.output_dir
     with distributed.rank_zero_first("output"):
         replaced = place.check(out, options.overwrite, options.verify)
-    opened = open_checkpoint(
-        options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
-        flags=options.fields,
-    )  # fmt: skip
+    opened, reference = _open(options)
     config, architecture = opened.config, FAMILIES[opened.config.family]
     sources = locate(opened.files, architecture, config)
     dtype = DTYPES.get(options.dtype)
@@ -68,15 +67,19 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         files["model.safetensors.index.json"] = huggingface.Index(targets).text().encode()
 
     written_dtype = dtype or main_dtype([placed for group in sources.values() for placed in group])
-    base = (opened.manifest or {}).get("config") or {}
+    base = (opened.manifest or {}).get("config") or (dict(reference.config) if reference else {})
     if problems := hf_config.foreign(config.family, base, f"the config in {manifest.NAME}"):
         raise ConversionError(*problems)
     exported = hf_config.write_config(config, base, str(written_dtype).removeprefix("torch."))
-    generation = dict((opened.manifest or {}).get("generation_config") or {})
+    kept = (opened.manifest or {}).get("generation_config") or (reference.generation_config if reference else None)
+    generation = dict(kept or {})
+    if reference is not None:
+        report.warnings += disagreements(reference, config)
+        report.notes.append(f"reference  {reference.name} gives what the checkpoint does not state")
     if options.no_tokenizer:
         report.notes.append("tokenizer  left out (--no_tokenizer)")
     else:
-        planned = _tokenizer(options, opened, generation)
+        planned = _tokenizer(_with_reference(options, reference), opened, generation)
         report.notes += planned.report
         report.warnings += planned.warnings
         _set_token_ids(exported, generation, planned, has_base=bool(base))
@@ -97,6 +100,28 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     assembly.check_apart(out, plan, [options.input_dir, *copied])
     report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, prove=prove), options)
+
+
+def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
+    """The checkpoint, and --reference, whose number of rows counts where nothing else states it."""
+    reference = open_reference(options.reference, options.tokenizer.cache_dir) if options.reference else None
+
+    def opened(rows: int | None) -> OpenedCheckpoint:
+        return open_checkpoint(
+            options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=rows, flags=options.fields
+        )
+
+    found = opened(options.true_vocab_size)
+    if reference is None or found.true_rows_known:
+        return found, reference
+    return opened(reference.model(found.config.family).vocab_size), reference
+
+
+def _with_reference(options: ExportOptions, reference: Reference | None) -> ExportOptions:
+    """--reference's tokenizer is as good as named by --vocab_file, which outranks it."""
+    if reference is None or options.tokenizer.vocab_file is not None:
+        return options
+    return replace(options, tokenizer=replace(options.tokenizer, vocab_file=reference.folder))
 
 
 def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Mapping[str, Any]) -> TokenizerPlan:

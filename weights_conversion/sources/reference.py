@@ -1,0 +1,80 @@
+"""--reference: a Hugging Face model that states what Megatron's args cannot carry (ids, generation config, tokenizer).
+
+Its weights are not read. What it says of the model itself must agree with the checkpoint: sizes that differ are an
+error, numbers that no shape betrays are a warning, and the checkpoint's are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from weights_conversion import fileio
+from weights_conversion.config import ModelConfig
+from weights_conversion.configs import hf_config
+from weights_conversion.configs.megatron_args import NAMES, SILENT
+from weights_conversion.errors import ConversionError
+from weights_conversion.launch import distributed
+from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An opened reference: `name` as the user gave it, and its config.json and generation_config.json."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
+
+    def model(self, family: str) -> ModelConfig:
+        """The model that it states, in the dialect that can express most."""
+        where = f"config.json of {self.name}"
+        target = MEGATRON_CORE if family != "falcon" else MEGATRON_LLM
+        return hf_config.read_config(family, self.config, target, where)
+
+
+def open_reference(name: str, cache: Path | None) -> Reference:
+    """Opens a local folder or fetches a repository's small files. Raises ConversionError."""
+    local = Path(name).expanduser()
+    if local.is_dir():
+        folder = local
+    else:
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ConversionError(f"--reference {name} is neither a folder here nor the name of a repository")
+        from weights_conversion.hub import repositories
+
+        with distributed.rank_zero_first("reference"):
+            folder = repositories.snapshot(name, cache_dir=cache, weights=False).folder
+    if not (folder / "config.json").is_file():
+        raise ConversionError(f"--reference {name} holds no config.json; name a Hugging Face model")
+    generation = folder / "generation_config.json"
+    return Reference(
+        name, folder, fileio.read_json(folder / "config.json"),
+        fileio.read_json(generation) if generation.is_file() else None,
+    )  # fmt: skip
+
+
+def disagreements(reference: Reference, config: ModelConfig) -> list[str]:
+    """Warnings on values that differ from the checkpoint's. Raises ConversionError where it is another model."""
+    stated = reference.model(config.family)
+    warnings, problems = [], []
+    for field in fields(ModelConfig):
+        name = field.name
+        mine, its = getattr(config, name), getattr(stated, name)
+        if mine == its or name == "family":
+            continue
+        shown = NAMES.get(name, name)
+        if name in SILENT:
+            warnings.append(
+                f"{shown} is {mine} in the checkpoint, which is used, and {its} in --reference {reference.name}"
+            )
+        elif name == "vocab_size":
+            warnings.append(f"the vocabulary has {mine} rows here, and {its} in --reference {reference.name}")
+        else:
+            problems.append(f"{shown} is {mine} in the checkpoint and {its} in --reference {reference.name}")
+    if problems:
+        raise ConversionError(*problems, f"--reference {reference.name} is another model; name the one trained from")
+    return warnings
