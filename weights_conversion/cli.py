@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import os
 import select
 import signal
@@ -15,7 +13,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from weights_conversion import saying
 from weights_conversion.errors import ConversionError
+from weights_conversion.fileio import failed
+from weights_conversion.text import one_line
 
 
 def option(parser: Any, *names: str, **settings: Any) -> None:
@@ -187,27 +188,21 @@ def script(main: Callable[[], int]) -> NoReturn:
     """
     global _begun
     _begun = False
+    saying.open_standard_streams()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _outside)
     code = main()
-    _flush()
+    saying.flush()
     os._exit(code)  # not by way of the interpreter's end, which waits for threads that a filesystem may hold for ever
 
 
 def _outside(signum: int, frame: FrameType | None) -> None:
     if not _begun:
         code = 130 if signum == signal.SIGINT else 143
-        _say(STOPPED[code])
-        _flush()
+        saying.say(STOPPED[code])
+        saying.flush()
         os._exit(code)
-
-
-def _flush() -> None:
-    """Flushes stdout and stderr as far as they can be written."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
 
 
 class _Signals:
@@ -279,9 +274,8 @@ def run(work: Callable[[], str]) -> int:
     """Runs `work`, on all ranks of a torchrun or srun job together, and says how it ended; returns the exit code."""
     from weights_conversion.launch import distributed
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
-    for name in ("httpx", "httpx2", "huggingface_hub", "urllib3"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    saying.open_standard_streams()
+    saying.log_to_stderr()
     return distributed.run(_outcome, work)
 
 
@@ -290,8 +284,8 @@ def _give_up(code: int) -> None:
     from weights_conversion.launch import distributed
 
     if not distributed.current().stuck():
-        _say(STOPPED[code])
-        sys.stderr.flush()
+        saying.say(STOPPED[code])
+        saying.flush()
         os._exit(code)
 
 
@@ -305,38 +299,25 @@ def _outcome(work: Callable[[], str]) -> int:
     except SaidElsewhere as ended:
         return ended.code
     except ConversionError as error:
-        _say(f"error: {error}")
+        saying.say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        _say(STOPPED[130])
+        saying.say(STOPPED[130])
         return 130
     except Terminated:
-        _say(STOPPED[143])
+        saying.say(STOPPED[143])
         return 143
     except MemoryError:
-        _say("error: there is not enough memory; fewer --workers need less")
+        saying.say("error: there is not enough memory; fewer --workers need less")
         return 1
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        _say(
-            f"error: {error.strerror or error}{place}; nothing that was there is changed, and once the cause is mended "
+        saying.say(
+            f"error: {one_line(failed(error))}; nothing that was there is changed, and once the cause is mended "
             "the same command continues where this one stopped"
         )
         return 1
-    try:
-        print(printable(report), flush=True)
-    except OSError:  # whoever read the report has gone, or its disk is full; the work is done all the same
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except RecursionError:
+        saying.say("error: something in the source is nested too deeply to be a model's")
+        return 1
+    saying.report(report)
     return 0
-
-
-def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """Text in which names from a file cannot steer a terminal, nor fail to be encoded."""
-    if text.isprintable() and text.isascii():
-        return text
-    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return shown.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8")

@@ -41,6 +41,14 @@ def named(doing: str, path: str | Path) -> Iterator[None]:
         raise
 
 
+def failed(error: OSError) -> str:
+    """What an OSError says, in words that name the file and what was being done to it, as far as it is known."""
+    doing = getattr(error, "doing", None)
+    if doing is None and error.filename is not None:
+        doing = str(error.filename)
+    return f"{f'{doing}: ' if doing else ''}{error.strerror or error}"
+
+
 def open_descriptor(path: str | Path, watching: watch.Watch | None = None, *, noted: bool = True) -> int:
     """A descriptor for reading a regular file. Raises ConversionError for anything else, OSError where it fails.
 

@@ -26,6 +26,7 @@ from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dia
 from weights_conversion.mapping.parameters import is_buffer
 from weights_conversion.output import assembly, place
 from weights_conversion.sources.opening import open_source
+from weights_conversion.tokenizer.carried import carried
 from weights_conversion.watch import watched
 
 TARGETS: dict[str, Dialect] = {"megatron-llm": MEGATRON_LLM, "megatron-core": MEGATRON_CORE}
@@ -87,7 +88,8 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     divisible_by = options.divisible_by or DIVISIBLE_BY
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
     report.ignored = [name for name in opened.tensors if is_buffer(name)]
-    files: dict[str, bytes | Path] = {path.name: path for path in opened.tokenizer}
+    files, notes = carried(opened.tokenizer)
+    report.notes += notes
     if ckpt_format == "torch_dist":
         plan = plan_to_dist(
             architecture, config, sources, opened.dialect, dialect, vocabulary, dtype, "release", options.new_rows

@@ -14,6 +14,7 @@ from typing import Any
 
 from weights_conversion import __version__
 from weights_conversion.config import ModelConfig, RopeScaling
+from weights_conversion.configs import secrets
 from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import read_json, sha256
 
@@ -59,7 +60,7 @@ def find(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
                 )
             if problems := _malformed(content):
                 raise ConversionError(*(f"{path} has {problem}; mend or remove it" for problem in problems))
-            return path, content
+            return path, secrets.without_secrets(content)[0]
     return None
 
 

@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from weights_conversion.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +25,17 @@ def bar(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="converting") as shown:
-            yield lambda count: (shown.update(count), None)[1]
+        shown = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="converting")
+
+        def show(count: int) -> None:
+            with suppress(OSError, ValueError):  # the terminal may be gone; the work goes on
+                shown.update(count)
+
+        try:
+            yield show
+        finally:
+            with suppress(OSError, ValueError):
+                shown.close()
         return
     lock, state = threading.Lock(), {"bytes": done, "said": time.monotonic()}
     started = time.monotonic()
@@ -93,4 +104,4 @@ class Report:
         lines += [f"warning     {warning}" for warning in self.warnings]
         if self.training_flags:
             lines.append(f"train with  {' '.join(self.training_flags)}")
-        return "\n".join([*lines, *self._done, *self.proof])
+        return "\n".join(one_line(line) for line in [*lines, *self._done, *self.proof])

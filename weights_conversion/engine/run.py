@@ -286,7 +286,7 @@ def verified(source: Path, model: str, options: RunOptions, **stated: Any) -> Ca
             source, folder, model, workers=options.workers, allow_inconsistent=options.allow_inconsistent, **stated
         )
         if not found.same:
-            raise ConversionError("the output has failed its proof", *found.text().splitlines())
+            raise ConversionError("the output has failed its proof", *found.text().splitlines(), whole=True)
         return found.text()
 
     return prove

@@ -20,6 +20,7 @@ import torch
 from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import pickles
+from weights_conversion.text import short
 
 METADATA = ".metadata"
 
@@ -119,7 +120,7 @@ def _index(content: Any, path: Path) -> tuple[dict[str, Stored], dict[str, Store
         wanted = {key: entry for key, entry in content.state_dict_metadata.items() if _is_model(key, entry)}
         items: dict[tuple[str, tuple[int, ...] | None], Any] = {}
         for index, info in content.storage_data.items():
-            if index.fqn in wanted:
+            if type(index.fqn) is str and index.fqn in wanted:
                 offset = getattr(index, "offset", None)  # left out where there is none
                 items[index.fqn, None if offset is None else _numbers(offset)] = info
         tensors, others = {}, {}
@@ -135,6 +136,8 @@ def _index(content: Any, path: Path) -> tuple[dict[str, Stored], dict[str, Store
 
 def _is_model(key: str, entry: Any) -> bool:
     """A parameter, or the common state."""
+    if type(key) is not str:
+        raise TypeError(f"{short(key)} as a name")
     return key.startswith("common_state") if not hasattr(entry, "chunks") else not _IGNORED.search(key)
 
 
@@ -158,25 +161,25 @@ def _stored(key: str, entry: Any, items: Mapping[tuple[str, tuple[int, ...] | No
 def _numbers(values: Any) -> tuple[int, ...]:
     numbers = tuple(values)
     if not all(type(value) is int and value >= 0 for value in numbers):
-        raise ValueError(f"sizes {numbers!r}")
+        raise ValueError(f"sizes {short(numbers)}")
     return numbers
 
 
 def _dtype(properties: Any) -> torch.dtype:
     dtype = properties.dtype if hasattr(properties, "dtype") else properties.state[0]
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype {dtype!r}")
+        raise ValueError(f"dtype {short(dtype)}")
     return dtype
 
 
 def _chunk(key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any, path: Path) -> StoredChunk:
     if getattr(info, "transform_descriptors", None):
         raise ConversionError(
-            f"{path}: {key} is compressed ({str(info.transform_descriptors)[:80]}), which is not supported; save it "
+            f"{path}: {key} is compressed ({short(info.transform_descriptors)}), which is not supported; save it "
             "without a compressing storage writer"
         )
     name = info.relative_path
     if not isinstance(name, str) or Path(name).name != name:
-        raise ConversionError(f"{path} names {name!r}, which is not a file of its own folder")
+        raise ConversionError(f"{path} names {short(name)}, which is not a file of its own folder")
     start, length = _numbers((info.offset, info.length))
     return StoredChunk(offsets, sizes, name, start, length)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weights_conversion.errors import ConversionError
+from weights_conversion.errors import SHOWN, ConversionError
+from weights_conversion.fileio import failed
 
 CONTINUES = "the same command, on any number of ranks, continues where this one stopped"
 
@@ -45,9 +46,9 @@ class Failure:
 def sentence(error: BaseException) -> str:
     """What ended a rank, for its user."""
     if isinstance(error, ConversionError):
-        return str(error)
+        return "; ".join(error.problems[:SHOWN])  # on one line, as everything that a rank says of another
     if isinstance(error, OSError):
-        return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; {CONTINUES}"
+        return f"{failed(error)}; {CONTINUES}"
     if isinstance(error, Exception):
         return f"{type(error).__name__}: {error}"
     return f"was interrupted; {CONTINUES}"

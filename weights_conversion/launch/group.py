@@ -7,12 +7,12 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from weights_conversion import saying
 from weights_conversion.errors import ConversionError
 from weights_conversion.launch.endings import CONTINUES, Ended, Failure, Limits, SaidElsewhere, sentence
 from weights_conversion.launch.environment import Launch
@@ -369,8 +369,8 @@ class Group(Ranks):
                 continue
             if now - self._failed_at > limits.exit:
                 if self.rank == 0 or not self._failure.told:
-                    sys.stderr.write(f"error: {self._failure.text}\n")
-                    sys.stderr.flush()
+                    saying.say(f"error: {self._failure.text}")
+                    saying.flush()
                 os._exit(1)
             if now - self._failed_at > limits.nudge and not self._nudged and callable(signal.getsignal(signal.SIGTERM)):
                 self._nudged = True

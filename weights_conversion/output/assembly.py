@@ -242,7 +242,11 @@ def finish(
             target.finish(file, crcs, offsets)
     _remove_strays(held.checkpoint, {*names})
     for name, content in files.items():
-        held.write(name, content.read_bytes() if isinstance(content, Path) else content)
+        if isinstance(content, Path):  # a copy is readable by nobody who cannot read what it is a copy of
+            data = fileio.read_whole(content, fileio.MAX_TOKENIZER_BYTES)
+            held.write(name, data, content.stat().st_mode & 0o777)
+        else:
+            held.write(name, content)
     if sum_workers:
         held.write(file_sums.NAME, file_sums.sums(held.shown, names, last, sum_workers))
     _sync_all(held, targets)
@@ -263,7 +267,8 @@ def _prove(held: Partial, prove: Callable[[Path], None] | None) -> None:
     try:
         prove(held.shown)
     except ConversionError as error:
-        raise ConversionError(*error.problems, f"the output is kept as {held.set_aside()} for inspection") from error
+        kept = f"the output is kept as {held.set_aside()} for inspection"
+        raise ConversionError(*error.problems, kept, whole=error.whole) from error
 
 
 def _check_complete(held: Partial, names: set[str]) -> None:

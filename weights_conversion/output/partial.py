@@ -21,6 +21,7 @@ import stat
 from pathlib import Path
 from types import TracebackType
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.output import descriptors, imitate, locks, ownership, place, publish
 
@@ -235,17 +236,17 @@ class Partial:
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    def create(self, name: str) -> int:
+    def create(self, name: str, mode: int = 0o666) -> int:
         """A new file of the output, in place of one that an earlier finish has left."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(name, dir_fd=self.checkpoint)
-        return descriptors.open_new(name, self.checkpoint)
+        return descriptors.open_new(name, self.checkpoint, mode)
 
     def open(self, name: str, flags: int = os.O_RDWR) -> int:
         return descriptors.open_regular(name, self.checkpoint, flags)
 
-    def write(self, name: str, content: bytes) -> None:
-        with os.fdopen(self.create(name), "wb") as file:
+    def write(self, name: str, content: bytes, mode: int = 0o666) -> None:
+        with fileio.named("writing", self.shown / name), os.fdopen(self.create(name, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Located, Placed, TensorRef, place_megatron, rank_folder
 from weights_conversion.mapping.dialects import Dialect
 from weights_conversion.mapping.parameters import Architecture, is_buffer
+from weights_conversion.sources import naming
 from weights_conversion.sources.locate_dist import in_torch_dist
 
 
@@ -26,7 +27,8 @@ def locate(files: RankFiles | DistCheckpoint, architecture: Architecture, config
 
 
 def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelConfig) -> Located:
-    problems: list[str] = []
+    missing: dict[str, str] = {}
+    wrong: list[tuple[str, str]] = []
     used: set[tuple[int, int, str]] = set()
     count, stages = sum(map(len, files.ranks.values())), files.parallel.pipeline * files.parallel.virtual
     if config.num_layers > count or config.num_layers % stages:
@@ -45,9 +47,10 @@ def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelCon
         used.add((tp, pp, name))
         ref = tensors.get(name)
         if ref is None:
-            problems.append(f"{place_of(tp, pp)} has no tensor {name}, which should have shape {list(shape)}")
+            missing.setdefault(name, f"{place_of(tp, pp)} has no tensor {name}, which should have shape {list(shape)}")
         elif ref.shape != shape:
-            problems.append(f"{name} in {place_of(tp, pp)} has shape {list(ref.shape)}, its args say {list(shape)}")
+            said = f"{name} in {place_of(tp, pp)} has shape {list(ref.shape)}, its args say {list(shape)}"
+            wrong.append((name, said))
         else:
             return ref
         anything = next(iter(tensors.values()))
@@ -57,13 +60,13 @@ def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelCon
     for row, layer in architecture.instances(config):
         shape = row.megatron_shape(config, files.vocabulary)
         placed[row.megatron, layer] = (place_megatron(row, layer, shape, config, files.parallel, files.dialect, find),)
-    problems += [
-        f"{place_of(tp, pp)} has a tensor {name} that a {config.family} model does not have"
-        for (tp, pp), tensors in sorted(files.ranks.items())
+    unexpected = {
+        name: f"{place_of(tp, pp)} has a tensor {name} that a {config.family} model does not have"
+        for (tp, pp), tensors in sorted(files.ranks.items(), reverse=True)
         for name in sorted(tensors)
         if (tp, pp, name) not in used and not is_buffer(name)
-    ]
-    if problems:
+    }
+    if problems := naming.grouped(wrong) + naming.mismatch(str(files.folder), missing, unexpected):
         raise ConversionError(*problems)
     return placed
 
@@ -74,7 +77,10 @@ def in_huggingface(
     """Finds each parameter among the tensors of an HF or Meta source. Missing, misshapen and unexpected ones: error."""
     if config.num_layers > len(tensors):  # before a loop over as many layers as a config may claim
         raise ConversionError(f"the config says {config.num_layers} layers, the source has {len(tensors)} tensors")
-    problems, used, found = [], set(), {}
+    problems: list[str] = []
+    missing: dict[str, str] = {}
+    wrong: list[tuple[str, str]] = []
+    used, found = set(), {}
     for row, layer in architecture.instances(config):
         placed = []
         for template, shape in zip(row.hf, row.hf_shapes(config), strict=True):
@@ -82,12 +88,12 @@ def in_huggingface(
             used.add(name)
             tensor = tensors.get(name)
             if tensor is None:
-                problems.append(f"the source has no tensor {name}, which its config asks for with shape {list(shape)}")
+                missing[name] = f"the source has no tensor {name}, which its config asks for with shape {list(shape)}"
                 continue
             expected = (shape[0], shape[1] if len(shape) > 1 else 1)
             if (tensor.rows, tensor.columns) != expected:
                 shown = [tensor.rows, tensor.columns] if len(shape) > 1 else [tensor.rows]
-                problems.append(f"{name} has shape {shown}, but its config says {list(shape)}")
+                wrong.append((name, f"{name} has shape {shown}, but its config says {list(shape)}"))
             placed.append(tensor)
         found[row.megatron, layer] = tuple(placed)
 
@@ -101,8 +107,12 @@ def in_huggingface(
                 problems.append(f"{head} and {placed.name} are tied, but differ in shape or dtype")
             both = Placed(placed.name, placed.dtype, placed.rows, placed.columns, placed.copies + tensors[head].copies)
             found[embedding.megatron, None] = (both,)
-    for name in sorted(name for name in tensors if name not in used and not is_buffer(name)):
-        problems.append(f"the source has a tensor {name} that a {architecture.family} model does not have")
+    unexpected = {
+        name: f"the source has a tensor {name} that a {architecture.family} model does not have"
+        for name in sorted(tensors)
+        if name not in used and not is_buffer(name)
+    }
+    problems += naming.grouped(wrong) + naming.mismatch("the source", missing, unexpected)
     if problems:
         raise ConversionError(*problems)
     return found

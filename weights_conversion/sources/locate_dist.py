@@ -13,6 +13,7 @@ from weights_conversion.formats.dist_items import Items
 from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Block, Located, Placed, TensorRef, two_dimensional
 from weights_conversion.mapping.parameters import Architecture, ParamMapping, is_buffer
+from weights_conversion.sources import naming
 
 
 def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: ModelConfig) -> Located:
@@ -27,13 +28,14 @@ def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: Mod
             found = search.find(row, layer, row.megatron_shape(config, files.vocabulary))
             if found:
                 placed[row.megatron, layer] = (found,)
-    problems = search.problems + [
-        f"{files.folder.name} has a tensor {key} that a {config.family} model does not have"
+    unexpected = {
+        key: f"{files.folder.name} has a tensor {key} that a {config.family} model does not have"
         for key in sorted(files.names - search.used)
         if not is_buffer(key)
-    ]
-    if problems:
-        raise ConversionError(*dict.fromkeys(problems))
+    }
+    problems = naming.grouped((problem, problem) for problem in dict.fromkeys(search.problems))
+    if problems := problems + naming.mismatch(str(files.folder), search.missing, unexpected):
+        raise ConversionError(*problems)
     return placed
 
 
@@ -48,13 +50,14 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Search:
-    """Looks for the parameters of a torch_dist checkpoint one by one; collects what is wrong, and the keys it used."""
+    """Looks for the parameters of a torch_dist checkpoint one by one; collects what is wrong, missing and used."""
 
     files: DistCheckpoint
     layers: int
     parts: _Parts
     used: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
 
     def _candidates(self, row: ParamMapping, layer: int | None, shape: tuple[int, ...]) -> list[_Candidate]:
         """In a stacked tensor, in one of its own (layers that differ), or in a GLU's two halves."""
@@ -77,7 +80,8 @@ class _Search:
         found = [candidate for candidate in candidates if any(key in stored for key, _ in candidate.keys)]
         if not found:
             ((key, _),) = candidates[0].keys
-            self.problems.append(f"{where} has no tensor {key}, which should have shape {list(candidates[0].shape)}")
+            said = f"{where} has no tensor {key}, which should have shape {list(candidates[0].shape)}"
+            self.missing.setdefault(key, said)
             return None
         if len(found) > 1:
             several = ", ".join(candidate.keys[0][0] for candidate in found)

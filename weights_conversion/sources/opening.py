@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import hf_config, megatron_args, meta_params
+from weights_conversion.configs import hf_config, megatron_args, meta_params, secrets
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, meta
 from weights_conversion.formats.megatron import TRACKER
@@ -22,6 +21,8 @@ from weights_conversion.mapping.dialects import HF, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
 from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
 from weights_conversion.sources.locate import in_huggingface, locate
+from weights_conversion.text import short
+from weights_conversion.tokenizer.content import links
 from weights_conversion.tokenizer.files import source_tokenizer_files
 
 # What training decided about the tokenizer, which another layout or dialect of the checkpoint keeps.
@@ -100,10 +101,16 @@ def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
     tensors = huggingface.read_hf(folder)
     unread = hf_config.unread(model, raw)
     shown = ", ".join(map(short, unread[:10])) + (f" and {len(unread) - 10} more" if len(unread) > 10 else "")
-    notes = (f"keys of config.json that are not known here are kept as they are: {shown}",) if unread else ()
+    notes = [f"keys of config.json that are not known here are kept as they are: {shown}"] if unread else []
+    raw, dropped = secrets.without_secrets(raw)
+    notes += [secrets.note(dropped, str(folder / "config.json"))] if dropped else []
+    if generation_config is not None:
+        generation_config, dropped = secrets.without_secrets(generation_config)
+        notes += [secrets.note(dropped, str(generation))] if dropped else []
     return Opened(
         folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
-        raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors), notes=notes,
+        raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
+        notes=(*notes, *links([folder / "config.json", *([generation] if generation.is_file() else [])])),
     )  # fmt: skip
 
 

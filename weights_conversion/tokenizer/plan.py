@@ -11,6 +11,7 @@ from typing import Any
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.tokenizer import checks, special_tokens, tokenizer_config, tokenizer_json
+from weights_conversion.tokenizer.content import check_files, links
 from weights_conversion.tokenizer.files import (
     ADDED,
     CHAT_TEMPLATE,
@@ -91,6 +92,10 @@ def plan_tokenizer(
     extension = special_tokens.resolve_extension(family, stated, options.new_tokens, options.vocab_extra_ids_list)
     places = stated_places(family, checkpoint, iteration, trained, search)
     source, warnings = locate(family, places, options.vocab_file, fetch, options.cache_dir)
+    try:
+        check_files(source.files)
+    except ConversionError as error:
+        raise ConversionError(f"{error}; --vocab_file names another tokenizer, --no_tokenizer leaves it out") from error
     original = source.json(JSON)
     vocabulary = _vocabulary(family, source, original, extension, rule=not core or "new_tokens" in trained)
     own_json = MODEL not in source.files and family != "falcon"
@@ -147,7 +152,10 @@ def plan_tokenizer(
         ids=max(with_rows.values()) + 1,
         token_ids={key: (token, every[token]) for key, token in named.items()},
         config_overrides=overridden,
-        report=_report(source, extension, config, with_rows, base, overrides, cut, generation or {}, doubted),
+        report=[
+            *_report(source, extension, config, with_rows, base, overrides, cut, generation or {}, doubted),
+            *links(source.files.values()),
+        ],
         vocabulary=with_rows,
         warnings=warnings,
         copied=copied,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from weights_conversion.text import one_line
 from weights_conversion.verification.differences import Difference, Exact
 from weights_conversion.verification.numeric import Numeric
 from weights_conversion.verification.sides import Model
@@ -77,7 +78,7 @@ class Verification:
         lines += [f"cause       {cause}" for cause in self.causes]
         lines += [f"note        {note}" for note in self.notes]
         lines.append(f"{self.verdict.upper()}   ({self.seconds:.1f} s)")
-        return "\n".join(lines)
+        return "\n".join(one_line(line) for line in lines)
 
     def _config(self, wrong: Sequence[ConfigField]) -> str:
         if not wrong and not self.config_problems:

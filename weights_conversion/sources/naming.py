@@ -1,0 +1,86 @@
+"""What to say of tensors that a source lacks or has too many: few sentences, however many tensors they are about."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\.\S+|weight_scale(_inv)?|weight_packed|SCB)$"
+)
+
+
+def grouped(sentences: Iterable[tuple[str, str]]) -> list[str]:
+    """One sentence for all names that differ in numbers alone, as a layer's: the first's, and how many are like it.
+
+    `sentences` are (name of the tensor, sentence about it).
+    """
+    first: dict[str, str] = {}
+    count: Counter[str] = Counter()
+    for name, sentence in sentences:
+        kind = re.sub(r"\d+", "*", name)
+        first.setdefault(kind, sentence)
+        count[kind] += 1
+    return [
+        sentence + (f" (and {count[kind] - 1} more like it, by other numbers)" if count[kind] > 1 else "")
+        for kind, sentence in first.items()
+    ]
+
+
+def mismatch(where: str, missing: Mapping[str, str], unexpected: Mapping[str, str]) -> list[str]:
+    """Sentences about tensors (name -> sentence) that are missing and unexpected.
+
+    Where all names are merely spelled otherwise, or quantised, one sentence says so.
+    """
+    if len(missing) > 2 and len(unexpected) > 2:
+        quantised = sorted(name for name in unexpected if _QUANTISED.search(name))
+        if quantised:
+            return [
+                f"{where} holds quantised weights ({quantised[0]}, {len(quantised)} tensors), which cannot be "
+                "converted; take the unquantised checkpoint"
+            ]
+        renamed = _prefixed(where, missing, unexpected) or _bare(where, missing, unexpected)
+        if renamed:
+            return [renamed]
+    return grouped(missing.items()) + grouped(unexpected.items())
+
+
+def _prefixed(where: str, missing: Iterable[str], unexpected: Sequence[str] | Mapping[str, str]) -> str | None:
+    wanted = set(missing)
+    prefix = _shared({name[: -len(end)] for name in unexpected for end in _ends(name) if end in wanted})
+    right = [name for name in unexpected if name.startswith(prefix) and name[len(prefix) :] in wanted] if prefix else []
+    if len(right) * 2 < len(wanted):
+        return None
+    others = len(unexpected) - len(right)
+    return (
+        f"the names of {len(right)} tensors in {where} begin with {prefix!r}, which a wrapper around the model has put "
+        "there (DistributedDataParallel, torch.compile, peft, a dict around the weights); save the model's own state "
+        f"dict, or take it off the names{f' ({others} other tensors are too many)' if others else ''}"
+    )
+
+
+def _bare(where: str, missing: Iterable[str], unexpected: Sequence[str] | Mapping[str, str]) -> str | None:
+    there = set(unexpected)
+    wanted = list(missing)
+    prefix = _shared({name[: -len(end)] for name in wanted for end in _ends(name) if end in there})
+    right = [name for name in wanted if name.startswith(prefix) and name[len(prefix) :] in there] if prefix else []
+    if len(right) * 2 < len(wanted):
+        return None
+    lacking = sorted(set(wanted) - set(right))
+    without = f"; it also lacks {', '.join(lacking[:3])}" if lacking else ""
+    return (
+        f"the names of {len(right)} tensors in {where} lack {prefix!r} in front, as where a part of the model was "
+        f"saved by itself; save the whole model{without}"
+    )
+
+
+def _ends(name: str) -> list[str]:
+    """What is left of a dotted name when the first one, two ... parts are taken off."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
+
+
+def _shared(prefixes: set[str]) -> str:
+    """The prefix that is meant, where there is one: the shortest."""
+    return min(prefixes, key=len, default="")

@@ -1,0 +1,29 @@
+"""The tokenizer files that an import takes along, so that an export finds them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from weights_conversion import fileio
+from weights_conversion.configs import secrets
+from weights_conversion.tokenizer.content import check_files, links
+from weights_conversion.tokenizer.files import CONFIG
+
+
+def carried(paths: Sequence[Path]) -> tuple[dict[str, bytes | Path], list[str]]:
+    """What to write by name (a path: a copy of it), and sentences for the report.
+
+    Raises ConversionError for what is no tokenizer's file.
+    """
+    files: dict[str, bytes | Path] = {path.name: path for path in paths}
+    check_files({path.name: path for path in paths})
+    notes = [f"tokenizer  {sentence}" for sentence in links(paths)]
+    settings = files.get(CONFIG)
+    if isinstance(settings, Path):
+        clean, dropped = secrets.without_secrets(fileio.read_json(settings, fileio.MAX_TOKENIZER_BYTES))
+        if dropped:
+            files[CONFIG] = (json.dumps(clean, indent=2) + "\n").encode()
+            notes.append(secrets.note(dropped, str(settings)))
+    return files, notes
