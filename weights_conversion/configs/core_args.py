@@ -12,49 +12,25 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import megatron_args, rope
+from weights_conversion.configs import core_table, megatron_args, rope
 from weights_conversion.errors import ConversionError
 
 # Megatron-Core's name -> Megatron-LLM's, where they differ and the value is the same.
 _RESPELLED = {"num_query_groups": "num_attention_heads_kv", "rotary_base": "rope_theta"}
-# Features that the five families do not have: (name in args, value that means "without it", what it is).
-_FOREIGN: tuple[tuple[str, Any, str], ...] = (
-    ("num_experts", None, "mixture of experts"),
-    ("num_moe_experts", None, "mixture of experts"),
-    ("multi_latent_attention", False, "multi-latent attention"),
-    ("add_bias_linear", False, "biases of linear layers"),
-    ("apply_layernorm_1p", False, "norm weights around zero"),
-    ("layernorm_zero_centered_gamma", False, "norm weights around zero"),
-    ("apply_residual_connection_post_layernorm", False, "residual connections behind the norms"),
-    ("attention_output_gate", False, "gated attention"),
-    ("softmax_type", "vanilla", "a softmax with an offset"),
-    ("window_attn_skip_freq", None, "windows on some layers only"),
-    ("no_rope_freq", None, "layers without rotary embedding"),
-    ("rotary_interleaved", False, "interleaved rotary embedding"),
-    ("mtp_num_layers", None, "multi-token prediction"),
-    ("squared_relu", False, "squared ReLU"),
-    ("swiglu", True, "an MLP without SwiGLU"),
-    ("gated_linear_unit", True, "an MLP without SwiGLU"),
-    ("activation_func", "silu", "an MLP without SwiGLU"),
-    ("normalization", "RMSNorm", "LayerNorm"),
-    ("rotary_percent", 1.0, "rotary embedding on a part of each head"),
-    ("position_embedding_type", ("rope", "yarn"), "position embeddings other than rotary"),
-    ("hybrid_override_pattern", None, "state-space layers"),
-    ("hybrid_layer_pattern", None, "state-space layers"),
-    ("is_hybrid_model", False, "state-space layers"),
-)
 # ModelConfig field of a family's feature -> what it is, and the end of a tensor's name that shows it.
 _FEATURES = {
     "add_qkv_bias": ("biases of q, k and v", ".linear_qkv.bias"),
     "qk_layernorm": ("norms of q and k", ".q_layernorm.weight"),
 }
+# Args that Megatron-LM has since 0.19, where the factor reaches the model.
+_SINCE_019 = ("yarn_original_max_position_embeddings", "logits_load_dir")
+_SHOWN = 24  # unknown args in the report
 _FACTORS = ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
 _PLACES = {
     "rope_scaling_factor": _FACTORS,
     "rope_scaling": ("use_rope_scaling", "rope_scaling", "scale_factor", "position_embedding_type"),
     "sliding_window_size": ("window_size",),
 }
-_ZERO_IS_NONE = ("num_experts", "num_moe_experts", "no_rope_freq", "mtp_num_layers")
 # What the names of tensors betray, where args are silent.
 _FOREIGN_TENSORS = (
     (re.compile(r"\.(experts|shared_experts|router)\."), "mixture of experts"),
@@ -155,11 +131,32 @@ def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
 
 def training_warnings(config: ModelConfig) -> list[str]:
     """What no flag of training can be given."""
-    if config.rope_scaling_factor == int(config.rope_scaling_factor):
+    factor = config.rope_scaling_factor
+    if factor == 1.0:
         return rope.core_warnings(config)
+    if factor != int(factor):
+        return [
+            "Megatron-LM reads --rotary-seq-len-interpolation-factor as a whole number, this model needs "
+            f"{factor}: set seq_len_interpolation_factor in its code"
+        ]
     return [
-        f"Megatron-LM reads --rotary-seq-len-interpolation-factor as a whole number, this model needs "
-        f"{config.rope_scaling_factor}: set seq_len_interpolation_factor in its code"
+        "--rotary-seq-len-interpolation-factor reaches the model in Megatron-LM 0.19 and newer (a HybridModel: 0.18); "
+        f"older releases read it and never use it: set seq_len_interpolation_factor {factor:g} in their code"
+    ]
+
+
+def unused_factor(args: Mapping[str, Any], iteration: int | str, folder: Path) -> list[str]:
+    """A sentence on a linear scaling that args of a training run before 0.19 name, which never reached its model.
+
+    A release folder is a conversion's, whose args say what the model has.
+    """
+    factor = args.get(_FACTORS[0])
+    if factor in (None, 1) or iteration == "release" or any(name in args for name in _SINCE_019):
+        return []
+    return [
+        f"the args of {folder} say {_FACTORS[0]} {factor}, which Megatron-LM before 0.19 reads and never uses (a "
+        f"HybridModel: before 0.18); --rope_scaling_factor says what it was trained with: 1, or {factor} if its code "
+        "was changed or is newer"
     ]
 
 
@@ -194,6 +191,11 @@ def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> lis
         for name, (what, _) in _FEATURES.items()
         if not args.get(name) and FAMILIES[family].has(name)
     ]
+    problems += [
+        f"{folder} holds a model with {what} ({name} is {args[name]!r}), which {family} does not have"
+        for name, what in core_table.foreign(args, FAMILIES[family].features).items()
+        if name not in _FEATURES
+    ]
     scaling = args.get("rope_scaling")
     if scaling is not None and scaling.kind not in FAMILIES[family].ropes:
         problems.append(f"{folder} holds a model with rope scaling of kind {scaling.kind}, which {family} lacks")
@@ -207,24 +209,30 @@ def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> lis
     ]
 
 
+def unknown(args: Mapping[str, Any]) -> list[str]:
+    """A note on args that are set and that no release is known to have: what a fork adds may change the model."""
+    found = core_table.unknown(args)
+    if not found:
+        return []
+    shown = ", ".join(f"{name} {str(value)[:40]!r}" for name, value in sorted(found.items())[:_SHOWN])
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return [f"args       not known here, and taken to be of no consequence: {shown}{more}"]
+
+
 def unreadable(left_out: Mapping[str, str], folder: Path) -> list[str]:
     """Sentences on args that decide what model it is, but are no plain values: `left_out` names the type of each."""
-    deciding = (*(name for name, _, _ in _FOREIGN), *_FACTORS, "window_size")
     return [
         f"the args of {folder} have {name} of type {left_out[name]}, which is not understood"
-        for name in deciding
-        if name in left_out
+        for name in core_table.unreadable(left_out)
     ]
 
 
 def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Plain args in Megatron-LLM's names. A model that is none of the five families is refused by name."""
+    somewhere = {feature for family in FAMILIES.values() for feature in family.features}
     problems = [
         f"{folder} holds a model with {what} ({name} is {args[name]!r}), which is none of the supported families"
-        for name, plain, what in _FOREIGN
-        if args.get(name) is not None
-        and not (args[name] in plain if isinstance(plain, tuple) else args[name] == plain)
-        and not (name in _ZERO_IS_NONE and args[name] in (0, 1))
+        for name, what in core_table.foreign(args, somewhere).items()
     ]
     factor, window = _factor(args, folder, problems), _left(args, folder, problems)
     if problems:

@@ -9,6 +9,7 @@ from typing import Any
 from weights_conversion.errors import ConversionError
 
 RUN_CONFIG = "run_config.yaml"
+_FUNCTIONS = ("activation_func",)  # a function, however it is spelled
 # What makes a section the model's own: the outer one of newer releases holds it under a name such as `transformer`.
 _SIZES = ("num_layers", "hidden_size")
 
@@ -23,7 +24,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
     problems: list[str] = []
     for section in (model, *_inner(model)):
         for key, value in section.items():
-            plain = _plain(value)
+            plain = _plain(str(key), value)
             if stated.get(str(key)) not in (None, plain) and plain is not None and not str(key).startswith("_"):
                 problems.append(f"{path} says {key} {stated[str(key)]!r} and {plain!r} in two sections of `model`")
             if stated.get(str(key)) is None:
@@ -45,13 +46,15 @@ def _inner(model: Mapping[Any, Any]) -> list[dict[Any, Any]]:
     return [section for section in sections if all(section.get(name) is not None for name in _SIZES)]
 
 
-def _plain(value: Any) -> Any:
-    """An object that the file spells as `_target_` becomes the name it ends in; anything else stays."""
+def _plain(key: str, value: Any) -> Any:
+    """An object that the file spells as `_target_` becomes its name (a spec the whole one); the rest stays."""
     if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
         return value
+    if key.endswith("_spec"):
+        return value["_target_"]
     if isinstance(value.get("_name_"), str):  # a member of an enumeration
         return value["_name_"]
-    return value["_target_"].rpartition(".")[2] if value.get("_call_") is False else value
+    return value["_target_"].rpartition(".")[2] if value.get("_call_") is False or key in _FUNCTIONS else value
 
 
 def _yaml(path: Path) -> Any:

@@ -87,6 +87,9 @@ def open_checkpoint(
         files = dataclasses.replace(files, args={**files.args, **core_args.features(files.names)})
         problems = core_args.foreign_tensors(files.names, files.folder)
         problems += core_args.foreign_to_family(files.args, model, files.folder)
+        if "rope_scaling_factor" not in (flags or {}):
+            problems += core_args.unused_factor(files.args, files.iteration, files.folder)
+        notes += core_args.unknown(files.args)
     else:
         problems = megatron_args.foreign(model, files.args)
     if problems:
