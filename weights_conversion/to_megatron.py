@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,27 +91,34 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     report.ignored = [name for name in opened.tensors if is_buffer(name)]
     files, notes = carried(opened.tokenizer)
     report.notes += notes
+    names = set(files)
+    kept_args = dict(opened.kept_args)
+    if dialect is MEGATRON_CORE and "tokenizer.json" in names and "tokenizer.model" not in names:
+        kept_args.setdefault("tokenizer_type", "HuggingFaceTokenizer")
+    if not names & {"tokenizer.model", "tokenizer.json"} and not {"vocab_file", "tokenizer_model"} & set(kept_args):
+        report.warnings.append(
+            f"{opened.folder} holds no tokenizer (tokenizer.model or tokenizer.json), so none is written; training "
+            "needs one, and an export asks for it (--vocab_file)"
+        )
     if ckpt_format == "torch_dist":
         plan = plan_to_dist(
             architecture, config, sources, opened.dialect, dialect, vocabulary, dtype, "release", options.new_rows
         )
-        targets, small = dist_targets(plan, config, written, divisible_by, opened.kept_args)
+        targets, small = dist_targets(plan, config, written, divisible_by, kept_args)
         files |= small
     else:
         plan = plan_to_megatron(
             architecture, config, sources, opened.dialect, dialect, parallel, vocabulary, dtype,
             rank_file("release", parallel), options.new_rows,
         )  # fmt: skip
-        args = _rank_args(config, parallel, dialect, written, divisible_by, vocabulary) | dict(opened.kept_args)
+        args = _rank_args(config, parallel, dialect, written, divisible_by, vocabulary) | kept_args
         targets = rank_targets(plan, args, "release" if dialect is MEGATRON_LLM else 0, flat=dialect is MEGATRON_CORE)
-    has_model = any(path.name == "tokenizer.model" for path in opened.tokenizer)
     report.training_flags = _training_flags(
         config, dialect, ckpt_format, out, vocabulary, divisible_by, parallel, written
     )
     if dialect is MEGATRON_CORE:
         report.warnings += core_args.training_warnings(config)
-    if dialect is MEGATRON_CORE and has_model:
-        report.training_flags.append(f"--tokenizer-model {out / 'tokenizer.model'}")
+    report.training_flags += _tokenizer_flags(names, dialect, out)
     if vocabulary != config.vocab_size:
         report.notes.append(
             f"vocabulary {config.vocab_size} rows of the source, {vocabulary} written (new: {options.new_rows} row)"
@@ -217,6 +225,17 @@ def _training_flags(
         load = [f"--load {out} --ckpt-format {ckpt_format} --use-checkpoint-args --no-load-optim --no-load-rng"]
         return [*load, *core_args.training_flags(config, dtype)]
     return ["--use_checkpoint_args", *megatron_args.training_flags(config, vocabulary, divisible_by, parallel.tensor)]
+
+
+def _tokenizer_flags(names: Collection[str], dialect: Dialect, out: Path) -> list[str]:
+    """Which tokenizer Megatron-LM is to be given; Megatron-LLM has a flag for a file that the user chooses."""
+    if dialect is not MEGATRON_CORE:
+        return []
+    if "tokenizer.model" in names:
+        return [f"--tokenizer-model {shlex.quote(str(out / 'tokenizer.model'))}"]
+    if "tokenizer.json" in names:
+        return [f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {shlex.quote(str(out))}"]
+    return []
 
 
 def dist_targets(

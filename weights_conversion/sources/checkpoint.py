@@ -21,6 +21,7 @@ from weights_conversion.formats.run_config import RUN_CONFIG
 from weights_conversion.formats.stored_args import plain_args
 from weights_conversion.formats.torch_dist import DistCheckpoint, open_dist
 from weights_conversion.mapping.dialects import MEGATRON_CORE
+from weights_conversion.owners import stranger
 from weights_conversion.sources.families import chosen_family, read_features
 from weights_conversion.sources.vocabulary import true_rows
 
@@ -94,7 +95,7 @@ def open_checkpoint(
         problems = megatron_args.foreign(model, files.args)
     if problems:
         raise ConversionError(*problems)
-    warnings: list[str] = []
+    warnings = passed_over(files.args, root)
     if found:
         notes.append(f"config     from {found[0]}")
     kept = true_rows(files, true_vocab_size, said)
@@ -124,7 +125,30 @@ def open_checkpoint(
 
 
 def trained_from(args: Mapping[str, Any]) -> list[Path]:
-    """Folders that training named, where the import that it started from may have left its manifest."""
+    """Folders that training named, where the import that it started from may have left its manifest.
+
+    Only those of the user or of root: anyone may have made a folder again that is gone.
+    """
+    return [path for path in _named(args) if _stranger(path) is None]
+
+
+def passed_over(args: Mapping[str, Any], root: Path) -> list[str]:
+    """Sentences on folders that training named and that are not believed."""
+    return [
+        f"{path}, which the args name, belongs to another user ({owner}) and is not read; if you trust it, copy its "
+        f"{manifest.NAME} to {root}, and name its tokenizer with --vocab_file"
+        for path in dict.fromkeys(_named(args))
+        if (owner := _stranger(path)) is not None and path.is_dir()
+    ]
+
+
+def _stranger(folder: Path) -> int | None:
+    """Who else owns a folder that args name, or the manifest in it."""
+    owner = stranger(folder)
+    return stranger(folder / manifest.NAME) if owner is None else owner
+
+
+def _named(args: Mapping[str, Any]) -> list[Path]:
     load, vocab = args.get("load"), args.get("vocab_file")
     named = [Path(load)] if isinstance(load, str) and load else []
     return [*named, *([Path(vocab).parent] if isinstance(vocab, str) and vocab else [])]

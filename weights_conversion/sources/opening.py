@@ -17,16 +17,14 @@ from weights_conversion.formats import huggingface, meta
 from weights_conversion.formats.megatron import TRACKER
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Placed
-from weights_conversion.mapping.dialects import HF, META, Dialect
+from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
 from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
 from weights_conversion.sources.locate import in_huggingface, locate
 from weights_conversion.text import short
 from weights_conversion.tokenizer.content import links
 from weights_conversion.tokenizer.files import source_tokenizer_files
-
-# What training decided about the tokenizer, which another layout or dialect of the checkpoint keeps.
-_TOKENIZER_ARGS = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list")
+from weights_conversion.tokenizer.places import taken_along
 
 
 @dataclass(frozen=True)
@@ -147,17 +145,16 @@ def open_megatron(
     said = opened.manifest or {}
     args = opened.files.args
     reset = megatron_args.was_reset(args)
-    kept = {name: args[name] for name in _TOKENIZER_ARGS if not reset and args.get(name) is not None}
+    tokenizer, kept, said_of_it = taken_along(
+        model, root, opened.files.folder, {} if reset else args, trained_from(args), target is MEGATRON_CORE
+    )
     if opened.files.dialect is target and not reset and "seq_length" in args:
         kept["seq_length"] = args["seq_length"]
-    places = (source_tokenizer_files(folder) for folder in (root, *trained_from(args)) if folder.is_dir())
-    tokenizer = next((files for files in places if files), ())
-    if not tokenizer and args.get("vocab_file") is not None:
-        kept["vocab_file"] = args["vocab_file"]  # so that an export knows that training had one of its own
     assumed = tuple(sorted(name for name, origin in opened.origins.items() if reset and origin == "family"))
     return Opened(
         root, opened.files.dialect, config,
         lambda architecture: locate(opened.files, architecture, config), said.get("config"),
         said.get("generation_config"), said.get("repository"), said.get("revision"), known, tokenizer, kept,
-        opened.files.vocabulary, assumed, notes=opened.notes, warnings=opened.warnings,
+        opened.files.vocabulary, assumed, notes=opened.notes,
+        warnings=(*opened.warnings, *said_of_it),
     )  # fmt: skip

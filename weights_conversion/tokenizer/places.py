@@ -10,8 +10,19 @@ from typing import Any
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.owners import stranger
-from weights_conversion.tokenizer.files import JSON, MODEL, REPOSITORIES, Fetch, Source, open_source, with_settings
+from weights_conversion.tokenizer.files import (
+    JSON,
+    MODEL,
+    REPOSITORIES,
+    Fetch,
+    Source,
+    open_source,
+    source_tokenizer_files,
+    with_settings,
+)
 
+# What training decided about the tokenizer, which another layout or dialect of the checkpoint keeps.
+_ADDED = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -20,7 +31,7 @@ class Places:
     """`stated`: (path, words for the report) of what the checkpoint holds or names; `search`: folders that come next.
 
     `repository` is a name of the hub that training's args give, `missing` what they name and is not here, `notes`
-    what was passed over and why.
+    what was passed over and why, `trusted` what lies within the checkpoint that a flag names.
     """
 
     stated: tuple[tuple[Path, str], ...]
@@ -28,6 +39,7 @@ class Places:
     repository: str | None = None
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    trusted: frozenset[Path] = frozenset()
 
 
 def stated_places(
@@ -38,7 +50,7 @@ def stated_places(
     Megatron-Core writes no tokenizer into its root, so what its run named comes first.
     """
     own = [(checkpoint, f"the checkpoint, {checkpoint}")]
-    named, missing, notes = [], [], []
+    named, missing, notes, trusted = [], [], [], frozenset({checkpoint})
     repository = None
     for name in ("vocab_file", "tokenizer_model"):
         value = args.get(name)
@@ -59,10 +71,12 @@ def stated_places(
             missing.append(f"training's {name}, {value}")
     if iteration is not None and (folder := iteration / "tokenizer").is_dir():
         named.append((folder, f"the iteration's own folder, {folder}"))
+        trusted |= {folder}
     core = "tokenizer_model" in args or "vocab_file" not in args
     return Places(
-        tuple([*named, *own] if core else [*own, *named]), tuple(search), repository, tuple(missing), tuple(notes)
-    )
+        tuple([*named, *own] if core else [*own, *named]), tuple(search), repository, tuple(missing), tuple(notes),
+        trusted,
+    )  # fmt: skip
 
 
 def _existing(value: str, checkpoint: Path, iteration: Path | None) -> Path | None:
@@ -83,8 +97,9 @@ def locate(
 
     Raises ConversionError where there is none, or where two places that the checkpoint states contradict each other.
     """
-    stated = [source for path, origin in places.stated if (source := open_source(path, origin, family)) is not None]
-    searched = [source for folder in places.search if (source := open_source(folder, str(folder), family)) is not None]
+    warnings, reasons = list(places.notes), []
+    stated = [one for path, origin in places.stated if (one := _opened(path, origin, family, places, warnings))]
+    searched = [one for folder in places.search if (one := _opened(folder, str(folder), family, places, warnings))]
     if vocab_file is not None:
         return with_settings(_by_flag(vocab_file, family), [*stated, *searched]), []
     for other in stated[1:]:
@@ -93,7 +108,6 @@ def locate(
                 f"{stated[0].vocabulary_file()} and {other.vocabulary_file()}, which training used, are different; "
                 "name the right one with --vocab_file."
             )
-    warnings, reasons = list(places.notes), []
     if stated:
         return with_settings(stated[0], [*stated[1:], *searched]), warnings
     if places.repository is not None:
@@ -107,7 +121,7 @@ def locate(
 
     looked = [*(str(path) for path, _ in places.stated), *map(str, places.search), *gone]
     # What training named was its own choice: the family's usual tokenizer would be a guess.
-    if fetch is not None and family in REPOSITORIES and not gone and not places.notes:
+    if fetch is not None and family in REPOSITORIES and not gone and not warnings:
         looked.append(REPOSITORIES[family])
         fetched = _fetched(REPOSITORIES[family], family, fetch, cache_dir, reasons)
         if fetched is not None:
@@ -118,8 +132,22 @@ def locate(
         f"no tokenizer for {family} found; looked for {wanted} in {', '.join(looked)}. Name the file or its "
         "folder with --vocab_file, or export the weights alone with --no_tokenizer.",
         *reasons,
-        *places.notes,
+        *warnings,
     )
+
+
+def _opened(path: Path, origin: str, family: str, places: Places, notes: list[str]) -> Source | None:
+    """The tokenizer there, unless somebody else has put a file of it where the args pointed; `notes` then says so."""
+    source = open_source(path, origin, family)
+    if source is None or path in places.trusted:
+        return source
+    for file in source.files.values():
+        if (owner := stranger(file)) is not None:
+            notes.append(
+                f"{file} belongs to another user ({owner}) and is not read; --vocab_file {file} names it all the same"
+            )
+            return None
+    return source
 
 
 def _by_flag(vocab_file: Path, family: str) -> Source:
@@ -142,3 +170,30 @@ def _fetched(
     except ConversionError as error:
         reasons += error.problems
         return None
+
+
+def taken_along(
+    family: str, checkpoint: Path, iteration: Path, args: Mapping[str, Any], search: Sequence[Path], core: bool
+) -> tuple[tuple[Path, ...], dict[str, Any], list[str]]:
+    """(tokenizer files, args, sentences) that another layout or dialect of a checkpoint keeps. `core`: it becomes one.
+
+    A vocabulary file of another name stays where it is, and its path in the args, so that an export finds it.
+    """
+    places = stated_places(family, checkpoint, iteration, args, search)
+    notes = list(places.notes)
+    kept = {name: args[name] for name in _ADDED if args.get(name) is not None}
+    if args.get("tokenizer_type") == "SentencePieceTokenizer" and "tokenizer_model" in args and not core:
+        kept.setdefault("new_tokens", True)  # Megatron-Core's tokenizer of this type always adds them
+    if core and "tokenizer_model" in args:
+        kept["tokenizer_type"] = args.get("tokenizer_type")
+    for path in (*(path for path, _ in places.stated), *places.search):
+        source = _opened(path, str(path), family, places, notes)
+        if source is not None and all(file.name == name for name, file in source.files.items()):
+            return tuple(source.files.values()), kept, notes
+        if source is not None:
+            break
+    # So that an export knows that training had one of its own.
+    name = args.get("tokenizer_model") or args.get("vocab_file")
+    if name is not None:
+        kept["tokenizer_model" if core else "vocab_file"] = name
+    return source_tokenizer_files(checkpoint), kept, notes
