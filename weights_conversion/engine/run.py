@@ -196,9 +196,12 @@ def _found(hold: Partial, job: Job) -> dict[TensorRef, int] | None:
     """The layout that an earlier run made; None where it is damaged, and new folders have taken its place."""
     try:
         return assembly.find_layout(hold, job.targets)
-    except (OSError, ConversionError):
+    except (OSError, ConversionError) as error:
         if hold.complete:
-            raise
+            raise ConversionError(
+                f"{hold.out} was finished by the same command, and is not whole any more ({error}); --overwrite makes "
+                "it again"
+            ) from error
         hold.start_over()
         hold.open_folders()
         return None
