@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import GOLDEN
 from torch import Tensor
 
 from weights_conversion.config import ModelConfig
@@ -25,7 +26,6 @@ from weights_conversion.verification.conventions import HF, MEGATRON_CORE, MEGAT
 from weights_conversion.verification.forward import Weights, default_prompts, trace
 
 BOUND = 2e-6  # of the logits' spread
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 LLM_FOLDERS = sorted(path for path in GOLDEN.glob("*/megatron-*") if not path.parent.name.startswith("core-"))
 
 LLAMA = ModelConfig(
@@ -744,7 +744,6 @@ def _golden_source(case: Path) -> tuple[Convention, dict[str, Tensor]]:
     }
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden files are not here")
 @pytest.mark.parametrize("folder", [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in LLM_FOLDERS])
 def test_golden_checkpoints_agree_with_their_source(folder: Path) -> None:
     config = _golden_config(folder.parent)

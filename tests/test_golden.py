@@ -10,16 +10,15 @@ import pytest
 import reference_forward
 import tiny_models as tm
 import torch
+from conftest import GOLDEN
 from megatron_files import assert_same_ranks, assert_same_tensors, read_checkpoint
 from naive_layout import megatron_ranks, meta_to_huggingface, padded_rows
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 # core-* are Megatron-Core's: see test_golden_core.py
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/case.json") if not path.parent.name.startswith("core-"))
 FOLDERS = sorted(f"{case}/{path.name}" for case in CASES for path in (GOLDEN / case).glob("megatron-*"))
 WHOLE = [name for name in FOLDERS if name.endswith("tp1pp1")]
 CUT = [name for name in FOLDERS if not name.endswith("tp1pp1") and not name.startswith("trained")]
-pytestmark = pytest.mark.skipif(not CASES, reason="no golden cases: ../shared/golden is absent")
 
 # What the original loses or invents, and the test must not ask for.
 LOST_FROM_META = {"layernorm_epsilon", "max_position_embeddings", "seq_length"}

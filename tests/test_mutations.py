@@ -15,10 +15,9 @@ import pytest
 import reference_forward
 import tiny_models as tm
 import torch
-from conftest import Script
+from conftest import GOLDEN, Script
 from megatron_files import Checkpoint, assert_same_ranks, assert_same_tensors, read_checkpoint
 from naive_layout import megatron_ranks, padded_rows
-from test_golden import CASES, GOLDEN
 
 from weights_conversion.layouts import placement
 from weights_conversion.mapping import ops
@@ -144,7 +143,6 @@ class Detectors:
 
 
 CUT = ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2]
-needs_golden = pytest.mark.skipif(not CASES, reason="no golden cases: ../shared/golden is absent")
 
 
 @pytest.fixture
@@ -153,8 +151,8 @@ def detectors(tmp_path: Path, to_megatron: Script, to_hf: Script) -> Detectors:
 
 
 DETECTORS = [
-    pytest.param("golden", marks=needs_golden),
-    pytest.param("golden_layout", marks=needs_golden),
+    "golden",
+    "golden_layout",
     "naive",
     "naive_layout",
     "logits",

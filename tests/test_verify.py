@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import tiny_models as tm
 import torch
-from conftest import REPOSITORY, Result, Script, run
+from conftest import GOLDEN, REPOSITORY, Result, Script, run
 from megatron_files import load_rank, rank_of, save_rank
 from safetensors.torch import load_file, save_file
-from test_golden import FOLDERS, GOLDEN, Case
+from test_golden import FOLDERS, Case
 from test_mutations import CUT, MUTATIONS
 
 from weights_conversion.errors import ConversionError

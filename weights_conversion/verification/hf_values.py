@@ -51,8 +51,14 @@ def _sentence(field: str, transformers: object, converter: object) -> str:
 
 def _load(folder: Path) -> Any:
     from transformers import AutoConfig
+    from transformers.utils import logging
 
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it advises on values, which are not the user's to change here
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    finally:
+        logging.set_verbosity(before)
 
 
 def _window(stated: Any) -> int | None:

@@ -15,7 +15,7 @@ from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.verification import forward
 from weights_conversion.verification.conventions import CONVENTIONS, Convention, Names
 from weights_conversion.verification.forward import Weights
-from weights_conversion.verification.sides import NUMBER_FIELDS, Model
+from weights_conversion.verification.sides import NUMBER_FIELDS, Model, shown
 from weights_conversion.verification.stored import head_of, rounded, weights_of
 
 # Float32 sums in another order differ by about 1e-6 of the spread of values; mistakes of layout by the spread itself.
@@ -182,7 +182,7 @@ class Causes:
             if ours != theirs:
                 config = replace(self.theirs.config, **{name: ours})
                 yield (
-                    f"{name} is {ours} in the source and {theirs} in the checkpoint",
+                    f"{name} is {shown(ours)} in the source and {shown(theirs)} in the checkpoint",
                     replace(self.theirs, config=config),
                 )
 

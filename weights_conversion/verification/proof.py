@@ -25,6 +25,7 @@ from weights_conversion.verification.sides import (
     choose_family,
     common_vocabulary,
     open_model,
+    shown,
 )
 from weights_conversion.watch import watching
 
@@ -110,10 +111,13 @@ def _compare_configs(result: Verification, one: Model, two: Model) -> None:
         if not same and assumed and name != "vocab_size":
             stated = one if "checkpoint" in assumed else two
             silent = " and the ".join(assumed)
-            result.notes.append(f"{name} is {getattr(stated.config, name)} by one side; the {silent} does not state it")
+            value = shown(getattr(stated.config, name))
+            result.notes.append(f"{name} is {value} by one side; the {silent} does not state it")
             same = True
         if not same:
-            result.config_problems.append(f"{name} is {ours} in the source and {theirs} in the checkpoint")
+            result.config_problems.append(
+                f"{name} is {shown(ours)} in the source and {shown(theirs)} in the checkpoint"
+            )
         fields.append(ConfigField(name, ours, theirs, same, assumed))
     result.config = tuple(fields)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from weights_conversion.config import RopeScaling
 from weights_conversion.text import one_line
 from weights_conversion.verification.differences import Difference, Exact
 from weights_conversion.verification.numeric import Numeric
@@ -105,7 +106,7 @@ class Verification:
                 "same": not self.config_problems,
                 "fields": {
                     entry.name: {
-                        "source": entry.source, "checkpoint": entry.checkpoint, "same": entry.same,
+                        "source": _plain(entry.source), "checkpoint": _plain(entry.checkpoint), "same": entry.same,
                         "assumed": list(entry.assumed),
                     }
                     for entry in self.config
@@ -145,6 +146,10 @@ class Verification:
 
 def _side(model: Model) -> str:
     return f"{model.path} ({model.kind}, {model.layout}, {_name(model.dtype)})"
+
+
+def _plain(value: Any) -> Any:
+    return vars(value) if isinstance(value, RopeScaling) else value
 
 
 def _side_json(model: Model) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.config import ModelConfig
+from weights_conversion.config import ModelConfig, RopeScaling
 from weights_conversion.configs import hf_config, manifest, megatron_args, meta_params, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, meta
@@ -43,6 +43,13 @@ NUMBER_FIELDS = (
     "tie_word_embeddings",
     "max_position_embeddings",
 )
+
+
+def shown(value: object) -> str:
+    """A config's value in a sentence; one that has parts as "kind llama3, factor 8.0, ..."."""
+    if isinstance(value, RopeScaling):
+        return ", ".join(f"{name} {part}" for name, part in vars(value).items() if part is not None)
+    return str(value)
 
 
 @dataclass(frozen=True)
