@@ -168,14 +168,12 @@ def test_export_is_the_source(folder: str, tmp_path: Path, to_hf) -> None:
             assert config[name] == theirs, f"{name}: the resharding tool's loss must not reach the export"
 
 
-@pytest.mark.parametrize("folder", WHOLE)
+@pytest.mark.parametrize("folder", [name for name in WHOLE if "meta" not in name])  # transformers reads no such files
 def test_golden_logits(folder: str, tmp_path: Path, to_megatron) -> None:
     """The tests' forward pass on the imported file gives what transformers makes of the source."""
     import transformers
 
     case = Case(folder.split("/")[0])
-    if case.meta:
-        pytest.skip("transformers does not read Meta's files")
     to_megatron(case.family, *case.source_arguments, "--out", tmp_path / "out").succeeded()
     ours = read_checkpoint(tmp_path / "out")
     tokens = torch.arange(3, 120, 2)
