@@ -464,9 +464,12 @@ def test_more_shards_than_tensors(imported, refuse_export) -> None:
 
 
 def test_no_tracker(tmp_path: Path, refuse_export) -> None:
+    """One iteration needs no tracker; of two, nothing says which is meant."""
     root = training(tmp_path / "mt", LLAMA)
     (root / "latest_checkpointed_iteration.txt").unlink()
-    refuse_export(root, words=("latest_checkpointed_iteration.txt",))
+    (one,) = root.glob("iter_*")
+    shutil.copytree(one, root / "iter_0000900")
+    refuse_export(root, words=("latest_checkpointed_iteration.txt", one.name, "iter_0000900", "--load_iters"))
 
 
 def test_absent_checkpoint(tmp_path: Path, refuse_export) -> None:

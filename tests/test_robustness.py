@@ -29,7 +29,7 @@ from conftest import Script
 from tests.robustness import full_disk, fuzz, kill_runs, mutations, sources
 from weights_conversion.engine.execute import Written
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats import huggingface, megatron, pickles, stored_args, torch_files
+from weights_conversion.formats import huggingface, iterations, pickles, stored_args, torch_files
 from weights_conversion.layouts.placement import TensorRef
 from weights_conversion.output import assembly, file_sums, partial, place, publish
 from weights_conversion.output import journal as journals
@@ -315,9 +315,9 @@ def test_index_entries_outside(name: str, tmp_path: Path, to_megatron: Script) -
 )
 def test_trackers(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "release").mkdir()
-    (tmp_path / megatron.TRACKER).write_bytes(text)
+    (tmp_path / iterations.TRACKER).write_bytes(text)
     with pytest.raises(ConversionError, match="latest_checkpointed_iteration"):
-        megatron.find_iteration(tmp_path, None)
+        iterations.find_iteration(tmp_path, None)
 
 
 @pytest.mark.parametrize(

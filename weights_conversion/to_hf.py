@@ -20,7 +20,8 @@ from weights_conversion.layouts.placement import main_dtype
 from weights_conversion.layouts.planners import plan_to_hf
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
 from weights_conversion.output import assembly, place
-from weights_conversion.sources.checkpoint import OpenedCheckpoint, open_checkpoint, trained_from
+from weights_conversion.sources.checkpoint import OpenedCheckpoint, megatron_root, open_checkpoint, trained_from
+from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import locate
 from weights_conversion.sources.reference import Reference, disagreements, open_reference
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
@@ -50,6 +51,7 @@ class ExportOptions(RunOptions):
 def megatron_to_hf(options: ExportOptions) -> Report:
     """Writes a Hugging Face folder. Raises ConversionError, before a byte is written, for everything that is wrong."""
     out = options.output_dir
+    say_found(megatron_root(options.input_dir, options.load_iters))
     with distributed.rank_zero_first("output"):
         replaced = place.check(out, options.overwrite, options.verify)
     opened, reference = _open(options)
@@ -93,11 +95,11 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         "values     " + ", ".join(f"{name} {origin}" for name, origin in sorted(opened.origins.items()))
     )
     prove = verified(
-        options.input_dir, config.family, options, source_iters=options.load_iters, fields=options.fields,
+        opened.root, config.family, options, source_iters=opened.load_iters, fields=options.fields,
         true_vocab_size=config.vocab_size,
     )  # fmt: skip
     copied = [content for content in files.values() if isinstance(content, Path)]
-    assembly.check_apart(out, plan, [options.input_dir, *copied])
+    assembly.check_apart(out, plan, [opened.root, options.input_dir, *copied])
     report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, prove=prove), options)
 
@@ -133,12 +135,12 @@ def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Map
 
     try:
         return plan_tokenizer(
-            opened.config.family, options.input_dir, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
+            opened.config.family, opened.root, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
             rows_known=opened.true_rows_known, core=opened.files.dialect is MEGATRON_CORE,
             iteration=opened.files.folder, search=trained_from(args), fetch=fetch, generation=generation,
         )  # fmt: skip
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        place = options.tokenizer.vocab_file or options.input_dir
+        place = options.tokenizer.vocab_file or opened.root
         raise ConversionError(
             f"the tokenizer files of {place} are malformed ({type(error).__name__}: {error}); "
             "--vocab_file names others, --no_tokenizer leaves them out"

@@ -18,7 +18,7 @@ from weights_conversion.engine.progress import Report
 from weights_conversion.engine.run import DIVISIBLE_BY, DTYPES, Job, RunOptions, run, verified
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import dist_index, dist_writer, megatron, torch_files
-from weights_conversion.formats.megatron import TRACKER
+from weights_conversion.formats.iterations import TRACKER
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import main_dtype, rank_folder
 from weights_conversion.layouts.plan import Plan
@@ -26,7 +26,8 @@ from weights_conversion.layouts.planners import check_parallelism, padded_vocabu
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 from weights_conversion.mapping.parameters import is_buffer
 from weights_conversion.output import assembly, place
-from weights_conversion.sources.opening import open_source
+from weights_conversion.sources.detect import say_found
+from weights_conversion.sources.opening import find_local, open_source
 from weights_conversion.tokenizer.carried import carried
 from weights_conversion.watch import watched
 
@@ -59,6 +60,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong."""
     architecture = FAMILIES[options.model]
     out = options.out or Path(f"{options.model}-{options.size or architecture.default_size}b-megatron")
+    say_found(find_local(options.model_path, options.model, options.size, options.load_iters))
     with distributed.rank_zero_first("output"):
         replaced = place.check(out, options.overwrite, options.verify)
     dialect = TARGETS[options.target or architecture.target]
@@ -131,7 +133,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     )  # fmt: skip
     files[manifest.NAME] = text.encode()
     prove = verified(
-        opened.folder, options.model, options, source_iters=options.load_iters, fields=options.fields,
+        opened.folder, options.model, options, source_iters=opened.load_iters, fields=options.fields,
         true_vocab_size=config.vocab_size if opened.dialect.megatron else None,
     )  # fmt: skip
     copied = [content for content in files.values() if isinstance(content, Path)]

@@ -9,47 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import fileio
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
+from weights_conversion.formats.iterations import MODEL_FILES, number_of
 from weights_conversion.formats.stored_args import disagreements, left_out, parallelism, plain_args, plain_value, strays
 from weights_conversion.layouts.placement import TensorRef, chunk_key
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 
-TRACKER = "latest_checkpointed_iteration.txt"
-MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the latter beside a distributed optimizer's optim.pt
 # Parts of a model that hold no parameter: buffers, and Transformer-Engine's state.
 _IGNORED = re.compile(r"(\._extra_state|\.inv_freq|\.rotary_emb\..*)$")
-
-
-def find_iteration(root: Path, load_iters: int | str | None) -> tuple[Path, int | str]:
-    """The folder of iteration `load_iters`, or of the one that the tracker names."""
-    tracker = root / TRACKER
-    if not root.is_dir():
-        raise ConversionError(f"{root} is not a folder, where one with a Megatron checkpoint's {TRACKER} was expected")
-    if load_iters is not None:
-        iteration = load_iters
-    else:
-        try:
-            with fileio.open_file(tracker, noted=False) as file:  # training may move it on
-                text = file.read(100).decode("utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise ConversionError(
-                f"{tracker} cannot be read, so nothing says which iteration is meant; --load_iters names one"
-            ) from error
-        if text != "release" and not re.fullmatch(r"[0-9]{1,12}", text):  # 0: as imports by Megatron-Bridge leave it
-            raise ConversionError(f"{tracker} says {text[:80]!r}, where 'release' or a number was expected")
-        iteration = text if text == "release" else int(text)
-    folder = root / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
-    if not folder.is_dir():
-        present = sorted(path.name for path in root.iterdir() if re.fullmatch(r"release|iter_\d+", path.name))
-        said = "--load_iters" if load_iters is not None else TRACKER
-        raise ConversionError(
-            f"{said} names {folder.name}, which {root} does not hold (it has: {', '.join(present) or 'none'}); "
-            "--load_iters names another iteration"
-        )
-    return folder, iteration
 
 
 @dataclass(frozen=True)
@@ -103,7 +72,8 @@ def open_rank_files(folder: Path, iteration: int | str) -> RankFiles:
         if not isinstance(version, (int, float)) or not version >= 2.0:
             problems.append(f"{path} has checkpoint_version {version}, whose QKV order differs; 3.0 was expected")
         expected = plain_value(content.get("iteration", iteration))
-        if expected != iteration and not (iteration == "release" and expected == 0):
+        named = number_of(folder.name) is not None  # else somebody has renamed it, and only the file knows
+        if named and expected != iteration and not (iteration == "release" and expected == 0):
             problems.append(f"{path} is of iteration {expected}, but stands in {folder.name}")
     first = min(files)
     problems += disagreements(args, first, files)

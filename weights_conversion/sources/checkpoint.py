@@ -16,12 +16,14 @@ from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, manifest, megatron_args, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.dist_index import METADATA
-from weights_conversion.formats.megatron import RankFiles, find_iteration, open_rank_files
+from weights_conversion.formats.iterations import TRACKER, find_iteration, number_of
+from weights_conversion.formats.megatron import RankFiles, open_rank_files
 from weights_conversion.formats.run_config import RUN_CONFIG
 from weights_conversion.formats.stored_args import plain_args
 from weights_conversion.formats.torch_dist import DistCheckpoint, open_dist
 from weights_conversion.mapping.dialects import MEGATRON_CORE
 from weights_conversion.owners import stranger
+from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.families import chosen_family, read_features
 from weights_conversion.sources.vocabulary import true_rows
 
@@ -30,6 +32,7 @@ from weights_conversion.sources.vocabulary import true_rows
 class OpenedCheckpoint:
     """A Megatron checkpoint with the model that it holds: headers and args read, no data."""
 
+    root: Path
     files: RankFiles | DistCheckpoint
     config: ModelConfig
     manifest: Mapping[str, Any] | None
@@ -37,11 +40,13 @@ class OpenedCheckpoint:
     true_rows_known: bool
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    load_iters: int | str | None = None  # the iteration below `root`, where the user or the path named one
 
 
 def open_files(root: Path, load_iters: int | str | None = None) -> RankFiles | DistCheckpoint:
     """Opens an iteration in whichever format it is, its args respelled in Megatron-LLM's names. No data are read."""
-    folder, iteration = find_iteration(root, load_iters)
+    here = megatron_root(root, load_iters)
+    folder, iteration = find_iteration(here.root, here.iteration)
     dist = (folder / METADATA).is_file()
     files = open_dist(folder, iteration) if dist else open_rank_files(folder, iteration)
     core = files.dialect is MEGATRON_CORE
@@ -52,9 +57,20 @@ def open_files(root: Path, load_iters: int | str | None = None) -> RankFiles | D
     return dataclasses.replace(files, args=core_args.normalise(files.args or _args_of_manifest(folder), folder))
 
 
+def megatron_root(path: Path, load_iters: int | str | None) -> Found:
+    """The Megatron checkpoint that `path` names. Raises ConversionError for one of another kind."""
+    here = detect(path, load_iters)
+    if here.kind is not Kind.MEGATRON:
+        raise ConversionError(
+            f"{here.root} is a {here.kind.value} folder, where a Megatron checkpoint was expected (the folder that "
+            f"holds {TRACKER})"
+        )
+    return here
+
+
 def _args_of_manifest(folder: Path) -> dict[str, Any]:
     """What stands for the args of a checkpoint that stores none: what an import said in its manifest."""
-    found = manifest.find([folder.parent])
+    found = manifest.find([folder if number_of(folder.name) is None else folder.parent])
     if found is None:
         raise ConversionError(
             f"{folder} holds no args, no {RUN_CONFIG} and no {manifest.NAME} beside it, so nothing says what model it "
@@ -79,10 +95,11 @@ def open_checkpoint(
 
     `model` None: the family that the checkpoint says or shows, which is reported.
     """
-    files = open_files(root, load_iters)
+    here = megatron_root(root, load_iters)
+    root, files = here.root, open_files(here.root, here.iteration)
     found = manifest.find([root, *trained_from(files.args)])
     said = found[1] if found else None
-    notes: list[str] = []
+    notes = here.notes
     model = _family(model, files, said, root, true_vocab_size, notes)
     if files.dialect is MEGATRON_CORE:
         files = dataclasses.replace(files, args={**files.args, **core_args.features(files.names)})
@@ -121,7 +138,9 @@ def open_checkpoint(
         warnings.append(
             f"args say padded_vocab_size {padded}, the embedding has {files.vocabulary} rows, which are used"
         )
-    return OpenedCheckpoint(files, resolved.config, said, resolved.origins, kept.known, tuple(notes), tuple(warnings))
+    return OpenedCheckpoint(
+        root, files, resolved.config, said, resolved.origins, kept.known, tuple(notes), tuple(warnings), here.iteration
+    )
 
 
 def trained_from(args: Mapping[str, Any]) -> list[Path]:

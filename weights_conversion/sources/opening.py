@@ -14,12 +14,12 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.configs import hf_config, megatron_args, meta_params, secrets
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, meta
-from weights_conversion.formats.megatron import TRACKER
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Placed
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
 from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
+from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.locate import in_huggingface, locate
 from weights_conversion.text import short
 from weights_conversion.tokenizer.content import links
@@ -47,6 +47,7 @@ class Opened:
     tensors: tuple[str, ...] = ()  # names of an HF or Meta source
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    load_iters: int | str | None = None  # of a Megatron source: the iteration, where the user or the path named one
 
 
 def open_source(
@@ -59,25 +60,22 @@ def open_source(
     `fields` are ModelConfig fields that the user states about a Megatron checkpoint. `recheck`: hold what the hub's
     cache has against the hub's sums, also where that was done before.
     """
-    local = Path(path).expanduser() if path is not None else None
-    trained = local is not None and local.is_dir() and ((local / TRACKER).is_file() or load_iters is not None)
-    if fields and not trained:
+    here = find_local(path, model, size, load_iters)
+    if fields and (here is None or here.kind is not Kind.MEGATRON):
         names = ", ".join(f"--{megatron_args.NAMES[name]}" for name in fields)
         raise ConversionError(f"{names} is for Megatron sources; a Hugging Face or Meta source has a config of its own")
-    if revision is not None and local is not None and local.is_dir():
-        raise ConversionError(f"--revision {revision} is for repositories, but {path} is a local folder")
+    if here is not None:
+        if revision is not None:
+            raise ConversionError(f"--revision {revision} is for repositories, but {path} is a local folder")
+        if here.kind is Kind.MEGATRON:
+            opened = open_megatron(model, here.root, target, here.iteration, true_vocab_size, fields)
+        else:
+            opened = open_hf(model, here.root, target) if here.kind is Kind.HUGGINGFACE else open_meta(model, here.root)
+        return dataclasses.replace(opened, notes=(*here.notes, *opened.notes))
     if path is None and cache is not None and cache.is_dir() and model in ("llama", "llama2"):
         folder = meta.find_meta(cache, model, size or FAMILIES[model].default_size)
         if folder is not None:
             return open_meta(model, folder)
-    if local is not None and trained:
-        return open_megatron(model, local, target, load_iters, true_vocab_size, fields)
-    if local is not None and local.is_dir():
-        folder = local
-        consolidated = meta.find_meta(folder, model, size or FAMILIES[model].default_size)
-        if consolidated is not None and not (folder / "config.json").is_file():
-            return open_meta(model, consolidated)
-        return open_hf(model, folder, target)
     from weights_conversion.hub import repositories as hub
 
     repository = path or FAMILIES[model].repositories[size or FAMILIES[model].default_size]
@@ -89,6 +87,24 @@ def open_source(
         )
     opened = open_hf(model, snapshot.folder, target)
     return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision)
+
+
+def find_local(
+    path: str | None, model: str, size: str | None = None, load_iters: int | str | None = None
+) -> Found | None:
+    """What a local path is (of Meta's folders in one, `size` says which is meant); None: it is none here."""
+    local = Path(path).expanduser() if path is not None else None
+    return _found(local, model, size, load_iters) if local is not None and local.exists() else None
+
+
+def _found(path: Path, model: str, size: str | None, load_iters: int | str | None) -> Found:
+    consolidated = meta.find_meta(path, model, size or FAMILIES[model].default_size)
+    found = detect(path, load_iters) if consolidated in (None, path) else detect(consolidated)
+    if load_iters is not None and found.kind is not Kind.MEGATRON:
+        raise ConversionError(
+            f"--load_iters {load_iters} is for Megatron checkpoints, but {found.root} is a folder of {found.kind.value}"
+        )
+    return found
 
 
 def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
@@ -127,6 +143,7 @@ def open_megatron(
 ) -> Opened:  # fmt: skip
     """A Megatron checkpoint as the source of another; its manifest, tokenizer and training args go along."""
     opened = open_checkpoint(root, model, load_iters=load_iters, flags=fields)
+    root = opened.root
     if model == "falcon" and not target.parallel_attention:
         raise ConversionError(f"{target.name} cannot express falcon: it has no attention in parallel with the MLP")
     if opened.config.rope_scaling and opened.config.rope_scaling.kind not in target.ropes:
@@ -157,4 +174,5 @@ def open_megatron(
         said.get("generation_config"), said.get("repository"), said.get("revision"), known, tokenizer, kept,
         opened.files.vocabulary, assumed, notes=opened.notes,
         warnings=(*opened.warnings, *said_of_it),
+        load_iters=opened.load_iters,
     )  # fmt: skip

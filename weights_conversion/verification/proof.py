@@ -12,6 +12,7 @@ from typing import Any
 from weights_conversion.fileio import MAX_INDEX_BYTES, read_whole, sha256
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.output.file_sums import NAME as CHECKSUMS
+from weights_conversion.sources.detect import detect
 from weights_conversion.verification import causes, exact, numeric
 from weights_conversion.verification.hf_values import misread
 from weights_conversion.verification.padding import check_padding
@@ -21,7 +22,6 @@ from weights_conversion.verification.sides import (
     SHAPE_FIELDS,
     Model,
     adopt_assumed,
-    check_kind,
     choose_family,
     common_vocabulary,
     open_model,
@@ -52,8 +52,9 @@ def _prove(
     checkpoint_iters: int | str | None, allow_inconsistent: bool, fields: Mapping[str, Any] | None,
     true_vocab_size: int | None,
 ) -> Verification:  # fmt: skip
-    for path in (source, checkpoint):
-        check_kind(path)
+    one_side, other_side = detect(source, source_iters), detect(checkpoint, checkpoint_iters)
+    source, source_iters = one_side.root, one_side.iteration
+    checkpoint, checkpoint_iters = other_side.root, other_side.iteration
     family = model or choose_family(source, checkpoint, source_iters, checkpoint_iters)
     one, two = common_vocabulary(
         open_model(source, family, source_iters, fields=fields, true_vocab_size=true_vocab_size),
@@ -62,8 +63,8 @@ def _prove(
     ours, theirs = adopt_assumed(one, two), adopt_assumed(two, one)
     result = Verification(family, ours, theirs, ())
     _compare_configs(result, one, two)
-    result.notes += [f"source: {note}" for note in (*one.contradicted, *one.notes)]
-    result.notes += [f"checkpoint: {note}" for note in two.notes]
+    result.notes += [f"source: {note}" for note in (*one_side.notes, *one.contradicted, *one.notes)]
+    result.notes += [f"checkpoint: {note}" for note in (*other_side.notes, *two.notes)]
     result.config_problems += [f"the checkpoint contradicts itself: {sentence}" for sentence in two.contradicted]
     for name, side in (("source", one), ("checkpoint", two)):
         problems, unknown = misread(side.path, side.config) if side.dialect is HF else ([], [])

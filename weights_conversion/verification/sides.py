@@ -15,10 +15,12 @@ from weights_conversion.config import ModelConfig, RopeScaling
 from weights_conversion.configs import hf_config, manifest, megatron_args, meta_params, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, meta
+from weights_conversion.formats.iterations import MODEL_FILES
 from weights_conversion.layouts.placement import Placed, main_dtype
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
 from weights_conversion.mapping.parameters import ParamMapping
 from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
+from weights_conversion.sources.detect import Kind, detect
 from weights_conversion.sources.families import decide_family, read_features
 from weights_conversion.sources.locate import in_huggingface, locate
 
@@ -86,35 +88,15 @@ class Model:
     def file_name(self, file: str) -> str:
         """Short: below the checkpoint's folder, and a rank's folder instead of its only file."""
         path = Path(file)
-        path = path.parent if path.name in megatron.MODEL_FILES else path
+        path = path.parent if path.name in MODEL_FILES else path
         return str(path.relative_to(self.path)) if path.is_relative_to(self.path) else file
-
-
-def is_huggingface(path: Path) -> bool:
-    return (path / "config.json").is_file()
-
-
-def is_meta(path: Path) -> bool:
-    return not is_huggingface(path) and meta.find_meta(path, "llama2", "") is not None
-
-
-def is_megatron(path: Path) -> bool:
-    return (path / megatron.TRACKER).is_file() or any(path.glob("iter_*")) or (path / "release").is_dir()
-
-
-def check_kind(path: Path) -> None:
-    if not path.is_dir():
-        raise ConversionError(f"{path} is not a folder; name the folder of a checkpoint")
-    if not (is_huggingface(path) or is_meta(path) or is_megatron(path)):
-        raise ConversionError(
-            f"{path} is no checkpoint: it holds neither config.json (Hugging Face), consolidated.00.pth (Meta) nor "
-            f"{megatron.TRACKER} (Megatron)"
-        )
 
 
 def family_of(path: Path, load_iters: int | str | None) -> tuple[str | None, str | None]:
     """(the family that a checkpoint states, or None; the one that its numbers suggest, should nothing state it)."""
-    if is_huggingface(path):
+    here = detect(path, load_iters)
+    path, load_iters = here.root, here.iteration
+    if here.kind is Kind.HUGGINGFACE:
         raw = fileio.read_json(path / "config.json")
         kind = raw.get("model_type")
         known = [name for name, family in FAMILIES.items() if kind in family.model_types]
@@ -125,9 +107,8 @@ def family_of(path: Path, load_iters: int | str | None) -> tuple[str | None, str
         if rope.read_scaling(raw, str(path / "config.json")) is not None:
             return None, "llama3"
         return None, _llama(hf_config.read_rope(raw, str(path / "config.json"))[0], raw.get("rms_norm_eps"))
-    if is_meta(path):
-        folder = meta.find_meta(path, "llama2", "") or path
-        raw = meta.read_params(folder)
+    if here.kind is Kind.META:
+        raw = meta.read_params(path)
         return None, _llama(raw.get("rope_theta"), raw.get("norm_eps"))
     files = open_files(path, load_iters)
     found = manifest.find([path, *trained_from(files.args)])
@@ -180,7 +161,9 @@ def open_model(
 def _open(
     path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any] | None, true_vocab_size: int | None
 ) -> Model:
-    if is_huggingface(path):
+    here = detect(path, load_iters)
+    path, load_iters = here.root, here.iteration
+    if here.kind is Kind.HUGGINGFACE:
         raw = fileio.read_json(path / "config.json")
         # The dialect that can express most, since nothing is to be written.
         config = hf_config.read_config(
@@ -188,11 +171,10 @@ def _open(
         )
         tensors = huggingface.read_hf(path)
         return _apart(path, HF, config, tensors, frozenset())  # an absent key is stated: transformers has a default
-    if is_meta(path):
-        folder = meta.find_meta(path, family, "") or path
-        tensors, raw = meta.read_meta(folder), meta.read_params(folder)
+    if here.kind is Kind.META:
+        tensors, raw = meta.read_meta(path), meta.read_params(path)
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
-        config = meta_params.read_params(family, raw, tensors, str(folder / "params.json"))
+        config = meta_params.read_params(family, raw, tensors, str(path / "params.json"))
         return _apart(path, META, config, tensors, frozenset(assumed))
     return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size)
 

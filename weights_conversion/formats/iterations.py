@@ -1,0 +1,101 @@
+"""The iterations in the root of a Megatron checkpoint: their folders, the tracker, and which one is meant."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from weights_conversion.errors import ConversionError
+from weights_conversion.formats.dist_index import METADATA
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the latter beside a distributed optimizer's optim.pt
+_FOLDER = re.compile(r"release|iter_([0-9]{7,12})")
+_SHOWN = 8
+
+
+def number_of(name: str) -> int | str | None:
+    """The iteration that a folder's name says, or None."""
+    match = _FOLDER.fullmatch(name)
+    return None if match is None else name if match[1] is None else int(match[1])
+
+
+def is_rank_folder(folder: Path) -> bool:
+    """Whether it is one rank's: mp_rank_00 and the like, with its model file."""
+    return folder.name.startswith("mp_rank_") and any((folder / name).is_file() for name in MODEL_FILES)
+
+
+def holds_iteration(folder: Path) -> bool:
+    """Whether ranks' folders or an index of torch.distributed.checkpoint lie in `folder` itself."""
+    try:
+        if (folder / METADATA).is_file():
+            return True
+        return any(
+            path.suffix == ".distcp" or (path.name.startswith("mp_rank_") and path.is_dir())
+            for path in folder.iterdir()
+        )
+    except OSError:
+        return False
+
+
+def iterations(root: Path) -> list[str]:
+    """The names of the iterations' folders in `root`, in order; folders that hold nothing do not count."""
+    try:
+        names = sorted(path.name for path in root.iterdir() if number_of(path.name) is not None)
+    except OSError:
+        return []
+    return [name for name in names if holds_iteration(root / name)]
+
+
+def named(names: list[str]) -> str:
+    """Names for a sentence, shortened."""
+    if len(names) <= _SHOWN:
+        return ", ".join(names)
+    return f"{', '.join(names[: _SHOWN - 1])} ... {names[-1]} ({len(names)} in all)"
+
+
+def find_iteration(root: Path, load_iters: int | str | None) -> tuple[Path, int | str]:
+    """The folder of iteration `load_iters`, or of the one that the tracker names, or of the only one that is there.
+
+    A folder that is an iteration's itself, whatever its name, is returned as it is.
+    """
+    if not root.is_dir():
+        raise ConversionError(f"{root} is not a folder, where one with a Megatron checkpoint's {TRACKER} was expected")
+    present, said = iterations(root), "--load_iters"
+    iteration = load_iters
+    if iteration is None and (root / TRACKER).is_file():
+        iteration, said = _tracked(root / TRACKER), TRACKER
+    elif iteration is None and not present and holds_iteration(root):
+        return root, root.name
+    elif iteration is None and len(present) == 1:
+        return root / present[0], number_of(present[0]) or 0
+    elif iteration is None:
+        raise ConversionError(
+            f"{root} holds no {TRACKER}, so nothing says which iteration is meant (it has: "
+            f"{named(present) or 'none'}); --load_iters names one"
+        )
+    folder = root / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
+    if not folder.is_dir():
+        raise ConversionError(
+            f"{said} names {folder.name}, which {root} does not hold (it has: {named(present) or 'none'}); "
+            + ("--load_iters names another iteration" if present else "copy it there, or name another folder")
+        )
+    return folder, iteration
+
+
+def _tracked(tracker: Path) -> int | str:
+    """What the tracker says: release, or a number; imports by Megatron-Bridge leave 0."""
+    try:
+        with tracker.open("rb") as file:
+            text = file.read(100).decode("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            f"{tracker} cannot be read, so nothing says which iteration is meant; --load_iters names one"
+        ) from error
+    if text != "release" and not re.fullmatch(r"[0-9]{1,12}", text):
+        present = iterations(tracker.parent)
+        raise ConversionError(
+            f"{tracker} says {text[:80]!r}, where 'release' or a number was expected"
+            + (f"; --load_iters names one of: {named(present)}" if present else "")
+        )
+    return text if text == "release" else int(text)
