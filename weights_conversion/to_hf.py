@@ -57,7 +57,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     opened, reference = _open(options)
     config, architecture = opened.config, FAMILIES[opened.config.family]
     sources = locate(opened.files, architecture, config)
-    dtype = DTYPES.get(options.dtype)
+    dtype = DTYPES.get(options.dtype) or opened.files.trained_dtype
     plan = plan_to_hf(
         architecture, config, sources, opened.files.dialect, HF,
         options.num_output_shards, dtype,
@@ -69,6 +69,8 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         files["model.safetensors.index.json"] = huggingface.Index(targets).text().encode()
 
     written_dtype = dtype or main_dtype([placed for group in sources.values() for placed in group])
+    if dtype is not None and options.dtype not in DTYPES:
+        report.notes.append(f"dtype      {dtype}, as trained; the checkpoint holds the optimizer's own (--dtype)")
     base = (opened.manifest or {}).get("config") or (dict(reference.config) if reference else {})
     if problems := hf_config.foreign(config.family, base, f"the config in {manifest.NAME}"):
         raise ConversionError(*problems)

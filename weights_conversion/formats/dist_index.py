@@ -71,6 +71,10 @@ _GLOBALS = {
 }
 
 
+# What torch_dcp and fsdp_dtensor checkpoints keep apart, where torch_dist has one common state.
+DCP_ENTRIES = ("args", "checkpoint_version", "iteration")
+
+
 @dataclass(frozen=True)
 class StoredChunk:
     """A part of a stored tensor: where it begins in it, its sizes, and the item that holds it."""
@@ -138,7 +142,9 @@ def _is_model(key: str, entry: Any) -> bool:
     """A parameter, or the common state."""
     if type(key) is not str:
         raise TypeError(f"{short(key)} as a name")
-    return key.startswith("common_state") if not hasattr(entry, "chunks") else not _IGNORED.search(key)
+    if hasattr(entry, "chunks"):
+        return not _IGNORED.search(key)
+    return key.startswith("common_state") or key in DCP_ENTRIES
 
 
 def _stored(key: str, entry: Any, items: Mapping[tuple[str, tuple[int, ...] | None], Any], path: Path) -> Stored:

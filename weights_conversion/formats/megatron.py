@@ -37,6 +37,11 @@ class RankFiles:
     ranks: Mapping[tuple[int, int], Mapping[str, TensorRef]] = field(repr=False)
 
     @property
+    def trained_dtype(self) -> None:
+        """Rank files hold what was trained."""
+        return None
+
+    @property
     def names(self) -> set[str]:
         """Of all tensors, whichever rank holds them."""
         return {name for tensors in self.ranks.values() for name in tensors}

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
@@ -22,6 +24,8 @@ from weights_conversion.formats.stored_args import left_out, plain_args
 from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
 
 COMMON = "common.pt"
+MEGATRON_FSDP = "model.module."
+_PREFIXES = (MEGATRON_FSDP, "model.", "module.")  # torch FSDP2's, and NeMo 2's
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -36,6 +40,7 @@ class DistCheckpoint:
     stored: Mapping[str, Stored] = field(repr=False)
     dialect: Dialect = MEGATRON_CORE
     parallel: Parallelism = field(default_factory=Parallelism)
+    trained_dtype: torch.dtype | None = None  # where the stored tensors are of another
 
     @property
     def names(self) -> set[str]:
@@ -64,6 +69,7 @@ def open_dist(folder: Path, iteration: int | str) -> DistCheckpoint:
     args, said_by = _common(folder, others).get("args"), folder / COMMON
     if args is None and (folder / RUN_CONFIG).is_file():
         args, said_by = argparse.Namespace(**read_run_config(folder / RUN_CONFIG)), folder / RUN_CONFIG
+    prefix, stored = _without_prefix(stored)
     plain = {} if args is None else plain_args(args, said_by)
     lost = {} if args is None else left_out(args, plain)
     files = {chunk.file for tensor in stored.values() for chunk in tensor.chunks}
@@ -71,11 +77,30 @@ def open_dist(folder: Path, iteration: int | str) -> DistCheckpoint:
     if missing:
         shown = ", ".join(missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
         raise ConversionError(f"{folder} lacks {shown}, which {METADATA} names; copy the missing files")
-    return DistCheckpoint(folder, iteration, plain, lost, stored)
+    # Megatron-FSDP stores the optimizer's float32 parameters, whatever type was trained.
+    stated = plain.get("params_dtype") if prefix == MEGATRON_FSDP else None
+    trained = stated if isinstance(stated, torch.dtype) else None
+    return DistCheckpoint(folder, iteration, plain, lost, stored, trained_dtype=trained)
+
+
+def _entry(folder: Path, entry: StoredChunk) -> Any:
+    path = folder / entry.file
+    if not path.is_file():
+        raise ConversionError(f"{folder} lacks {entry.file}, which holds the args; copy it again")
+    content = torch_files.read_torch_file(path, entry.start, entry.length, training=True).content
+    return content[0] if isinstance(content, list) and len(content) == 1 else content
+
+
+def _without_prefix(stored: Mapping[str, Stored]) -> tuple[str, dict[str, Stored]]:
+    """The wrappers' names in front of every parameter's, and the tensors without them."""
+    prefix = next((p for p in _PREFIXES if p + _EMBEDDING in stored), "")
+    return prefix, {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
 
 
 def _common(folder: Path, others: Mapping[str, StoredChunk]) -> Mapping[str, Any]:
     """The common state: common.pt, or the entry that newer releases put among the tensors."""
+    if "args" in others and not (folder / COMMON).is_file():  # torch_dcp, fsdp_dtensor
+        return {"args": _entry(folder, others["args"])}
     path, entry = folder / COMMON, next((item for _, item in sorted(others.items())), None)
     if path.is_file():
         content = torch_files.read_torch_file(path, training=True).content

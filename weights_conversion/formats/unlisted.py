@@ -47,6 +47,8 @@ def misplaced(content: Any, unlisted: Collection[str]) -> str | None:
     if not unlisted:
         return None
     (root,) = content if isinstance(content, list) and len(content) == 1 else (content,)
+    if type(root).__name__ == "Arguments":  # torch_dcp keeps the args as an item of their own
+        return None
     values = root.items() if isinstance(root, dict) else (("", root),)
     waiting: list[Any] = [part for key, value in values if key not in _OF_TRAINING for part in (key, value)]
     seen: set[int] = set()
