@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FOLDERS = sorted(f"{path.parent.name}/{path.name}" for path in GOLDEN.glob("core-*/megatron-*"))
+WRITTEN = [folder for folder in FOLDERS if not folder.endswith("torch_dcp")]  # the formats that are written too
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -61,7 +62,7 @@ def tokens_only(name: str, tensor: Tensor, rank: str, vocabulary: int) -> Tensor
     return tensor[: max(0, vocabulary - first)]
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", WRITTEN)
 def test_import_is_what_training_wrote(folder: str, tmp_path: Path, to_megatron) -> None:
     case, content, layout = facts(folder)
     options: list[Any] = ["--make-vocab-size-divisible-by", content["make_vocab_size_divisible_by"]]

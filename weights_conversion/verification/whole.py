@@ -120,6 +120,10 @@ class DistTensor:
 def dist_weights(folder: Path, num_layers: int) -> Weights:
     """Weights of a torch_dist checkpoint, its layers stacked along a leading axis or each by itself."""
     tensors = read_index(folder)
+    # Wrappers put their own name in front: Megatron-FSDP both, torch FSDP2 the first, NeMo 2 the second.
+    wrappers = ("model.module.", "model.", "module.")
+    wrapper = next((name for name in wrappers if f"{name}decoder.final_layernorm.weight" in tensors), "")
+    tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
 
     def find(name: str) -> list[tuple[DistTensor, tuple[int, ...]]]:
         match = re.fullmatch(r"(.*\blayers\.)(\d+)\.(.*)", name)
