@@ -248,6 +248,15 @@ def test_a_factor_that_was_never_used(form: str, edited, to_hf, to_megatron, tmp
     assert json.loads((tmp_path / "two" / "config.json").read_text())["rope_scaling"]["factor"] == 2.0
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_verify_takes_the_exports_factor(factor: int, edited, to_hf, tmp_path: Path) -> None:
+    """Nothing but the export says what such a checkpoint was trained with."""
+    root = edited(rotary_seq_len_interpolation_factor=2)
+    options = ("--rope_scaling_factor", factor, "--verify")
+    assert "IDENTICAL" in to_hf(*arguments(root, tmp_path / "hf", *options)).succeeded().text
+    assert run("weights_conversion.verify", root, tmp_path / "hf", "--model", "llama2").code == 0
+
+
 @pytest.mark.parametrize("sign", ["yarn_original_max_position_embeddings", "logits_load_dir"])
 def test_a_factor_that_was_used(sign: str, edited, to_hf, tmp_path: Path) -> None:
     """Args that 0.19 was the first to have show its release."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -101,6 +102,25 @@ def test_a_class_where_the_model_is_decided(form, place, folders, to_hf, monkeyp
         edited.save()
         arguments = ("--input_dir", folders[form], "--output_dir", tmp_path / "out", "--model", "llama2")
         to_hf(*arguments, "--no_tokenizer").refused(place, "fork.enums.Something")
+
+
+def test_classes_in_an_index(folders, to_hf, monkeypatch, tmp_path: Path) -> None:
+    """What a release puts beside the tensors' places (plans, settings) is of no consequence."""
+    path = folders["torch_dist"] / "release" / ".metadata"
+    plain = path.read_bytes()
+    try:
+        index = pickle.loads(plain)
+        mode = member("fork.planner", "Mode", monkeypatch)
+        index.planner_data = {"mode": mode}
+        path.write_bytes(pickle.dumps(index))
+        arguments = ("--input_dir", folders["torch_dist"], "--output_dir", tmp_path / "out", "--model", "llama2")
+        to_hf(*arguments, "--no_tokenizer").succeeded()
+        index.planner_data = None
+        index.storage_data = dict.fromkeys(index.storage_data, mode)
+        path.write_bytes(pickle.dumps(index))
+        to_hf(*arguments, "--no_tokenizer", "--overwrite").refused("fork.planner.Mode", ".metadata")
+    finally:
+        path.write_bytes(plain)
 
 
 def test_fsdp_leaves_attributes_on_tensors(to_megatron, tmp_path: Path) -> None:

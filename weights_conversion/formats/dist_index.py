@@ -104,7 +104,7 @@ def read_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk]
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
     with _without_collector():
-        return _index(pickles.load(data, str(path), further), path)
+        return _index(pickles.load(data, str(path), further, training=True), path)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ def misplaced(content: Any, unlisted: Collection[str]) -> str | None:
     if type(root).__name__ == "Arguments":  # torch_dcp keeps the args as an item of their own
         return None
     values = root.items() if isinstance(root, dict) else (("", root),)
+    if hasattr(root, "state_dict_metadata") and hasattr(root, "storage_data"):  # an index, which plans may stand in
+        values = (("", root.state_dict_metadata), ("", root.storage_data))
     waiting: list[Any] = [part for key, value in values if key not in _OF_TRAINING for part in (key, value)]
     seen: set[int] = set()
     while waiting:

@@ -89,11 +89,12 @@ def _args_of_manifest(folder: Path) -> dict[str, Any]:
 
 def open_checkpoint(
     root: Path, model: str | None, *, load_iters: int | str | None = None, true_vocab_size: int | None = None,
-    flags: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None = None, compared: bool = False,
 ) -> OpenedCheckpoint:  # fmt: skip
     """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep.
 
-    `model` None: the family that the checkpoint says or shows, which is reported.
+    `model` None: the family that the checkpoint says or shows, which is reported. `compared`: it is to be compared with
+    another, so that a value which nothing states needs no flag.
     """
     here = megatron_root(root, load_iters)
     root, files = here.root, open_files(here.root, here.iteration)
@@ -105,8 +106,11 @@ def open_checkpoint(
         files = dataclasses.replace(files, args={**files.args, **core_args.features(files.names)})
         problems = core_args.foreign_tensors(files.names, files.folder)
         problems += core_args.foreign_to_family(files.args, model, files.folder)
-        if "rope_scaling_factor" not in (flags or {}):
-            problems += core_args.unused_factor(files.args, files.iteration, files.folder)
+        unused = core_args.unused_factor(files.args, files.iteration, files.folder)
+        if unused and compared:
+            files = dataclasses.replace(files, args={**files.args, "rope_scaling_factor": None})
+        elif "rope_scaling_factor" not in (flags or {}):
+            problems += unused
         notes += core_args.unknown(files.args)
     else:
         problems = megatron_args.foreign(model, files.args)

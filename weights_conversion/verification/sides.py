@@ -12,7 +12,7 @@ import torch
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, RopeScaling
-from weights_conversion.configs import hf_config, manifest, megatron_args, meta_params, rope
+from weights_conversion.configs import core_args, hf_config, manifest, megatron_args, meta_params, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, meta
 from weights_conversion.formats.iterations import MODEL_FILES
@@ -191,10 +191,15 @@ def _apart(
 def _open_megatron(
     path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any], true_vocab_size: int | None
 ) -> Model:
-    opened = open_checkpoint(path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size)
+    opened = open_checkpoint(
+        path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size,
+        compared=True,
+    )  # fmt: skip
     files, config = opened.files, opened.config
     placed = locate(files, FAMILIES[family], config)
     assumed = {name for name, origin in opened.origins.items() if origin == "family"}
+    if "rope_scaling_factor" not in fields and core_args.unused_factor(files.args, files.iteration, files.folder):
+        assumed.add("rope_scaling_factor")  # only who has trained it knows
     # What training was told later may differ from what was imported; in a conversion's own output it must not.
     said = manifest.model_fields(opened.manifest) if opened.manifest and files.iteration == "release" else {}
     contradicted = []
