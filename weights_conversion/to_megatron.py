@@ -223,10 +223,15 @@ def _training_flags(
     config: ModelConfig, dialect: Dialect, ckpt_format: str, out: Path, vocabulary: int, divisible_by: int,
     parallel: Parallelism, dtype: torch.dtype,
 ) -> list[str]:  # fmt: skip
-    if dialect is MEGATRON_CORE:
-        load = [f"--load {out} --ckpt-format {ckpt_format} --use-checkpoint-args --no-load-optim --no-load-rng"]
-        return [*load, *core_args.training_flags(config, dtype)]
-    return ["--use_checkpoint_args", *megatron_args.training_flags(config, vocabulary, divisible_by, parallel.tensor)]
+    """What training is to be started with, as a shell takes it."""
+    load = f"--load {shlex.quote(str(out))}"
+    if dialect is not MEGATRON_CORE:
+        flags = megatron_args.training_flags(config, vocabulary, divisible_by, parallel.tensor)
+        return [f"{load} --use_checkpoint_args", *flags]
+    form = f"{load} --ckpt-format {ckpt_format} --use-checkpoint-args --no-load-optim --no-load-rng"
+    # Without it a run of other sizes cannot find its rank files, says so in one line, and trains from nothing.
+    sizes = ["--use-mp-args-from-checkpoint-args"] if parallel != Parallelism() else []
+    return [form, *sizes, *core_args.training_flags(config, dtype)]
 
 
 def _tokenizer_flags(names: Collection[str], dialect: Dialect, out: Path) -> list[str]:

@@ -168,6 +168,12 @@ def test_relative_path_of_an_iteration(root: Path, monkeypatch) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
+def test_metas_folder_with_its_tokenizer(tmp_path: Path) -> None:
+    for name in ("consolidated.00.pth", "tokenizer.model", "params.json"):
+        write(tmp_path / name, b'{"dim": 8, "multiple_of": 16}')
+    assert detect(tmp_path) == Found(Kind.META, tmp_path)
+
+
 def test_huggingface_folder_with_a_config_alone_is_one(tmp_path: Path) -> None:
     write(tmp_path / "config.json", b"{}")
     assert detect(tmp_path) == Found(Kind.HUGGINGFACE, tmp_path)

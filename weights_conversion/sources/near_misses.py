@@ -92,7 +92,8 @@ def sentence(folder: Path) -> str | None:
         return f"{folder} is the context of a NeMo 2 checkpoint; give the folder around it, {folder.parent}"
     if config is None and has_weights(folder):
         return f"{folder} holds weights and no config.json, which says what model they are; copy it there"
-    if config is None and (name := _matching(folder, _TOKENIZERS)) and not any(p.is_dir() for p in folder.iterdir()):
+    others = [path for path in folder.iterdir() if path.is_dir() or path.suffix in (".pth", ".pt", ".bin")]
+    if config is None and not others and (name := _matching(folder, _TOKENIZERS)):
         return f"{folder} holds a tokenizer ({name}) and no weights; give the folder of the model"
     return None
 
