@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    cli.check_common(parser, args)
     sizes = FAMILIES[args.model].repositories
     if args.size is not None and args.size not in sizes:
         parser.error(f"{args.model} comes in sizes {', '.join(sizes)}, not {args.size}")

@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    cli.check_common(parser, args)
     fields = cli.stated_fields(parser, args)
     if args.no_tokenizer and args.override_special_tokens:
         parser.error("--override_special_tokens needs the tokenizer, which --no_tokenizer leaves out")

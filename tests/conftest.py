@@ -47,9 +47,9 @@ class Result:
         assert self.code == 0, f"exit {self.code}\n{self.text}"
         return self
 
-    def refused(self, *words: str) -> Result:
-        """Exit 1 and sentences on stderr, which hold every one of `words`."""
-        assert self.code == 1, f"exit {self.code}, expected 1\n{self.text}"
+    def refused(self, *words: str, code: int = 1) -> Result:
+        """Exit 1 (or `code`: verify's trouble is 2) and sentences on stderr, which hold every one of `words`."""
+        assert self.code == code, f"exit {self.code}, expected {code}\n{self.text}"
         assert self.err.strip(), "nothing on stderr"
         assert "Traceback" not in self.text, self.text
         for word in words:

@@ -832,18 +832,18 @@ def test_stale_iteration_is_refused(imported, sources, tmp_path: Path) -> None:
         ranks[1, 0]["iteration"] = 400
 
     result = check(sources("llama2-gqa"), edited(imported("llama2-gqa", *TP2_PP2), tmp_path / "mt", edit))
-    result.refused("mp_rank_01_000", "iteration 400")
+    result.refused("mp_rank_01_000", "iteration 400", code=2)
 
 
 def test_unreadable_sides(imported, sources, tmp_path: Path) -> None:
-    check(tmp_path / "nowhere", imported("llama2")).refused("nowhere")
-    check(tmp_path, imported("llama2")).refused("is no checkpoint")
-    check(sources("mistral-v0.1"), imported("llama2")).refused("mistral", "llama2")
+    check(tmp_path / "nowhere", imported("llama2")).refused("nowhere", code=2)
+    check(tmp_path, imported("llama2")).refused("is no checkpoint", code=2)
+    check(sources("mistral-v0.1"), imported("llama2")).refused("mistral", "llama2", code=2)
     cut = tmp_path / "cut"
     shutil.copytree(imported("llama2"), cut)
     file = next(cut.glob("*/*/*.pt"))
     file.write_bytes(file.read_bytes()[:5000])
-    check(sources("llama2"), cut).refused("model_optim_rng.pt")
+    check(sources("llama2"), cut).refused("model_optim_rng.pt", code=2)
     with pytest.raises(ConversionError):
         verify(sources("llama2"), tmp_path)
 

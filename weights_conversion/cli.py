@@ -140,7 +140,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="with --dry-run: predict the time on R ranks of torchrun or srun (default: some numbers of ranks)",
     )  # fmt: skip
     option(
-        parser, "--rank-rate", type=positive_float, default=1.0, metavar="GB/s",
+        parser, "--rank-rate", type=positive_float, metavar="GB/s",
         help="for the prediction: what one rank converts, as the report of a one-process run says (default: 1)",
     )  # fmt: skip
     option(
@@ -159,9 +159,17 @@ RUN_OPTIONS = (
 )  # fmt: skip
 
 
+def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with exit code 2 where what `add_common` has added does not fit together."""
+    given = [name for name in ("ranks", "rank_rate", "filesystem_bandwidth") if getattr(args, name) is not None]
+    if given and not args.dry_run:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        parser.error(f"{options} predicts a time with --dry-run; start a job of many ranks with torchrun or srun")
+
+
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of convert.RunOptions, from what `add_common` has added."""
-    return {name: getattr(args, name) for name in RUN_OPTIONS}
+    """The fields of engine.run.RunOptions, from what `add_common` has added."""
+    return {name: getattr(args, name) for name in RUN_OPTIONS if getattr(args, name) is not None}
 
 
 STOPPED = {
@@ -299,6 +307,8 @@ def _outcome(work: Callable[[], str]) -> int:
     except SaidElsewhere as ended:
         return ended.code
     except ConversionError as error:
+        if error.report:
+            saying.report(error.report)
         saying.say(f"error: {error}")
         return 1
     except KeyboardInterrupt:

@@ -18,6 +18,9 @@ class ConversionError(Exception):
         self.whole = whole
         super().__init__(*self.problems)
 
+    # What is said on stdout in front of the problems, such as the plan of a dry run that could not succeed.
+    report: str = ""
+
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return self.problems[0]

@@ -9,7 +9,7 @@ other side's value rounded to the narrower type. And what both models compute: a
 prompts, straight from the stored tensors of each side and sharing nothing with the converter's mapping, which names the
 first layer and sub-module where the sides part. If the checkpoint holds checksums.sha256, its files are checked too.
 
-Exit codes: 0 the same model, 1 different or not readable, 2 wrong arguments.
+Exit codes: 0 the same model, 1 different, 2 wrong arguments or a side that cannot be read.
 """
 
 # The object that --json writes has these keys, which stay:
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         parser.error(f"--json {args.json}: its folder does not exist")
-    same = False
+    same: bool | None = None
 
     def work() -> str:
         nonlocal same
@@ -102,7 +102,10 @@ def main(argv: list[str] | None = None) -> int:
         same = found.same
         return found.text()
 
-    return cli.run(work) or (0 if same else 1)
+    code = cli.run(work)
+    if same is None:
+        return 2 if code == 1 else code
+    return code or (0 if same else 1)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,6 @@ class Report:
 
     def planned(self, out: Path, nbytes: int, free: int, files: list[str], memory: int) -> None:
         """What a dry run shows; `free` is the disk's space and `memory` the estimated peak, in bytes."""
-        if nbytes > free:
-            self.warnings.append(f"the disk has {free / 1e9:.3f} GB free, {nbytes / 1e9:.3f} GB are needed")
         shown = files if len(files) <= 8 else [*files[:4], f"... {len(files) - 5} more ...", files[-1]]
         self._plan = [
             f"output      {out}: {nbytes / 1e9:.3f} GB in {len(files)} file{'s' * (len(files) > 1)}",
@@ -87,6 +85,10 @@ class Report:
     def replaced(self, files: list[str]) -> None:
         """What of an earlier output goes."""
         self.notes += [f"--overwrite replaces {name}" for name in files]
+
+    def complete(self, out: Path) -> None:
+        """Nothing was to be done."""
+        self._done = [f"done        {out} is already complete: the same command has written it"]
 
     def finished(self, nbytes: int, seconds: float) -> None:
         rate = nbytes / max(seconds, 1e-9) / 1e9

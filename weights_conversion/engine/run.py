@@ -23,7 +23,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import TensorRef
 from weights_conversion.layouts.plan import Chunk, Plan
-from weights_conversion.output import assembly, partial, place
+from weights_conversion.output import assembly, finished, partial, place
 from weights_conversion.output.journal import Journal
 from weights_conversion.output.partial import Partial
 
@@ -86,24 +86,63 @@ def run(job: Job, options: RunOptions) -> Report:
     if ranks.size > 1:
         hosts = f"{ranks.hosts} host{'s' * (ranks.hosts > 1)}"
         report.notes.append(f"{ranks.size} ranks on {hosts} share the work; the memory is that of each")
-    if not options.dry_run:  # every rank, since each has its own machine or limit
-        memory.check(peak - progress.peak_memory(), -(-ranks.size // ranks.hosts))
+    if _is_complete(job, options, run_digest):
+        return report
+    problems = _lacking(job, needed, peak)
+    if problems and not options.dry_run:
+        raise ConversionError(*problems)
     source = Source()
     try:
         if ranks.rank == 0:
-            if not options.dry_run:
-                assembly.check_space(job.out, needed)
             differences = inconsistencies(job.plan, source)
             if differences and not options.allow_inconsistent:
                 raise ConversionError(*differences)
             report.warnings += differences
         if options.dry_run:
             report.notes += _predictions(needed, options)
+            if problems:
+                failure = ConversionError(*problems)
+                failure.report = report.text()
+                raise failure
             return report
         _write(job, options, chunks, source, run_digest, needed)
     finally:
         source.close()
     return report
+
+
+def _lacking(job: Job, needed: int, peak: int) -> list[str]:
+    """Why this machine cannot do it: memory (of every rank, since each has its own machine or limit), and the disk."""
+    ranks, problems = distributed.current(), []
+    checks = [lambda: memory.check(peak - progress.peak_memory(), -(-ranks.size // ranks.hosts))]
+    if ranks.rank == 0:
+        checks.append(lambda: assembly.check_space(job.out, needed))
+    for check in checks:
+        try:
+            check()
+        except ConversionError as error:
+            problems += error.problems
+    return problems
+
+
+def _is_complete(job: Job, options: RunOptions, run_digest: str) -> bool:
+    """Whether the same command has written OUT already; another OUT that is there is refused. Rank 0 decides."""
+    ranks = distributed.current()
+    if options.overwrite:
+        return False
+    if ranks.rank:
+        return bool(ranks.hear("complete"))
+    complete = False
+    if not place.is_published(place.partial_folder(job.out), job.out):
+        complete = finished.is_of(job.out, run_digest)
+        if not complete and finished.is_noted(job.out):
+            raise place.is_there(job.out)
+    ranks.tell("complete", "yes" if complete else "")
+    if complete:
+        job.report.complete(job.out)
+        if options.verify and not options.dry_run:
+            _proof(job)(job.out)
+    return complete
 
 
 def _small_files(job: Job) -> str:

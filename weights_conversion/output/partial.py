@@ -23,7 +23,7 @@ from types import TracebackType
 
 from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
-from weights_conversion.output import descriptors, imitate, locks, ownership, place, publish
+from weights_conversion.output import descriptors, finished, imitate, locks, ownership, place, publish
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +269,8 @@ class Partial:
     def publish(self, overwrite: bool) -> None:
         """Renames the finished `checkpoint` to OUT, and removes what is left of OUT.partial."""
         self.check_places()
+        if (run_digest := self._digest()) is not None:
+            finished.mark(self.checkpoint, run_digest)
         publish.publish(self, overwrite)
         self.remove()
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.output import descriptors, ownership
+from weights_conversion.output import descriptors, finished, ownership
 
 
 def partial_folder(out: Path) -> Path:
@@ -43,6 +43,8 @@ def check(out: Path, overwrite: bool, verify: bool = False) -> list[str]:
             f"{replaced} holds what an interrupted --overwrite took away from {out}; the same command with --overwrite "
             "goes on, or move it back with mv"
         )
+    if not overwrite and finished.is_noted(out):  # of which run is known once the plan is
+        return []
     return replaceable(replaced if replaced.exists() else out, overwrite)
 
 
@@ -85,8 +87,12 @@ def replaceable(out: Path, overwrite: bool) -> list[str]:
             "or move it away"
         )
     if found.files and not overwrite:
-        raise ConversionError(f"{out} exists and is not empty; --overwrite replaces it, or name another folder")
+        raise is_there(out)
     return list(found.files)
+
+
+def is_there(out: Path) -> ConversionError:
+    return ConversionError(f"{out} exists and is not empty; --overwrite replaces it, or name another folder")
 
 
 def not_mine(path: Path) -> ConversionError:

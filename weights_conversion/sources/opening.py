@@ -82,9 +82,8 @@ def open_source(
     if path is not None and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
         raise ConversionError(f"--model-path {repository} is neither a folder here nor the name of a repository")
     with distributed.rank_zero_first("hub"):
-        snapshot = hub.snapshot(
-            repository, revision=revision, cache_dir=cache, recheck=recheck and distributed.current().rank == 0
-        )
+        again = {"recheck": True} if recheck and distributed.current().rank == 0 else {}
+        snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache, **again)
     opened = open_hf(model, snapshot.folder, target)
     return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision)
 
