@@ -205,6 +205,40 @@ def test_biases_whose_groups_are_mixed_are_found(tmp_path: Path) -> None:
     assert "the biases of q, k and v are not grouped" in found["numeric"]["cause"]
 
 
+def zero_biases(model: Tensors) -> None:
+    for name in [name for name in model if ".layers.1." in name and name.endswith("linear_qkv.bias")]:
+        model[name] = torch.zeros_like(model[name])
+
+
+def exchange_biases(model: Tensors) -> None:
+    one, two = (f"decoder.layers.{layer}.self_attention.linear_qkv.bias" for layer in (1, 2))
+    model[one], model[two] = model[two], model[one]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        (zero_biases, "all zeros: a bias that was never loaded"),
+        (exchange_biases, "it holds the source's model.layers.2.self_attn.q_proj.bias"),
+    ],
+)
+def test_the_cause_of_wrong_biases_is_named(
+    spoil: Callable[[Tensors], Any], cause: str, tmp_path: Path, to_megatron
+) -> None:
+    source, out = GOLDEN / "core-qwen2" / "hf", tmp_path / "out"
+    cut = ("--target", "megatron-core", "--ckpt-format", "torch", "--tensor-model-parallel-size", 2)
+    to_megatron("qwen2", "--model-path", source, "--out", out, *cut).succeeded()
+    for path in root_of(out).glob("mp_rank_*/model_optim_rng.pt"):
+        content = unpickle(path)
+        spoil(content["model"])
+        torch.save(content, path)
+    code, found = verified(source, out, tmp_path / "found.json")
+    assert code == 1
+    first = found["exact"]["differences"][0]
+    assert (first["tensor"], first["cause"]) == ("model.layers.1.self_attn.q_proj.bias", cause)
+    assert (found["numeric"]["stage"], found["numeric"]["layer"]) == ("attention", 1)
+
+
 @pytest.mark.parametrize(
     ("case", "change"),
     [

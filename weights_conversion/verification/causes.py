@@ -7,7 +7,6 @@ being in memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from weights_conversion.engine.streams import Scratch, Source
 from weights_conversion.mapping.parameters import ParamMapping
+from weights_conversion.verification import orders
 from weights_conversion.verification.differences import BLOCK_VALUES, INTEGERS, Difference, Exact
 from weights_conversion.verification.exact import Pair, read_hf
 from weights_conversion.verification.sides import Model
@@ -115,7 +115,7 @@ def _explain(examiner: Examiner, group: list[Difference]) -> None:
         if len(row.shape) == 1 and len(row.hf) == 1:  # a norm; the biases of q, k and v have rows as their weights do
             d.cause = _norm(examiner, row, layer, d)
         else:
-            d.cause = _order(examiner, d, a, b)
+            d.cause = _order(examiner, d, a, b) or (_bias(examiner, d, b) if len(row.shape) == 1 else None)
     if len(row.hf) > 1 and not all(d.cause for d in group):
         cause = _across(row, ours, theirs)
         for d in group:
@@ -152,18 +152,30 @@ def _norm(examiner: Examiner, row: ParamMapping, layer: int | None, d: Differenc
     return None
 
 
+def _bias(examiner: Examiner, d: Difference, found: Prints) -> str | None:
+    """Of q, k or v: never loaded, or another layer's."""
+    if not found.rows.any():  # the fingerprint of zero, and of nothing else in a row of one value
+        return "all zeros: a bias that was never loaded"
+    for row, place in examiner.pair.parameters:
+        if row == d.mapping and place != d.layer:
+            there = examiner.prints(examiner.pair.source, row, place)[d.index]
+            if torch.equal(found.rows, there.rows):
+                return f"it holds the source's {row.hf[d.index].format(place)}"
+    return None
+
+
 def _order(examiner: Examiner, d: Difference, a: Prints, b: Prints) -> str | None:
     """The same rows or columns in another order."""
-    rows = permutation(a.rows, b.rows)
+    rows = orders.permutation(a.rows, b.rows)
     if rows is not None:
         qkv = "query_key_value" in d.mapping.megatron
-        heads = _heads(rows, examiner.pair.config.head_dim) if qkv else None
-        ranks = _blocks(rows, _rank_counts(examiner.pair))
-        return ranks or heads or _blocks(rows, (2, 4, 8)) or _shift(rows) or "its rows are in another order"
-    columns = permutation(a.columns, b.columns)
+        heads = orders.heads(rows, examiner.pair.config.head_dim) if qkv else None
+        ranks = orders.blocks(rows, _rank_counts(examiner.pair))
+        return ranks or heads or orders.blocks(rows, (2, 4, 8)) or orders.shift(rows) or "its rows are in another order"
+    columns = orders.permutation(a.columns, b.columns)
     if columns is not None:
         counts = (*_rank_counts(examiner.pair), 2, 4, 8)
-        return _blocks(columns, counts) or "its columns are in another order"
+        return orders.blocks(columns, counts) or "its columns are in another order"
     if d.mapping.pads_vocabulary and (text := _padded_blocks(examiner.pair, d, a, b)):
         return text
     for by in (1, 2):
@@ -172,48 +184,8 @@ def _order(examiner: Examiner, d: Difference, a: Prints, b: Prints) -> str | Non
     return None
 
 
-def permutation(a: Tensor, b: Tensor) -> Tensor | None:
-    """`p` with b == a[p] and p not the identity, or None."""
-    sorted_a, order_a = a.sort(stable=True)
-    sorted_b, order_b = b.sort(stable=True)
-    if not torch.equal(sorted_a, sorted_b) or torch.equal(a, b):
-        return None
-    result = torch.empty_like(order_a)
-    result[order_b] = order_a
-    return result
-
-
-def _heads(order: Tensor, dim: int) -> str | None:
-    """Rows permuted within heads as the rotary orders do, or whole heads moved."""
-    if order.numel() % dim:
-        return None
-    heads = order.view(-1, dim)
-    inner = heads - torch.arange(heads.shape[0]).unsqueeze(1) * dim
-    to_pairs = torch.arange(dim).view(2, -1).T.flatten()
-    if bool((inner == to_pairs).all()) or bool((inner == to_pairs.argsort()).all()):
-        return "its rows are in the other rotary order: a permutation is missing, or was made twice"
-    if bool((heads == heads[:, :1] + torch.arange(dim)).all()) and bool((heads[:, 0] % dim == 0).all()):
-        return "whole heads are in another order: query groups, or ranks, are mixed"
-    return None
-
-
-def _blocks(order: Tensor, counts: Sequence[int]) -> str | None:
-    """Equal blocks exchanged: the parts of tensor ranks."""
-    for count in counts:
-        if order.numel() % count:
-            continue
-        blocks = order.view(count, -1)
-        size = blocks.shape[1]
-        starts = blocks[:, :1]
-        if bool((blocks == starts + torch.arange(size)).all()) and bool((starts % size == 0).all()):
-            moved = [number for number in range(count) if int(starts[number]) // size != number]
-            ranks = " and ".join(map(str, moved))
-            return f"the parts of tensor ranks {ranks} (of {count}) are exchanged"
-    return None
-
-
 def _padded_blocks(pair: Pair, d: Difference, a: Prints, b: Prints) -> str | None:
-    """As _blocks, for a table of which the last rank's part is partly padding."""
+    """As orders.blocks, for a table of which the last rank's part is partly padding."""
     (stored,) = pair.checkpoint.tensors(d.mapping, d.layer)[:1]
     common = pair.config.vocab_size
     for count in _rank_counts(pair):
@@ -238,18 +210,12 @@ def _rank_counts(pair: Pair) -> list[int]:
     return [count for count in dict.fromkeys(counts) if count > 1]
 
 
-def _shift(order: Tensor) -> str | None:
-    by = int(order[0])
-    turned = torch.arange(order.numel()).roll(-by)
-    return f"its rows are turned by {by}" if by and torch.equal(order, turned) else None
-
-
 def _across(row: ParamMapping, ours: list[Prints], theirs: list[Prints]) -> str | None:
     """Rows that moved between the HF tensors of one Megatron tensor."""
     a, b = torch.cat([p.rows for p in ours]), torch.cat([p.rows for p in theirs])
     if len(row.hf) == 2 and torch.equal(ours[0].rows, theirs[1].rows) and torch.equal(ours[1].rows, theirs[0].rows):
         return "gate and up are swapped"
-    if permutation(a, b) is None:
+    if orders.permutation(a, b) is None:
         return None
     if len(row.hf) == 2:
         return "rows of gate and up are mixed: cut among ranks as one block, or joined in the wrong order"
