@@ -207,3 +207,40 @@ def test_flags_that_contradict_training_are_told(
     for word in words:
         assert word in said
     assert not plan(root, ARGS, core=False, options={"new_tokens": True, "vocab_extra_ids_list": "<a>,<b>"}).warnings
+
+
+# --- files that are not what their names say --------------------------------------------------------------------------
+
+
+def test_tiktoken_beside_tokenizer_json(root: Path, tmp_path: Path) -> None:
+    """Llama 3's tokenizer.model is copied as it is, and its ids are tokenizer.json's; alone it gives none."""
+    source = tiny.train_llama3(tmp_path / "hf")
+    (source / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    size = len(tiny.ids_of(source))
+    found = plan(root, rows=size, core=False, options={"vocab_file": source})
+    assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"} <= set(found.copied)
+    assert found.ids == size
+    (source / "tokenizer.json").unlink()
+    refused("tiktoken", "tokenizer.json", root=root, options={"vocab_file": source})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", '{"token": "secret"}'),
+        ("merges.txt", "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n"),
+        ("merges.txt", "machine example.org\nlogin me\npassword secret\n"),
+    ],
+)
+def test_a_secret_is_no_companion_file(root: Path, tmp_path: Path, name: str, content: str) -> None:
+    source = tiny.train_llama3(tmp_path / "hf")
+    (source / name).write_text(content)
+    refused(name, root=root, options={"vocab_file": source})
+
+
+def test_a_type_that_cannot_be_rebuilt(root: Path, tmp_path: Path) -> None:
+    """The same tokenizer in Hugging Face's files serves, where the user names it."""
+    source = tiny.train_llama3(tmp_path / "hf")
+    args = {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "/gone/vocab.json"}
+    refused("GPT2BPETokenizer", "--vocab_file", root=root, args=args)
+    assert plan(root, args, options={"vocab_file": source}).vocabulary == tiny.ids_of(source)

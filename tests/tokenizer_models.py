@@ -127,7 +127,8 @@ def train_llama3(folder: Path, vocab_size: int = 300, spare: int = 1) -> Path:
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "vocab.json").write_text(json.dumps(data["model"]["vocab"]))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    merges = [" ".join(pair) for pair in data["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     return folder
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.tokenizer import tokenizer_json
-from weights_conversion.tokenizer.files import ADDED, CHAT_TEMPLATE, CONFIG, JSON, MODEL, SPECIAL_MAP
+from weights_conversion.tokenizer.files import ADDED, CHAT_TEMPLATE, CONFIG, JSON, MERGES, MODEL, SPECIAL_MAP, VOCAB
 
 MAX_TEMPLATE_BYTES = 1_000_000
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*")  # Llama 3's tokenizer.model: a token in base64, and its rank
@@ -31,6 +31,8 @@ def check_files(files: Mapping[str, Path]) -> None:
     for name, path in files.items():
         if name in _CHECKS:
             _CHECKS[name](path)
+    if MERGES in files:
+        _check_merges(files)
 
 
 def _is_no(path: Path, what: str) -> ConversionError:
@@ -80,6 +82,26 @@ def _check_template(path: Path) -> None:
         raise _is_no(path, "a chat template: it has no {{ }} or {% %}")
 
 
+def _check_vocab(path: Path) -> None:
+    content = fileio.read_json(path, fileio.MAX_TOKENIZER_BYTES)
+    if not all(type(index) is int for index in content.values()):
+        raise _is_no(path, f"a {path.name} of tokens and their ids")
+
+
+def _check_merges(files: Mapping[str, Path]) -> None:
+    """Most of its pairs join to a token of the vocabulary beside it; pairs of words alone (.netrc) are no merges."""
+    path, pieces = files[MERGES], {}
+    if JSON in files:
+        pieces = tokenizer_json.model_vocabulary(fileio.read_json(files[JSON], fileio.MAX_TOKENIZER_BYTES))
+    elif VOCAB in files:
+        pieces = fileio.read_json(files[VOCAB], fileio.MAX_TOKENIZER_BYTES)
+    text = fileio.read_whole(path, fileio.MAX_TOKENIZER_BYTES).decode("utf-8", "replace")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#version")]
+    joined = sum(line.count(" ") == 1 and line.replace(" ", "") in pieces for line in lines)
+    if 2 * joined < len(lines):
+        raise _is_no(path, f"a {path.name}: its lines are no pairs that join to tokens of the vocabulary beside it")
+
+
 _CHECKS: Mapping[str, Callable[[Path], Any]] = {
     MODEL: _check_model,
     JSON: _check_json,
@@ -87,6 +109,7 @@ _CHECKS: Mapping[str, Callable[[Path], Any]] = {
     SPECIAL_MAP: _check_special,
     ADDED: _check_added,
     CHAT_TEMPLATE: _check_template,
+    VOCAB: _check_vocab,
 }
 
 

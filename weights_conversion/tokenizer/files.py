@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,13 @@ class Source:
         except ConversionError as error:
             raise ConversionError(f"{error}; mend it, or name another tokenizer with --vocab_file") from error
 
+    def own_json(self, family: str) -> bool:
+        """Whether tokenizer.json stands by itself: no tokenizer.model that Megatron-LLM could have trained with.
+
+        Llama 3's file of that name is of tiktoken, which holds the same ids again.
+        """
+        return family != "falcon" and JSON in self.files and (MODEL not in self.files or is_tiktoken(self.files[MODEL]))
+
     def vocabulary_file(self) -> Path:
         return self.files.get(MODEL) or self.files[JSON]
 
@@ -72,6 +80,12 @@ class Source:
         """Whether both hold a tokenizer.model, equal byte for byte."""
         mine, theirs = self.files.get(MODEL), other.files.get(MODEL)
         return mine is not None and theirs is not None and fileio.sha256(mine) == fileio.sha256(theirs)
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether a file begins as tiktoken's do: a token in base64, and its rank."""
+    with fileio.open_file(path) as file:
+        return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", file.read(4096)) is not None
 
 
 def source_tokenizer_files(folder: Path) -> tuple[Path, ...]:

@@ -87,7 +87,7 @@ def plan_tokenizer(
     without padding; `search` further folders; `fetch(repository, cache_dir)` downloads tokenizer files and returns
     their folder; `generation` the generation_config.json to be exported. Raises ConversionError.
     """
-    trained = special_tokens.trusted_args(family, args)
+    trained = special_tokens.trusted_args(family, args, chosen=core and options.vocab_file is not None)
     stated = special_tokens.stated_extension(trained, args.get("tokenizer_type"), core)
     extension = special_tokens.resolve_extension(family, stated, options.new_tokens, options.vocab_extra_ids_list)
     places = stated_places(family, checkpoint, iteration, trained, search)
@@ -98,7 +98,7 @@ def plan_tokenizer(
         raise ConversionError(f"{error}; --vocab_file names another tokenizer, --no_tokenizer leaves it out") from error
     original = source.json(JSON)
     vocabulary = _vocabulary(family, source, original, extension, rule=not core or "new_tokens" in trained)
-    own_json = MODEL not in source.files and family != "falcon"
+    own_json = source.own_json(family)
     base, ids, cut = _ids(family, vocabulary, extension, own_json)
     if trained and (stated != extension):
         _, before, _ = _ids(family, vocabulary, stated, own_json)
@@ -181,7 +181,7 @@ def _ids(
 
 def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension: Extension, rule: bool) -> Vocabulary:
     """What training had before it added tokens: tokenizer.model, else tokenizer.json. `rule`: Megatron-LLM's holds."""
-    if MODEL in source.files and family != "falcon":
+    if MODEL in source.files and family != "falcon" and not source.own_json(family):
         vocabulary = special_tokens.read_sentencepiece(source.files[MODEL])
         if rule and not extension.new_tokens and None in (vocabulary.bos, vocabulary.eos):
             raise ConversionError(

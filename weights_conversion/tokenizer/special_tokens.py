@@ -9,6 +9,7 @@ from typing import Any
 
 from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.tokenizer.files import is_tiktoken
 
 KEYS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 CONFIG_KEYS = ("bos", "eos", "pad")  # those that config.json and generation_config.json hold the id of
@@ -61,6 +62,11 @@ def read_sentencepiece(model_file: Path) -> Vocabulary:
     import sentencepiece
 
     content = fileio.read_whole(model_file, fileio.MAX_TOKENIZER_BYTES)
+    if is_tiktoken(model_file):
+        raise ConversionError(
+            f"{model_file} is of tiktoken, as Llama 3's, not a sentencepiece model; name a folder that also holds the "
+            "model's tokenizer.json with --vocab_file."
+        )
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (OSError, RuntimeError) as error:
@@ -120,19 +126,21 @@ def falcon_token_ids(base: Mapping[str, int], extension: Extension) -> dict[str,
     return ids
 
 
-def trusted_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
+def trusted_args(family: str, args: Mapping[str, Any], chosen: bool = False) -> dict[str, Any]:
     """What the checkpoint's arguments really say of its tokenizer: nothing, where the resharding tool has reset them.
 
+    `chosen`: the user has named a tokenizer that stands for whatever type Megatron-Core trained with.
     Raises ConversionError for a tokenizer type whose ids cannot be reproduced, or that is another family's.
     """
     from weights_conversion.configs.megatron_args import was_reset
 
     kind = args.get("tokenizer_type")
     wrong = kind == "SentencePieceTokenizer" if family == "falcon" else kind in OTHER_TYPES
-    if wrong:
+    if wrong and not chosen:
         raise ConversionError(
-            f"the checkpoint's args name tokenizer_type {kind}, which is not {family}'s; give the right "
-            "--model, or export the weights alone with --no_tokenizer."
+            f"the checkpoint's args name tokenizer_type {kind}, which is not {family}'s; give the right --model, name "
+            "the same tokenizer in Hugging Face's files with --vocab_file (of Megatron-Core's models), or export the "
+            "weights alone with --no_tokenizer."
         )
     names = ("new_tokens", "vocab_extra_ids", "vocab_extra_ids_list", "vocab_file", "tokenizer_model")
     return {} if was_reset(args) else {name: args[name] for name in names if args.get(name) is not None}

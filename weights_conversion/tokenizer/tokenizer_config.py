@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from weights_conversion.tokenizer.files import CONFIG, MODEL, SPECIAL_MAP, Source
+from weights_conversion.tokenizer.files import CONFIG, SPECIAL_MAP, Source
 from weights_conversion.tokenizer.special_tokens import KEYS, Vocabulary
 
 EXTRAS, DECODER = "additional_special_tokens", "added_tokens_decoder"
@@ -86,7 +86,7 @@ def starting_config(family: str, source: Source, vocabulary: Vocabulary) -> dict
     """
     given = source.json(CONFIG)
     config, _ = loadable(given)
-    own_json = MODEL not in source.files and family != "falcon"
+    own_json = source.own_json(family)
     if own_json and CONFIG in source.files and not str(config.get("tokenizer_class")).startswith("CodeLlama"):
         return config if given.get("tokenizer_class") is None else {"tokenizer_class": PLAIN, **config}
     if DECODER not in config:
