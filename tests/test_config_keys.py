@@ -106,7 +106,6 @@ def test_theta_is_read_wherever_it_stands(changes, to_megatron, tmp_path: Path) 
         ({"clip_qkv": 8}, ["clip_qkv 8"]),
         ({"norm_type": "layernorm"}, ["norm_type"]),
         ({"num_local_experts": 8}, ["num_local_experts 8"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
         ({"transformers_weights": "other.safetensors"}, ["other.safetensors"]),
         ({"max_position_embeddings": None}, ["max_position_embeddings None"]),
         ({"tie_word_embeddings": "no"}, ["tie_word_embeddings 'no'"]),
@@ -117,6 +116,12 @@ def test_refused_by_name(changes, words, to_megatron, tmp_path: Path) -> None:
     result = to_megatron("llama2", "--model-path", source, "--out", tmp_path / "mt")
     result.refused("config.json", *words)
     assert not (tmp_path / "mt").exists()
+
+
+def test_quantised_weights_are_refused(to_megatron, tmp_path: Path) -> None:
+    changes = {"quantization_config": {"quant_method": "gptq"}}
+    source = tm.write_huggingface(tmp_path / "hf", LLAMA, spelling=4, changes=changes)
+    to_megatron("llama2", "--model-path", source, "--out", tmp_path / "mt").refused("quantised", "gptq")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +231,12 @@ def test_manifest_with_a_foreign_key_is_refused(imported, to_hf, tmp_path: Path)
         ("activation_fn", "gelu", True),
         ("act", "gelu", True),
         ("compact", 3, False),
+        ("use_rope", True, False),
+        ("use_rope", False, True),
+        ("use_rms_norm", True, False),
+        ("rope_condense_ratio", 8, True),
+        ("rope_condense_ratio", 1, False),
+        ("ff_factor", 4, False),
     ],
 )
 def test_names_that_tell(key: str, value: Any, changes: bool) -> None:

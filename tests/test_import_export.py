@@ -378,6 +378,7 @@ def test_names_that_the_export_does_not_hold(name: str, to_megatron, to_hf, tmp_
     for file in ("configuration_own.py", "modeling_own.py", "tokenization_own.py"):
         (source / file).write_text("raise SystemExit('run')\n")
     to_megatron(model.family, "--model-path", source, "--out", tmp_path / "mt").succeeded()
+    assert "auto_map" not in tm.read_json(tmp_path / "mt" / "tokenizer_config.json")
     result = to_hf("--input_dir", tmp_path / "mt", "--output_dir", tmp_path / "out", "--model", model.family)
     assert "auto_map is left out" in result.succeeded().text
     assert not list((tmp_path / "out").glob("*.py"))

@@ -27,6 +27,8 @@ _FACTOR = re.compile(
     r"scal|multiplier|factor|pct|percent|ratio|fraction|temperature|alpha|gain|divisor|denominator|power"
 )
 _LIMIT = re.compile(r"cap|clip|clamp|window")
+# What all models here have: true says nothing new, and false that this one has it not.
+_HAD = re.compile(r"(use_)?(rope|rotary|rotary_emb|rotary_embeddings?|rms_?norm|swiglu|gated_mlp)")
 _POSITIONS = ("rope", "rotary", "absolute", None)  # "absolute" is what BERT's base class once wrote into every config
 
 
@@ -50,6 +52,8 @@ def changes_model(key: str, value: Any) -> bool:
         return value not in _POSITIONS
     if name == "no_rope_layers":  # of SmolLM3 and Llama 4: 1 where a layer has rope
         return not (value is None or (isinstance(value, (list, tuple)) and all(item in (1, True) for item in value)))
+    if _HAD.fullmatch(name) and isinstance(value, bool):
+        return not value
     return bool(_CHANGES.search(name)) and not _HARMLESS.search(name) and not is_plain(name, value)
 
 

@@ -24,6 +24,10 @@ def carried(paths: Sequence[Path]) -> tuple[dict[str, bytes | Path], list[str]]:
     if isinstance(settings, Path):
         clean, dropped = secrets.without_secrets(fileio.read_json(settings, fileio.MAX_TOKENIZER_BYTES))
         if dropped:
-            files[CONFIG] = (json.dumps(clean, indent=2) + "\n").encode()
             notes.append(secrets.note(dropped, str(settings)))
+        code = clean.pop("auto_map", None)
+        if code is not None:  # Megatron's tokenizers ask transformers for it, and OUT has none of its files
+            notes.append(f"tokenizer  auto_map of {settings} is left out: its code is neither copied nor run")
+        if dropped or code is not None:
+            files[CONFIG] = (json.dumps(clean, indent=2) + "\n").encode()
     return files, notes
