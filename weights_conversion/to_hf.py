@@ -23,8 +23,8 @@ from weights_conversion.output import assembly, place
 from weights_conversion.sources.checkpoint import OpenedCheckpoint, megatron_root, open_checkpoint, trained_from
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import locate
-from weights_conversion.sources.reference import Reference, disagreements, open_reference
-from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer
+from weights_conversion.sources.reference import Reference, beside, disagreements, open_reference
+from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer, source_tokenizer_files
 from weights_conversion.watch import watched
 
 
@@ -116,6 +116,8 @@ def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
         )
 
     found = opened(options.true_vocab_size)
+    if reference is None and (place := beside(found.files.folder)) is not None:
+        reference = open_reference(str(place), None)
     if reference is None or found.true_rows_known:
         return found, reference
     return opened(reference.model(found.config.family).vocab_size), reference
@@ -124,6 +126,8 @@ def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
 def _with_reference(options: ExportOptions, reference: Reference | None) -> ExportOptions:
     """--reference's tokenizer is as good as named by --vocab_file, which outranks it."""
     if reference is None or options.tokenizer.vocab_file is not None:
+        return options
+    if options.reference is None and not source_tokenizer_files(reference.folder):
         return options
     return replace(options, tokenizer=replace(options.tokenizer, vocab_file=reference.folder))
 

@@ -47,6 +47,13 @@ def iterations(root: Path) -> list[str]:
     return [name for name in names if holds_iteration(root / name)]
 
 
+def verl_step(root: Path, load_iters: int | str | None) -> Path | None:
+    """verl's folder of the weights at the step that is meant: global_step_N/actor/dist_ckpt; None where it has none."""
+    number = load_iters if load_iters is not None else _tracked(root / TRACKER)
+    folder = root / f"global_step_{number}" / "actor" / "dist_ckpt"
+    return folder if holds_iteration(folder) else None
+
+
 def named(names: list[str]) -> str:
     """Names for a sentence, shortened."""
     if len(names) <= _SHOWN:

@@ -25,6 +25,7 @@ from weights_conversion.mapping.dialects import MEGATRON_CORE
 from weights_conversion.owners import stranger
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.families import chosen_family, read_features
+from weights_conversion.sources.reference import args_beside
 from weights_conversion.sources.vocabulary import true_rows
 
 
@@ -54,7 +55,7 @@ def open_files(root: Path, load_iters: int | str | None = None) -> RankFiles | D
         raise ConversionError(*problems)
     if not core:
         return files
-    return dataclasses.replace(files, args=core_args.normalise(files.args or _args_of_manifest(folder), folder))
+    return dataclasses.replace(files, args=core_args.normalise(files.args or _args_of_others(folder), folder))
 
 
 def megatron_root(path: Path, load_iters: int | str | None) -> Found:
@@ -66,6 +67,12 @@ def megatron_root(path: Path, load_iters: int | str | None) -> Found:
             f"holds {TRACKER})"
         )
     return here
+
+
+def _args_of_others(folder: Path) -> dict[str, Any]:
+    """What stands for the args of a checkpoint that stores none: verl's own config, or an import's manifest."""
+    stated = args_beside(folder)
+    return _args_of_manifest(folder) if stated is None else plain_args(argparse.Namespace(**stated), folder)
 
 
 def _args_of_manifest(folder: Path) -> dict[str, Any]:

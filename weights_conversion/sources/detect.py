@@ -21,6 +21,7 @@ from weights_conversion.formats.iterations import (
     iterations,
     named,
     number_of,
+    verl_step,
 )
 from weights_conversion.sources import near_misses
 
@@ -80,6 +81,8 @@ def _at(path: Path, load_iters: int | str | None) -> Found | None:
     A Megatron root may hold a config.json (several trainers leave one there), a tracker is Megatron's alone.
     """
     if (path / TRACKER).is_file():
+        if not iterations(path) and (step := verl_step(path, load_iters)) is not None:
+            return Found(Kind.MEGATRON, step, None, f"source     {step}, the step of verl's that is read")
         return Found(Kind.MEGATRON, path, load_iters)
     has_config = (path / "config.json").is_file()
     weights = has_config and near_misses.has_weights(path)

@@ -11,9 +11,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from weights_conversion import fileio
-from weights_conversion.config import ModelConfig
-from weights_conversion.configs import hf_config
+from weights_conversion.architectures import FAMILIES
+from weights_conversion.config import ModelConfig, Parallelism
+from weights_conversion.configs import core_args, hf_config
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.errors import ConversionError
 from weights_conversion.launch import distributed
@@ -34,6 +37,29 @@ class Reference:
         where = f"config.json of {self.name}"
         target = MEGATRON_CORE if family != "falcon" else MEGATRON_LLM
         return hf_config.read_config(family, self.config, target, where)
+
+
+def beside(folder: Path) -> Path | None:
+    """verl's config of the model that it trains, in Hugging Face's form: huggingface/ beside the weights' folder."""
+    config = folder.parent / "huggingface" / "config.json"
+    return config.parent if config.is_file() else None
+
+
+def args_beside(folder: Path) -> dict[str, Any] | None:
+    """Args of Megatron-Core for the model that `beside` states, vocabulary included; None where nothing does."""
+    place = beside(folder)
+    if place is None:
+        return None
+    reference = open_reference(str(place), None)
+    kind = reference.config.get("model_type")
+    families = [name for name, family in FAMILIES.items() if kind in family.model_types]
+    if not families:
+        raise ConversionError(f"{place / 'config.json'} says model_type {kind!r}, which none of the families has")
+    config = reference.model(families[-1])  # of Llama's, the one whose rope can be any
+    args = core_args.write_args(
+        config, Parallelism(), dtype=torch.bfloat16, divisible_by=1, ckpt_format="torch_dist", vocabulary=None
+    )
+    return args | {"vocab_size": config.vocab_size}
 
 
 def open_reference(name: str, cache: Path | None) -> Reference:
