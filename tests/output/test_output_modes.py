@@ -17,7 +17,7 @@ def modes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): stat.S_IMODE(p.stat().st_mode) for p in (folder, *folder.rglob("*"))}
 
 
-@pytest.mark.parametrize("mode", [0o700, 0o2770, 0o750, 0o755])
+@pytest.mark.parametrize("mode", [0o700, 0o2770, 0o750, 0o755, 0o555])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_mode_is_kept(mode: int, overwrite: bool, imported, sources, to_megatron, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -30,7 +30,7 @@ def test_mode_is_kept(mode: int, overwrite: bool, imported, sources, to_megatron
     to_megatron("llama2", "--model-path", sources(MODEL), "--out", out, *options).succeeded()
     found = modes(out)
     assert found["."] == mode
-    assert {name for name, has in found.items() if has & 0o777 & ~mode} == set()
+    assert {name for name, has in found.items() if has & 0o077 & ~mode} == set()
     assert found["release"] & 0o2000 == mode & 0o2000
 
 

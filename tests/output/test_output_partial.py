@@ -246,3 +246,33 @@ def test_another_folder_with_the_inode_of_the_note(line, unclean: Path, to_megat
     """The note names OUT by inode and owner; a foreign folder that has both is still not taken for the output."""
     shutil.rmtree(unclean / "release")
     to_megatron(*line, "--verify", "--checksums").refused("not whole any more", "--overwrite")
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir", "unlink", "listdir"])
+def test_an_error_names_its_file(call: str, line, to_megatron, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call fails once, at its first, second ... time in OUT.partial; the rerun ends right."""
+    real, ends = getattr(os, call), []
+    for number in range(1, 40):
+        seen = 0
+
+        def fails(*arguments, number=number, **keywords):
+            nonlocal seen
+            seen += 1
+            if seen == number:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*arguments, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(descriptors.os, call, fails)
+            found = to_megatron(*line, "--overwrite")
+        ends.append(found.code)
+        if found.code:
+            found.refused("Input/output error", str(tmp_path))
+        elif seen < number:
+            break
+    to_megatron(*line, "--overwrite").succeeded()
+    assert os.listdir(tmp_path) == ["out"]
+    assert ends[-1] == 0

@@ -178,9 +178,10 @@ class Target:
     def sync(self) -> None:
         """Make everything that was written survive a power cut."""
         with self._lock:
-            descriptors = [cached for cached, _ in self._files.values()]
-        for descriptor in descriptors:
-            os.fsync(descriptor)
+            opened = [(file, cached) for file, (cached, _) in self._files.items()]
+        for file, descriptor in opened:
+            with fileio.named("syncing", self._root / file):
+                os.fsync(descriptor)
 
     def close(self) -> None:
         for cached, direct in self._files.values():

@@ -157,8 +157,8 @@ def find_layout(held: Partial, targets: Sequence[TargetFile]) -> dict[TensorRef,
 
 
 def _named(doing: str, held: Partial, target: TargetFile) -> contextlib.AbstractContextManager[None]:
-    """An OSError in the block names the file that a user can find, not a descriptor's."""
-    return fileio.named(doing, held.shown / target.file)
+    """An OSError in the block names the file that a user can find, and what was being done."""
+    return descriptors.shown_as(doing, held.shown / target.file)
 
 
 def join_layout(
@@ -196,7 +196,8 @@ def _sync_all(held: Partial, targets: Sequence[TargetFile]) -> None:
                 os.close(descriptor)
     folders = {folder for target in targets for folder in Path(target.file).parents}
     for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
-        descriptors.sync_folder(str(folder), held.checkpoint)
+        with descriptors.shown_as("syncing", held.shown / folder):
+            descriptors.sync_folder(str(folder), held.checkpoint)
 
 
 def combine_crcs(targets: Sequence[TargetFile], written: Iterable[Written]) -> dict[TensorRef, int]:
@@ -252,7 +253,8 @@ def finish(
     _sync_all(held, targets)
     for name, text in last.items():
         held.write(name, text)
-    descriptors.sync_folder(held.checkpoint)
+    with descriptors.shown_as("syncing", held.shown):
+        descriptors.sync_folder(held.checkpoint)
     stands()
     if prove is not None:
         _prove(held, prove)

@@ -10,6 +10,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from weights_conversion import fileio
+
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _SAFE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EISDIR)
@@ -26,6 +28,18 @@ def folder(name: Path | str | int, within: int | None = None) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def shown_as(doing: str, path: Path) -> Iterator[None]:
+    """An OSError in the block names what a user can find, and not a name relative to some folder, or none."""
+    with fileio.named(doing, path):
+        try:
+            yield
+        except OSError as error:
+            if not (isinstance(error.filename, str) and error.filename.startswith("/")):
+                error.filename = str(path)
+            raise
 
 
 def open_folder(name: Path | str, within: int | None = None) -> int:

@@ -12,12 +12,12 @@ logger = logging.getLogger(__name__)
 _ACCESS, _DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 
 
-def take_over(old: int, new: int) -> None:
+def take_over(old: int, new: int) -> int | None:
     """Gives the finished folder `new` what `old` has (both are open).
 
-    Its files and folders get no right that `old` does not give.
-
-    Where the group may not be given away, it gets no right at all: another group would have it.
+    Its files and folders get no right that `old` does not give. Where the group may not be given away, it gets no
+    right at all: another group would have it. Returns the mode that is left to be set once `new` has been renamed,
+    where its owner may not write in it, which a rename needs.
     """
     wanted = os.stat(old)
     mode = stat.S_IMODE(wanted.st_mode)
@@ -32,7 +32,8 @@ def take_over(old: int, new: int) -> None:
         if top:
             for name in (_ACCESS, _DEFAULT):
                 _copy_list(name, old, descriptor)
-        _give(descriptor, wanted, mode, exact=top)
+        _give(descriptor, wanted, mode | 0o700 if top else mode | 0o300, exact=top)
+    return mode if mode & 0o700 != 0o700 else None
 
 
 def _give(handle: int, wanted: os.stat_result, mode: int, exact: bool = False) -> None:

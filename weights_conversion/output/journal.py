@@ -93,7 +93,8 @@ class Journal:
         except OSError:
             self._sync_failed = True  # the kernel reports lost data once, so no later sync vouches for anything
             raise
-        with self._opened() as folder, os.fdopen(self._open(folder), "ab") as file:
+        shown = descriptors.shown_as("writing", self._folder / f"chunks.{self._rank}")
+        with shown, self._opened() as folder, os.fdopen(self._open(folder), "ab") as file:
             file.write(b"\n" + b"\n".join(lines) + b"\n")  # in front too: a kill may have left half a line
             file.flush()
             os.fsync(file.fileno())

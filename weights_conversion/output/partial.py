@@ -18,15 +18,16 @@ import fcntl
 import logging
 import os
 import stat
+import time
 from pathlib import Path
 from types import TracebackType
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.output import descriptors, finished, imitate, locks, ownership, place, publish
 
 logger = logging.getLogger(__name__)
 
+_ATTEMPTS = 500  # to open what another process may be removing at this moment
 _HELD = ("checkpoint", "journal", "lock", "top", "parent")
 
 
@@ -52,8 +53,8 @@ class Partial:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def close(self) -> None:
-        for name in _HELD:
+    def close(self, *names: str) -> None:
+        for name in names or _HELD:
             if getattr(self, name) >= 0:
                 os.close(getattr(self, name))
                 setattr(self, name, -1)
@@ -77,25 +78,23 @@ class Partial:
         above = self.out.absolute().parent
         above.mkdir(parents=True, exist_ok=True)
         self.parent = descriptors.open_place(above)
-        while True:
+        for attempt in range(_ATTEMPTS + 1):
             try:
                 self._open_top()
                 lock = locks.take_alone(self.top, self.path)
             except FileNotFoundError:  # another process has just finished and removed the folder
-                continue
+                lock = None
             if lock is not None:
                 self.lock = lock
                 if descriptors.is_at(self.path.name, self.parent, self.top):
                     break
-            for name in ("lock", "top"):
-                if getattr(self, name) >= 0:
-                    os.close(getattr(self, name))
-                    setattr(self, name, -1)
+            self.close("lock", "top")
+            if attempt == _ATTEMPTS or not descriptors.is_place(above, self.parent):
+                raise ConversionError(f"{self.path} is removed or renamed again and again; name another place for OUT")
+            time.sleep(0.01)
         place.check_partial(self.path, self.top)
 
     def _open_top(self) -> None:
-        if self.top >= 0:
-            self.top = os.close(self.top) or -1
         place.check_partial(self.path)
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.path.name, 0o700, dir_fd=self.parent)
@@ -218,10 +217,7 @@ class Partial:
             imitate.copy_default_list(old, new)
 
     def open_folders(self) -> None:
-        for name in ("checkpoint", "journal"):
-            if getattr(self, name) >= 0:
-                os.close(getattr(self, name))
-                setattr(self, name, -1)
+        self.close("checkpoint", "journal")
         if self.complete:
             self.checkpoint = descriptors.open_folder(self.out.name, self.parent)
         else:
@@ -232,7 +228,8 @@ class Partial:
 
     def note_digest(self, run_digest: str) -> None:
         """From here on, another run of the same plan may continue this one."""
-        descriptors.write_note(self.journal, "digest", run_digest.encode())
+        with descriptors.shown_as("writing", self.notes / "digest"):
+            descriptors.write_note(self.journal, "digest", run_digest.encode())
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -246,7 +243,8 @@ class Partial:
         return descriptors.open_regular(name, self.checkpoint, flags)
 
     def write(self, name: str, content: bytes, mode: int = 0o666) -> None:
-        with fileio.named("writing", self.shown / name), os.fdopen(self.create(name, mode), "wb") as file:
+        path = self.shown / name
+        with descriptors.shown_as("writing", path), os.fdopen(self.create(name, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -269,9 +267,10 @@ class Partial:
     def publish(self, overwrite: bool) -> None:
         """Renames the finished `checkpoint` to OUT, and removes what is left of OUT.partial."""
         self.check_places()
-        if (run_digest := self._digest()) is not None:
-            finished.mark(self.checkpoint, run_digest)
-        publish.publish(self, overwrite)
+        with descriptors.shown_as("renaming to", self.out):
+            if (run_digest := self._digest()) is not None:
+                finished.mark(self.checkpoint, run_digest)
+            publish.publish(self, overwrite)
         self.remove()
 
     def set_aside(self) -> Path:
@@ -308,8 +307,9 @@ def prepare(out: Path, run_digest: str, overwrite: bool = False) -> Partial:
     """OUT.partial, ready for this process alone."""
     partial = Partial(out)
     try:
-        partial.hold()
-        partial.choose(run_digest, overwrite)
+        with descriptors.shown_as("preparing", partial.path):
+            partial.hold()
+            partial.choose(run_digest, overwrite)
     except BaseException:
         partial.close()
         raise

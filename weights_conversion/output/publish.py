@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def publish(partial: Partial, overwrite: bool) -> None:
     """Makes OUT of the finished `checkpoint`; in place of an earlier output, which is then in OUT.partial."""
     out = partial.out
-    old = _what_is_there(partial)
+    old, mode = _what_is_there(partial), None
     if old is not None and not place.may_replace(old.st_uid, partial.me):
         raise place.not_mine(out)
     found = ownership.output_in(out)
@@ -27,7 +27,7 @@ def publish(partial: Partial, overwrite: bool) -> None:
         raise _meanwhile(partial)
     if old is not None:
         with descriptors.folder(out.name, partial.parent) as there:
-            imitate.take_over(there, partial.checkpoint)
+            mode = imitate.take_over(there, partial.checkpoint)
     finished = os.fstat(partial.checkpoint)
     note = f"{finished.st_ino} {finished.st_uid}"  # by which OUT is known again, should the clean-up be interrupted
     descriptors.write_note(partial.journal, "publishing", note.encode())
@@ -45,6 +45,8 @@ def publish(partial: Partial, overwrite: bool) -> None:
         _replace(partial)
     if not descriptors.is_at(out.name, partial.parent, partial.checkpoint):
         raise ConversionError(f"{out} was taken by another process in the moment in which it was written; look at it")
+    if mode is not None:
+        os.fchmod(partial.checkpoint, mode)
     descriptors.sync_folder(out.absolute().parent)
 
 
