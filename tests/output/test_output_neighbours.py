@@ -311,6 +311,17 @@ def test_folders_exchanged_during_the_work(when: str, place: Place) -> None:
     assert not place.out.exists()
 
 
+def test_a_note_in_an_out_of_another_user(place: Place) -> None:
+    """B's OUT says of itself, as an extended attribute, that the very command has written it: it is not believed."""
+    place.mode(0o2777)
+    place.converts().succeeded()
+    place.converts().succeeded()  # known to be complete
+    for path in (place.out, *place.out.rglob("*")):
+        os.chown(path, B, GROUP)
+    place.converts().refused("belongs to another user")
+    place.converts("--dry-run").refused("belongs to another user")
+
+
 def test_an_out_of_another_user(imported, place: Place) -> None:
     """Neither an empty one nor an earlier output of B's is replaced by A's."""
     place.mode(0o2777)

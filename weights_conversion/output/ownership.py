@@ -7,6 +7,7 @@ far). Each holds files of the names below and nothing else: anything more is for
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -67,7 +68,7 @@ def output_in(folder: Path | int) -> Found:
     """What stands at OUT or OUT.unverified, or in a folder that is open. Raises ConversionError where it is no folder,
     or may not be read."""
     try:
-        with descriptors.folder(folder) as top:
+        with _shown(folder), descriptors.folder(folder) as top:
             entries = list(_entries(top))
             kind = _kind(top, {name for name, what in entries if what == FILE})
     except FileNotFoundError:
@@ -88,7 +89,7 @@ def output_in(folder: Path | int) -> Found:
 def partial_in(folder: Path | int) -> Found:
     """What stands at OUT.partial: an unfinished conversion, or something foreign, or foreign things in one."""
     try:
-        with descriptors.folder(folder) as top:
+        with _shown(folder), descriptors.folder(folder) as top:
             foreign = [name for name in os.listdir(top) if name not in _PARTS and not _passing(name)]
             if not foreign:
                 foreign = list(_foreign_parts(top))
@@ -97,6 +98,10 @@ def partial_in(folder: Path | int) -> Found:
     except NotADirectoryError:
         return Found(Kind.FOREIGN, (), (str(folder),))
     return Found(Kind.FOREIGN if foreign else Kind.PARTIAL, (), tuple(sorted(foreign)))
+
+
+def _shown(folder: Path | int) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if isinstance(folder, int) else descriptors.shown_as("looking into", folder)
 
 
 def _passing(name: str) -> bool:
