@@ -12,26 +12,29 @@ downloaded is removed. No GPU, no Megatron and little memory are needed: weights
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from weights_conversion import cli
+from weights_conversion import arguments, cli, reporting
 from weights_conversion.architectures import FAMILIES
 
+if TYPE_CHECKING:
+    from weights_conversion.engine.progress import Report
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf_to_megatron.py", description=__doc__, formatter_class=cli.Formatter, allow_abbrev=False
-    )
+
+def build_parser() -> arguments.Parser:
+    parser = arguments.Parser(prog="hf_to_megatron.py", description=__doc__, formatter_class=cli.Formatter)
     parser.add_argument("model", choices=FAMILIES, metavar="MODEL", help=f"one of {', '.join(FAMILIES)}")
     cli.option(
         parser, "--size", metavar="SIZE",
         help="size in billions of parameters, as the family has it (7, 0.5): picks the default repository; when given, "
         "it is checked against the model's own config",
     )  # fmt: skip
-    cli.option(parser, "--out", type=Path, help="folder of the Megatron checkpoint (default: MODEL-SIZEb-megatron)")
     cli.option(
-        parser, "--cache-dir", type=Path,
+        parser, "--out", type=arguments.path,
+        help="folder of the Megatron checkpoint (default: MODEL-SIZEb-megatron, or NAME-megatron of a local NAME)",
+    )  # fmt: skip
+    cli.option(
+        parser, "--cache-dir", type=arguments.path,
         help="the hub's cache; or, for llama and llama2, the folder of Meta's weights or the one above it",
     )  # fmt: skip
     cli.option(
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
     fields = cli.stated_fields(parser, args)
 
-    def work() -> str:
+    def work() -> Report:
         from weights_conversion.config import Parallelism
         from weights_conversion.to_megatron import ImportOptions, hf_to_megatron
 
@@ -116,9 +119,9 @@ def main(argv: list[str] | None = None) -> int:
             ckpt_format=args.ckpt_format,
             fields=fields,
         )
-        return hf_to_megatron(options).text()
+        return hf_to_megatron(options)
 
-    return cli.run(work)
+    return cli.run(reporting.reported(work, args.json))
 
 
 if __name__ == "__main__":

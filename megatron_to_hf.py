@@ -11,20 +11,27 @@ files of the import, or the hub, in this order. --no_tokenizer leaves it out.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from weights_conversion import cli
+from weights_conversion import arguments, cli, reporting
 from weights_conversion.architectures import FAMILIES
 
+if TYPE_CHECKING:
+    from weights_conversion.engine.progress import Report
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megatron_to_hf.py", description=__doc__, formatter_class=cli.Formatter, allow_abbrev=False
-    )
-    cli.option(parser, "--input_dir", type=Path, required=True, metavar="DIR", help="root of the Megatron checkpoint")
+
+def build_parser() -> arguments.Parser:
+    parser = arguments.Parser(prog="megatron_to_hf.py", description=__doc__, formatter_class=cli.Formatter)
     cli.option(
-        parser, "--output_dir", type=Path, required=True, metavar="DIR", help="folder for the Hugging Face model"
+        parser, "--input_dir", type=arguments.path, required=True, metavar="DIR", help="root of the Megatron checkpoint"
+    )
+    cli.option(
+        parser,
+        "--output_dir",
+        type=arguments.path,
+        required=True,
+        metavar="DIR",
+        help="folder for the Hugging Face model",
     )
     cli.option(
         parser, "--model", choices=FAMILIES,
@@ -39,9 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="a Hugging Face model whose tokenizer, generation config and fields that Megatron's args cannot carry are "
         "taken; what it contradicts is named",
     )  # fmt: skip
-    cli.option(parser, "--cache_dir", type=Path, metavar="DIR", help="the hub's cache, should a tokenizer be fetched")
     cli.option(
-        parser, "--vocab_file", type=Path, metavar="FILE",
+        parser, "--cache_dir", type=arguments.path, metavar="DIR", help="the hub's cache, should a tokenizer be fetched"
+    )
+    cli.option(
+        parser, "--vocab_file", type=arguments.path, metavar="FILE",
         help="tokenizer.model, or a folder that holds tokenizer files (default: the checkpoint's own)",
     )  # fmt: skip
     cli.option(
@@ -83,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.no_tokenizer and args.override_special_tokens:
         parser.error("--override_special_tokens needs the tokenizer, which --no_tokenizer leaves out")
 
-    def work() -> str:
+    def work() -> Report:
         from weights_conversion.to_hf import ExportOptions, megatron_to_hf
         from weights_conversion.tokenizer import TokenizerOptions
 
@@ -106,9 +115,9 @@ def main(argv: list[str] | None = None) -> int:
             reference=args.reference,
             fields=fields,
         )
-        return megatron_to_hf(options).text()
+        return megatron_to_hf(options)
 
-    return cli.run(work)
+    return cli.run(reporting.reported(work, args.json))
 
 
 if __name__ == "__main__":

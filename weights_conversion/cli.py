@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
-from weights_conversion import saying
+from weights_conversion import arguments, saying
 from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import failed
 from weights_conversion.text import one_line
@@ -122,34 +122,37 @@ def stated_fields(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(began=time.monotonic())
+    work = parser.add_argument_group("the work")
     option(
-        parser, "--dtype", choices=("keep", "bfloat16", "float16", "float32"), default="keep",
-        help="type of the written weights (default: as they are)",
+        work, "--dtype", type=arguments.dtype, choices=("keep", "bfloat16", "float16", "float32"), default="keep",
+        help="type of the written weights, or bf16, fp16, fp32 (default: as they are)",
     )  # fmt: skip
-    option(parser, "--dry-run", action="store_true", help="print the plan (files, bytes, memory, disk) and stop")
-    option(parser, "--overwrite", action="store_true", help="replace an existing output")
-    option(parser, "--workers", type=positive, default=cores(), help="threads (default: cores, at most 4)")
+    option(work, "--dry-run", action="store_true", help="print the plan (files, bytes, memory, disk) and stop")
+    option(work, "--overwrite", action="store_true", help="replace an existing output")
+    option(work, "--workers", type=positive, default=cores(), help="threads (default: cores, at most 4)")
     option(
-        parser, "--verify", action="store_true",
+        work, "--verify", action="store_true",
         help="afterwards, prove the output: weights bit by bit, configs, and a forward pass, against the source; what "
         "fails is named OUT.unverified",
     )  # fmt: skip
-    option(parser, "--checksums", action="store_true", help="write checksums.sha256 into the output")
+    option(work, "--json", type=arguments.path, metavar="FILE", help="write the report, or what was wrong, as JSON")
+    option(work, "--checksums", action="store_true", help="write checksums.sha256 into the output")
     option(
-        parser, "--ranks", type=positive, metavar="R",
+        work, "--allow-inconsistent", action="store_true",
+        help="where ranks hold different values of one parameter, take rank 0's instead of refusing",
+    )  # fmt: skip
+    prediction = parser.add_argument_group("prediction of the time, with --dry-run")
+    option(
+        prediction, "--ranks", type=positive, metavar="R",
         help="with --dry-run: predict the time on R ranks of torchrun or srun (default: some numbers of ranks)",
     )  # fmt: skip
     option(
-        parser, "--rank-rate", type=positive_float, metavar="GB/s",
+        prediction, "--rank-rate", type=positive_float, metavar="GB/s",
         help="for the prediction: what one rank converts, as the report of a one-process run says (default: 1)",
     )  # fmt: skip
     option(
-        parser, "--filesystem-bandwidth", type=positive_float, metavar="GB/s",
+        prediction, "--filesystem-bandwidth", type=positive_float, metavar="GB/s",
         help="for the prediction: how fast the filesystem is written while as much is read from it",
-    )  # fmt: skip
-    option(
-        parser, "--allow-inconsistent", action="store_true",
-        help="where ranks hold different values of one parameter, take rank 0's instead of refusing",
     )  # fmt: skip
 
 
@@ -161,6 +164,8 @@ RUN_OPTIONS = (
 
 def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with exit code 2 where what `add_common` has added does not fit together."""
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: its folder does not exist")
     given = [name for name in ("ranks", "rank_rate", "filesystem_bandwidth") if getattr(args, name) is not None]
     if given and not args.dry_run:
         options = ", ".join("--" + name.replace("_", "-") for name in given)

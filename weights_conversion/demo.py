@@ -9,7 +9,6 @@ Exit codes: 0 everything is the same, 1 something differs or failed, 2 wrong arg
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights_conversion import cli
+from weights_conversion import arguments, cli
 from weights_conversion.errors import ConversionError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -207,7 +206,7 @@ def table(stages: Sequence[Stage]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         prog="python -m weights_conversion.demo", description=__doc__, formatter_class=cli.Formatter
     )
     parser.parse_args(argv)

@@ -59,7 +59,7 @@ class ImportOptions(RunOptions):
 def hf_to_megatron(options: ImportOptions) -> Report:
     """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong."""
     architecture = FAMILIES[options.model]
-    out = options.out or Path(f"{options.model}-{options.size or architecture.default_size}b-megatron")
+    out = options.out or _default_out(options)
     say_found(find_local(options.model_path, options.model, options.size, options.load_iters))
     with distributed.rank_zero_first("output"):
         replaced = place.check(out, options.overwrite, options.verify)
@@ -140,6 +140,14 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     assembly.check_apart(out, plan, [opened.folder, *copied])
     report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}, prove), options)
+
+
+def _default_out(options: ImportOptions) -> Path:
+    """Named after a local folder, or after the model and its size."""
+    local = Path(options.model_path).expanduser() if options.model_path else None
+    if local is not None and local.is_dir():
+        return Path(f"{local.resolve().name or options.model}-megatron")
+    return Path(f"{options.model}-{options.size or FAMILIES[options.model].default_size}b-megatron")
 
 
 def megatron_to_megatron(

@@ -26,13 +26,12 @@ Exit codes: 0 the same model, 1 different, 2 wrong arguments or a side that cann
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weights_conversion import cli
+from weights_conversion import arguments, cli
 from weights_conversion.architectures import FAMILIES
 
 if TYPE_CHECKING:
@@ -60,17 +59,18 @@ def verify(
     )  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> arguments.Parser:
+    parser = arguments.Parser(
         prog="python -m weights_conversion.verify",
         description=__doc__,
         formatter_class=cli.Formatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint that is taken as right")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint that is to be proven")
+    parser.add_argument("source", type=arguments.path, metavar="SOURCE", help="the checkpoint that is taken as right")
+    parser.add_argument(
+        "checkpoint", type=arguments.path, metavar="CHECKPOINT", help="the checkpoint that is to be proven"
+    )
     cli.option(parser, "--model", choices=FAMILIES, help="the family (default: as the checkpoints say)")
-    cli.option(parser, "--json", type=Path, metavar="FILE", help="write the findings as JSON too")
+    cli.option(parser, "--json", type=arguments.path, metavar="FILE", help="write the findings as JSON too")
     cli.option(parser, "--workers", type=cli.positive, default=cli.cores(), help="threads (default: cores, at most 4)")
     cli.option(parser, "--exact-only", action="store_true", help="compare configs and weights, and run no forward pass")
     cli.option(

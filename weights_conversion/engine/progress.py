@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from weights_conversion.text import one_line
 
@@ -69,11 +70,17 @@ class Report:
     training_flags: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     proof: list[str] = field(default_factory=list)
+    out: Path | None = None
+    nbytes: int = 0
+    files: list[str] = field(default_factory=list)
+    seconds: float | None = None  # of the writing; None where nothing was written
+    was_complete: bool = False
     _plan: list[str] = field(default_factory=list)
     _done: list[str] = field(default_factory=list)
 
     def planned(self, out: Path, nbytes: int, free: int, files: list[str], memory: int) -> None:
         """What a dry run shows; `free` is the disk's space and `memory` the estimated peak, in bytes."""
+        self.out, self.nbytes, self.files = out, nbytes, files
         shown = files if len(files) <= 8 else [*files[:4], f"... {len(files) - 5} more ...", files[-1]]
         self._plan = [
             f"output      {out}: {nbytes / 1e9:.3f} GB in {len(files)} file{'s' * (len(files) > 1)}",
@@ -88,14 +95,31 @@ class Report:
 
     def complete(self, out: Path) -> None:
         """Nothing was to be done."""
+        self.was_complete = True
         self._done = [f"done        {out} is already complete: the same command has written it"]
 
     def finished(self, nbytes: int, seconds: float) -> None:
+        self.seconds = seconds
         rate = nbytes / max(seconds, 1e-9) / 1e9
         self._done = [
             f"done        {nbytes / 1e9:.3f} GB in {seconds:.1f} s, {rate:.2f} GB/s, "
             f"peak memory {peak_memory() / 1e9:.2f} GB"
         ]
+
+    def json(self) -> dict[str, Any]:
+        """For --json; these keys stay."""
+        return {
+            "output": str(self.out),
+            "bytes": self.nbytes,
+            "files": self.files,
+            "already_complete": self.was_complete,
+            "seconds": self.seconds,
+            "notes": self.notes,
+            "warnings": self.warnings,
+            "training_flags": self.training_flags,
+            "ignored": self.ignored,
+            "proof": self.proof,
+        }
 
     def text(self) -> str:
         lines = [*self._plan]

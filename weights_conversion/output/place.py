@@ -26,7 +26,12 @@ def check(out: Path, overwrite: bool, verify: bool = False) -> list[str]:
     """
     if out.name in ("", ".."):
         raise ConversionError(f"{out} cannot be renamed into place; name a folder of its own, inside or beside it")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if out.is_symlink():
+        raise ConversionError(
+            f"{out} is a symbolic link to {os.readlink(out)}, and no folder that can be renamed into place; name what "
+            "it stands for"
+        )
+    if out.exists() and not out.is_dir():
         raise ConversionError(f"{out} exists and is not a folder; name another one")
     if out.is_dir() and os.path.ismount(out):
         raise ConversionError(f"{out} is a mount point, which cannot be renamed into place; name a folder inside it")
