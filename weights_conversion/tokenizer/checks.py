@@ -134,3 +134,18 @@ def check_default(source: Source, tokens: int, rows: int, known: bool, args: Map
             f"the tokenizer of {source.origin.split(',')[0]} has {tokens} tokens and the model {rows} rows, so it is "
             "not this model's; name the tokenizer of training with --vocab_file, or leave it out with --no_tokenizer."
         )
+
+
+def check_rows(
+    source: Source, needed: Mapping[str, int], ids: Mapping[str, int], base: int, extras: Iterable[str],
+    rows: tuple[int, bool], args: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
+    """Warnings on tokens without a row; raises where one of `needed` has none, or a default has not the model's number.
+
+    `rows` are those of the embedding, and whether they are without padding.
+    """
+    if problems := row_problems(needed, rows[0], base, extras):
+        raise ConversionError(*problems)
+    if source.default:
+        check_default(source, max(ids.values()) + 1, *rows, args)
+    return rowless({token: index for token, index in ids.items() if token not in needed}, rows[0])

@@ -116,11 +116,8 @@ def plan_tokenizer(
     if own_json:  # tokens that its own files added need no row
         pieces = tokenizer_json.model_vocabulary(data)
         needed = {token: index for token, index in ids.items() if index >= base or token in pieces}
-    if problems := checks.row_problems(needed, embedding_rows, base, extension.extras):
-        raise ConversionError(*problems)
-    warnings += checks.rowless({t: i for t, i in with_rows.items() if t not in needed}, embedding_rows)
-    if source.default:
-        checks.check_default(source, max(with_rows.values()) + 1, embedding_rows, rows_known, args)
+    rows = embedding_rows, rows_known
+    warnings += checks.check_rows(source, needed, with_rows, base, extension.extras, rows, args)
 
     extras = [token for token in extension.extras if token in ids]
     named = tokenizer_config.named_tokens({**source.json(SPECIAL_MAP), **config} if own_json else config)
