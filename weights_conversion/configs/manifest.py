@@ -7,6 +7,7 @@ from, and the true number of vocabulary rows. Megatron ignores it, and an export
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,7 @@ def find(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
     """The first manifest in `folders`."""
     for folder in folders:
         path = folder / NAME
-        if path.is_file():
+        if os.path.lexists(path):  # what is no file is no reason to go on without it
             content = read_json(path)
             if content.get("format") != _FORMAT or not isinstance(content.get("model"), dict):
                 raise ConversionError(

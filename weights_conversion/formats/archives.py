@@ -66,8 +66,7 @@ def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
 
     def damaged(why: str) -> ConversionError:
         return ConversionError(
-            f"{path} is not a complete torch.save file: {why}; it is cut off, damaged, still being copied, or in the "
-            "format of torch before 1.6 (then load it with torch and save it again)"
+            f"{path} is not a complete torch.save file: {why}; it is cut off, damaged or still being copied"
         )
 
     count, length, first = _end(file, size, damaged)

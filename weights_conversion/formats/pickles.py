@@ -5,7 +5,7 @@ every global on the list in stand_ins is an inert stand-in (a tensor becomes a `
 so that nothing is imported, called or allocated on a file's behalf. Anything else is refused by name, but for what
 training leaves beside the weights: there a class of any library is kept as its name, and only what Python itself brings
 (`os.system`) is refused. Work and memory grow with the bytes of the pickle and no faster: no opcode may announce a
-size, and only plain values may be keys.
+size, only plain values may be keys, and what the objects take is counted.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from typing import Any
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import unlisted
-from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Foreign, storage_of
+from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Foreign, Storage, storage_of
 
 MAX_PICKLE_BYTES = 64 << 20  # hundreds of thousands of tensors
 
 
 def load(
-    data: bytes, where: str, further: Mapping[tuple[str, str], Any] = MappingProxyType({}), *, training: bool = False
-) -> Any:
+    data: bytes, where: str, further: Mapping[tuple[str, str], Any] = MappingProxyType({}), *, training: bool = False,
+    storages: dict[str, Storage] | None = None,
+) -> Any:  # fmt: skip
     """The object in a pickle, tensors as StoredTensor and Namespaces as plain objects. Errors name `where`.
 
     `further` are inert stand-ins for globals that only this kind of file may name. `training`: it is a dict that
-    training wrote, in whose args and states (unlisted.py) globals of any name become Foreign.
+    training wrote, in whose args and states (unlisted.py) globals of any name become Foreign. `storages` is
+    filled with the storages that it names, by key.
     """
     try:
-        machine = _Machine(where, further, training)
+        machine = _Machine(where, further, training, {} if storages is None else storages)
         content = machine.run(data)
         name = unlisted.misplaced(content, machine.unknown)
         if name is not None:
@@ -49,8 +51,10 @@ def load(
 class _Machine:
     """One run over one pickle, whose opcodes pickletools takes apart; handlers are named after them."""
 
-    def __init__(self, where: str, further: Mapping[tuple[str, str], Any], training: bool) -> None:
-        self._where, self._training = where, training
+    def __init__(
+        self, where: str, further: Mapping[tuple[str, str], Any], training: bool, storages: dict[str, Storage]
+    ) -> None:  # fmt: skip
+        self._where, self._training, self._storages = where, training, storages
         self.unknown: set[str] = set()  # globals that are on no list
         # Classes of its own, so that no file can touch a shared one. torch hangs `_metadata` on an OrderedDict.
         self._arguments, self._ordered = type("Arguments", (), {}), type("OrderedDict", (dict,), {})
@@ -69,8 +73,10 @@ class _Machine:
     def run(self, data: bytes) -> Any:
         handlers = {name.removeprefix("_op_"): getattr(self, name) for name in dir(self) if name.startswith("_op_")}
         stack = self._stack
+        self._left = _BYTES_AT_LEAST + _BYTES_PER_BYTE * len(data)
         for opcode, argument, _ in pickletools.genops(data):
             name = opcode.name
+            self._spend(_COSTS.get(name, _COST))
             if name in _LITERALS:
                 stack.append(argument)
             elif name == "STOP":
@@ -89,6 +95,12 @@ class _Machine:
                     "it was not loaded; save it again with torch.save if you trust where it comes from"
                 )
         raise pickle.UnpicklingError("no end")
+
+    def _spend(self, count: int) -> None:
+        """Counts bytes of memory, or of copying, that objects take: far more of them than of the pickle are refused."""
+        self._left -= count
+        if self._left < 0:
+            raise ConversionError(f"{self._where} makes far more objects than a checkpoint of its size has")
 
     def _since_mark(self) -> list[Any]:
         position = self._marks.pop()
@@ -118,6 +130,7 @@ class _Machine:
         if not isinstance(target, dict):
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
         for key, value in pairs:
+            self._spend(_COST)
             target[self._key(key)] = value
 
     def _append(self, target: Any, items: list[Any]) -> None:
@@ -217,7 +230,10 @@ class _Machine:
         self._stack.append(self._find(module, name))
 
     def _op_BINPERSID(self, _: Any) -> None:
-        self._stack.append(storage_of(self._stack.pop()))
+        storage = storage_of(self._stack.pop())
+        if self._storages.setdefault(storage.key, storage) != storage:
+            raise pickle.UnpicklingError(f"two storages {storage.key}")
+        self._stack.append(storage)
 
     def _op_REDUCE(self, _: Any) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
@@ -239,10 +255,15 @@ class _Machine:
             return made
         if function is self._arguments:
             return self._arguments()
+        for argument in arguments:
+            if isinstance(argument, (list, tuple, dict, set)):  # which a stand-in may copy
+                self._spend(8 * len(argument))
         return function(*arguments)
 
     def _op_BUILD(self, _: Any) -> None:
         state, target = self._stack.pop(), self._stack[-1]
+        if isinstance(state, dict):
+            self._spend(_COST * len(state))
         if isinstance(target, self._stubs):
             if hasattr(target, "__setstate__"):
                 target.__setstate__(state)
@@ -254,6 +275,15 @@ class _Machine:
             raise pickle.UnpicklingError(f"a state for a {type(target).__name__}")
 
 
+# What objects take, in bytes, by the opcode that makes them (with the reference to them); of all others _COST.
+_COST = 32
+_COSTS = {
+    **{"MEMOIZE": 120, "BINPUT": 16, "LONG_BINPUT": 120, "PUT": 120, "MARK": 40},
+    **{"EMPTY_SET": 224, "FROZENSET": 224, "EMPTY_DICT": 80, "DICT": 80, "EMPTY_LIST": 64, "LIST": 64},
+    **{"REDUCE": 200, "NEWOBJ": 200, "NEWOBJ_EX": 200, "BINPERSID": 200},
+    **{"PROTO": 0, "NONE": 8, "NEWTRUE": 8, "NEWFALSE": 8, "DUP": 8, "POP": 0, "BINGET": 8, "LONG_BINGET": 8, "GET": 8},
+}
+_BYTES_AT_LEAST, _BYTES_PER_BYTE = 32 << 20, 48
 _LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.text import short
 
 RUN_CONFIG = "run_config.yaml"
 _FUNCTIONS = ("activation_func",)  # a function, however it is spelled
+MAX_BYTES = 1_000_000  # real ones have some tens of thousands
 # What makes a section the model's own: the outer one of newer releases holds it under a name such as `transformer`.
 _SIZES = ("num_layers", "hidden_size")
 
@@ -25,8 +28,9 @@ def read_run_config(path: Path) -> dict[str, Any]:
     for section in (model, *_inner(model)):
         for key, value in section.items():
             plain = _plain(str(key), value)
-            if stated.get(str(key)) not in (None, plain) and plain is not None and not str(key).startswith("_"):
-                problems.append(f"{path} says {key} {stated[str(key)]!r} and {plain!r} in two sections of `model`")
+            before = stated.get(str(key))
+            if None not in (before, plain) and _differ(before, plain) and not str(key).startswith("_"):
+                problems.append(f"{path} says {key} {short(before)} and {short(plain)} in two sections of `model`")
             if stated.get(str(key)) is None:
                 stated[str(key)] = plain
     if problems:
@@ -57,17 +61,33 @@ def _plain(key: str, value: Any) -> Any:
     return value["_target_"].rpartition(".")[2] if value.get("_call_") is False or key in _FUNCTIONS else value
 
 
+def _differ(one: Any, two: Any) -> bool:
+    """Whether two values are not the same; of containers, whose parts may be shared, only the beginning counts."""
+    containers = isinstance(one, (list, dict)) and isinstance(two, (list, dict))
+    return short(one) != short(two) if containers else one != two
+
+
 def _yaml(path: Path) -> Any:
     try:
         import yaml
     except ImportError as error:
         raise ConversionError(f"{path} cannot be read without PyYAML; pip install pyyaml") from error
 
-    class Loader(yaml.SafeLoader):
-        """Tags that YAML does not know (a set, an object of Python) become nothing: no value here is of such a kind."""
+    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class Loader(base):
+        """Tags that YAML does not know (a set, an object of Python) become nothing: no value here is of such a kind.
+
+        Merged keys (`<<`) are refused: a few lines of them can make more keys than any memory holds.
+        """
+
+        def flatten_mapping(self, node: Any) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.YAMLError("it merges keys by <<, which no trainer writes")
 
     Loader.add_multi_constructor("", lambda loader, suffix, node: None)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+        text = fileio.read_whole(path, MAX_BYTES).decode("utf-8")
+        return yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path} cannot be read ({str(error)[:300]})") from error

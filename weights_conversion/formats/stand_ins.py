@@ -153,8 +153,8 @@ def _size(*values: Any) -> tuple:
 
 def storage_of(pid: Any) -> Storage:
     """A persistent entry."""
-    kind, storage_type, key, _, numel = pid
-    if kind != "storage" or not isinstance(storage_type, _StorageType):
+    kind, storage_type, key, _, numel, *view = pid  # a view of another storage, as torch before 0.4 knew them
+    if kind != "storage" or view not in ([], [None]) or not isinstance(storage_type, _StorageType):
         raise pickle.UnpicklingError("an unknown persistent entry")
     if type(key) is not str or type(numel) is not int or numel < 0:
         raise pickle.UnpicklingError("a malformed storage")

@@ -24,8 +24,8 @@ import torch
 
 from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats import pickles
-from weights_conversion.formats.archives import Record, Window, directory, patch_crcs
+from weights_conversion.formats import legacy, pickles
+from weights_conversion.formats.archives import LOCAL, Record, Window, directory, patch_crcs
 from weights_conversion.formats.stand_ins import StoredTensor
 from weights_conversion.layouts.placement import PAGE, TensorRef
 from weights_conversion.output import descriptors
@@ -81,6 +81,11 @@ def read_torch_file(
             if start < 0 or size < 0 or start + size > there:
                 raise ConversionError(f"{path} ends before byte {start + size}, which its index names; it is cut off")
             file = io.BufferedReader(Window(whole, start, size))
+            head = file.read(512)
+            if length is None and not head.startswith(LOCAL):
+                if head.startswith(legacy.HEAD):
+                    return TorchFile(path, *legacy.read(whole, path, training))
+                legacy.refuse_others(head, path)
             records = {record.name: record for record in directory(file, size, path)}
             pickled = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
             if len(pickled) != 1:
