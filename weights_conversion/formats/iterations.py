@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.dist_index import METADATA
 
@@ -70,7 +72,7 @@ def find_iteration(root: Path, load_iters: int | str | None) -> tuple[Path, int 
         raise ConversionError(f"{root} is not a folder, where one with a Megatron checkpoint's {TRACKER} was expected")
     present, said = iterations(root), "--load_iters"
     iteration = load_iters
-    if iteration is None and (root / TRACKER).is_file():
+    if iteration is None and os.path.lexists(root / TRACKER):
         iteration, said = _tracked(root / TRACKER), TRACKER
     elif iteration is None and not present and holds_iteration(root):
         return root, root.name
@@ -93,7 +95,7 @@ def find_iteration(root: Path, load_iters: int | str | None) -> tuple[Path, int 
 def _tracked(tracker: Path) -> int | str:
     """What the tracker says: release, or a number; imports by Megatron-Bridge leave 0."""
     try:
-        with tracker.open("rb") as file:
+        with fileio.open_file(tracker, noted=False) as file:  # training may move it on
             text = file.read(100).decode("utf-8").strip()
     except (OSError, ValueError) as error:
         raise ConversionError(

@@ -80,7 +80,7 @@ def _at(path: Path, load_iters: int | str | None) -> Found | None:
 
     A Megatron root may hold a config.json (several trainers leave one there), a tracker is Megatron's alone.
     """
-    if (path / TRACKER).is_file():
+    if os.path.lexists(path / TRACKER):
         if not iterations(path) and (step := verl_step(path, load_iters)) is not None:
             return Found(Kind.MEGATRON, step, None, f"source     {step}, the step of verl's that is read")
         return Found(Kind.MEGATRON, path, load_iters)

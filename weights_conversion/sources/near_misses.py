@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def sentence(folder: Path) -> str | None:
     config = _json(folder / "config.json")
     if config is not None and (said := _quantised(folder, config)):
         return said
-    if config is not None and has_weights(folder):
-        return None
+    if os.path.lexists(folder / "config.json") and has_weights(folder):
+        return None  # its reader says what is wrong with a config that is none
     if (said := _adapter(folder)) or (said := _mistral(folder)):
         return said
     for names, what, instead in _FOLDERS:
@@ -90,7 +91,7 @@ def sentence(folder: Path) -> str | None:
         return f"{folder} holds a config and no weights; the checkpoint beside it is {near}: give that"
     if (folder / "model.yaml").is_file() and (folder.parent / "weights").is_dir():
         return f"{folder} is the context of a NeMo 2 checkpoint; give the folder around it, {folder.parent}"
-    if config is None and has_weights(folder):
+    if has_weights(folder):
         return f"{folder} holds weights and no config.json, which says what model they are; copy it there"
     others = [path for path in folder.iterdir() if path.is_dir() or path.suffix in (".pth", ".pt", ".bin")]
     if config is None and not others and (name := _matching(folder, _TOKENIZERS)):
