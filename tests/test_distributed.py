@@ -97,7 +97,8 @@ STUCK = "execute.convert_chunk = lambda *arguments: time.sleep(3600)"
 OTHER_CONFIG = """
 from weights_conversion import fileio
 read = fileio.read_json
-fileio.read_json = lambda path: read(path) | ({"rms_norm_eps": 1e-6} if path.name == "config.json" else {})
+other = {"config.json": {"rms_norm_eps": 1e-6}}
+fileio.read_json = lambda path, *most: read(path, *most) | other.get(path.name, {})
 """
 
 

@@ -148,7 +148,9 @@ def test_every_command_says_the_same(to_megatron, to_hf, tmp_path: Path) -> None
     save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
     to_megatron("llama2", "--model-path", folder, "--out", tmp_path / "out").refused("an adapter alone", "merge")
     export(to_hf, folder, tmp_path / "out").refused("an adapter alone", "merge")
-    run("weights_conversion.verify", folder, folder).refused("an adapter alone", "merge")
+    proof = run("weights_conversion.verify", folder, folder)
+    assert proof.code == 2, "trouble, not a difference"
+    assert "an adapter alone" in proof.err
 
 
 def test_files_and_paths_that_are_not_there(root: Path, tmp_path: Path) -> None:
