@@ -170,6 +170,18 @@ def test_relative_path_of_an_iteration(root: Path, monkeypatch) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
+def test_missing_rank_folders_are_one_sentence(imported, to_hf, tmp_path: Path) -> None:
+    sizes = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+    root = Path(shutil.copytree(imported("llama2-gqa", *sizes), tmp_path / "in"))
+    shutil.rmtree(root / "release" / "mp_rank_01_001")
+    export(to_hf, root, tmp_path / "out").refused("mp_rank_01_001 is missing", "was the copy complete?")
+    shutil.rmtree(root / "release" / "mp_rank_00_001")
+    shutil.rmtree(root / "release" / "mp_rank_01_000")
+    said = export(to_hf, root, tmp_path / "out")
+    said.refused("3 of 4 rank folders are missing", "(mp_rank_00_001 .. mp_rank_01_001)", "was the copy complete?")
+    assert len(said.err.strip().splitlines()) == 1
+
+
 def test_metas_folder_with_its_tokenizer(tmp_path: Path) -> None:
     for name in ("consolidated.00.pth", "tokenizer.model", "params.json"):
         write(tmp_path / name, b'{"dim": 8, "multiple_of": 16}')

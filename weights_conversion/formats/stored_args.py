@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from itertools import islice, pairwise, product
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +150,26 @@ def parallelism(args: Mapping[str, Any], files: Mapping, folder: Path, problems:
     parallel = Parallelism(*sizes)
     if args.get("standalone_embedding_stage"):
         problems.append(f"{folder} was trained with --standalone_embedding_stage, which is not supported")
-    wanted = product(range(parallel.tensor), range(parallel.pipeline))
-    for rank in islice((rank for rank in wanted if rank not in files), 64):
-        problems.append(f"{folder / rank_folder(*rank, parallel)} is missing: its args say {parallel}")
+    total, there = parallel.tensor * parallel.pipeline, 0
     for tp, pp in sorted(files):
         if tp >= parallel.tensor or pp >= parallel.pipeline:
             problems.append(f"{files[tp, pp].parent} is too many: its args say {parallel}")
+        else:
+            there += 1
+    if there < total:
+        problems.append(_missing(files, folder, parallel, total, total - there))
     return parallel
+
+
+def _missing(files: Mapping, folder: Path, parallel: Parallelism, total: int, count: int) -> str:
+    """One sentence, however many ranks' folders are missing (`count` of `total`, which args may say are billions)."""
+
+    def first(ranks: Iterable[tuple[int, int]]) -> str:
+        return rank_folder(*next(rank for rank in ranks if rank not in files), parallel)
+
+    tensor, pipeline = range(parallel.tensor), range(parallel.pipeline)
+    least = first((tp, pp) for tp in tensor for pp in pipeline)
+    most = first((tp, pp) for tp in reversed(tensor) for pp in reversed(pipeline))
+    what = f"{folder / least} is missing" if count == 1 else f"{count} of {total} rank folders are missing"
+    where = "" if count == 1 else f" in {folder} ({least} .. {most})"
+    return f"{what}{where}: its args say {parallel}; was the copy complete?"
