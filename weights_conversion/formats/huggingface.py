@@ -17,6 +17,7 @@ from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import read_json
 from weights_conversion.formats import torch_files
+from weights_conversion.formats.wrappers import unwrapped
 from weights_conversion.layouts.placement import PAGE, Placed, TensorRef, whole
 from weights_conversion.mapping.parameters import is_buffer
 
@@ -180,7 +181,8 @@ def read_hf(folder: Path) -> dict[str, Placed]:
         ]
     if problems:
         raise ConversionError(*problems)
-    return placed
+    plain = unwrapped(placed)
+    return {plain[name]: tensor for name, tensor in placed.items()}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.iterations import MODEL_FILES, number_of
 from weights_conversion.formats.stored_args import disagreements, left_out, parallelism, plain_args, plain_value, strays
+from weights_conversion.formats.wrappers import unwrapped
 from weights_conversion.layouts.placement import TensorRef, chunk_key
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 
@@ -120,10 +121,12 @@ def _model_tensors(file: torch_files.TorchFile, parallel: Parallelism) -> dict[s
         key = chunk_key(chunk, parallel)
         if key not in file.content:
             raise ConversionError(f"{file.path} has no {key}, though its args say {parallel}")
-        for name, ref in torch_files.tensors(file, file.content[key]).items():
+        tensors = torch_files.tensors(file, file.content[key])
+        plain = unwrapped(tensors)
+        for name, ref in tensors.items():
             if _IGNORED.search(name):
                 continue
-            spelled = f"{key}.{_training_spelling(name)}"
+            spelled = f"{key}.{_training_spelling(plain[name])}"
             if spelled in found:
                 raise ConversionError(f"{file.path} holds {name} in two spellings")
             found[spelled] = ref

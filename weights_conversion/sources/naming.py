@@ -10,6 +10,25 @@ _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\.\S+|weight_scale(_inv)?|weight_packed|SCB)$"
 )
 
+# Names of other programs: whose they are, and what to give instead.
+_SCHEMES = tuple(
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (
+            r"(encoder|transformer)\.(layers\.\d+\.(input|post_attention)_norm|final_norm)\.",
+            "the names of NVIDIA's legacy Megatron-LM (before Megatron-Core); convert them to Megatron-Core with its "
+            "tools/checkpoint/convert.py, and give that checkpoint",
+        ),
+        (
+            r"(^|\.)layers\.\d+\.(attention\.w[qkvo]|attention\.wqkv|feed_forward\.w[123])",
+            "Meta's names; give Meta's folder (consolidated.*.pth and params.json), or the Hugging Face files",
+        ),
+        (r"(^|\.)gpt_neox\.layers\.", "the names of GPT-NeoX, which is none of the supported families"),
+        (r"(^|\.)transformer\.(h|blocks)\.\d+\.attn\.", "the names of GPT-2 or MPT, which are no supported families"),
+        (r"\.lora_[AB]\.", "adapters beside the weights (LoRA); merge them (peft's merge_and_unload) first"),
+    )
+)
+
 
 def grouped(sentences: Iterable[tuple[str, str]]) -> list[str]:
     """One sentence for all names that differ in numbers alone, as a layer's: the first's, and how many are like it.
@@ -40,6 +59,9 @@ def mismatch(where: str, missing: Mapping[str, str], unexpected: Mapping[str, st
                 f"{where} holds quantised weights ({quantised[0]}, {len(quantised)} tensors), which cannot be "
                 "converted; take the unquantised checkpoint"
             ]
+        foreign = next(((end, name) for start, end in _SCHEMES for name in unexpected if start.search(name)), None)
+        if foreign:
+            return [f"{where} holds tensors with {foreign[0]} (it has {foreign[1]})"]
         renamed = _prefixed(where, missing, unexpected) or _bare(where, missing, unexpected)
         if renamed:
             return [renamed]

@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -38,11 +38,22 @@ def huggingface_weights(folder: Path) -> Weights:
         names |= _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
 
     def read(name: str, rows: slice | None) -> Tensor:
-        if name not in names:
-            raise ConversionError(f"{folder} has no tensor {name}")
-        return names[name](rows)
+        return names[_stored_as(name, names, folder)](rows)
 
     return read
+
+
+_AROUND_LAYERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def _stored_as(name: str, names: Iterable[str], folder: Path) -> str:
+    """The one name under which a tensor is stored: its own, or its own behind a wrapper's."""
+    if name in names:
+        return name
+    longer = [stored for stored in names if f".{_AROUND_LAYERS.sub('', stored)}".endswith(f".{name}")]
+    if len(longer) != 1:
+        raise ConversionError(f"{folder} has no tensor {name}")
+    return longer[0]
 
 
 def _files(folder: Path) -> list[Path]:
