@@ -132,6 +132,24 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (),
     "attn_logit_softcapping": (),
     "attention_logit_cap": (),
+    "output_logit_softcapping": (),
+    "pre_layer_norm": (True,),
+    "no_pre_layer_norm": (False,),
+    "qk_dyt": (False,),
+    "layer_scale": (1.0,),
+    "input_embeddings_multiplier": (1.0,),
+    "scale_emb": (1.0,),  # of Ascend's fork, as the next ones
+    "scale_depth": (),
+    "dim_model_base": (),
+    "embedding_multiplier_scale": (1.0,),
+    "output_multiplier_scale": (1.0,),
+    "input_embeds_norm": (False,),
+    "add_rmsnorm_offset": (False,),
+    "query_pre_attn_scalar": (),
+    "interleave_sliding_window": (),
+    "rope_scaling_type": (),
+    "use_partial_rope": (False,),
+    "geglu": (False,),
 }
 # Where code of a release stands that builds the plain model's layers.
 OWN_SPECS = (
@@ -173,12 +191,16 @@ WORDS = {
     "is_hybrid_model": "state-space layers",
     "use_mup": "muP's multipliers",
     "qk_l2_norm": "L2 norms of q and k",
+    "pre_layer_norm": "no norms in front of its layers",
+    "no_pre_layer_norm": "no norms in front of its layers",
+    "geglu": "an MLP without SwiGLU",
     "spec": "layers of its own code",
     "transformer_layer_spec": "layers of its own code",
     "post_layer_norm": "norms behind its layers",
 }
 # Names of training's that the sources do not spell out, or that other releases had.
 TRAINING = (
+    "ademamix_", "goldfish_",
     "adam_", "async_", "bert_", "ckpt_", "consumed_", "data_", "dataloader_", "ddp_", "dino_", "dist_ckpt_", "encoder_",
     "eval_", "fault_injector_", "fim_", "hf_", "inference_", "langrl_", "log_", "lr_", "muon_", "no_load_", "no_save_",
     "one_logger_", "optimizer_", "overlap_", "profile", "rerun_", "retro_", "rl_", "sft_", "straggler_", "te_",
@@ -189,6 +211,7 @@ TRAINING_NAMES = frozenset({
     "rank", "world_size", "iteration", "local_rank", "legacy_tokenizer", "scatter_gather_tensors_in_pipeline",
     "enable_gloo_process_groups", "disable_chunked_prefill", "use_rotary_position_embeddings", "add_position_embedding",
     "transformer_pipeline_model_parallel_size", "norm_epsilon", "num_layers_per_virtual_pipeline_stage", "qknorm_impl",
+    "layernorm_init", "qknorm_init", "dyt_alpha_init",
     "start_weight_decay", "end_weight_decay", "data_parallel_size", "model_name", "use_dist_ckpt", "rope_theta",
     "num_attention_heads_kv", "sliding_window_size", "tie_embed_logits", "decoder_num_layers", "old_context_len",
     "scale_factor", "low_freq_factor", "high_freq_factor", "yarn_attention_factor", "yarn_rotary_scaling_factor",
