@@ -276,3 +276,31 @@ def test_an_error_names_its_file(call: str, line, to_megatron, tmp_path: Path, m
     to_megatron(*line, "--overwrite").succeeded()
     assert os.listdir(tmp_path) == ["out"]
     assert ends[-1] == 0
+
+
+@pytest.mark.parametrize("call", ["open", "stat", "rename"])
+def test_removed_while_it_is_written(call: str, line, to_megatron, imported, tmp_path: Path, monkeypatch) -> None:
+    """OUT.partial goes away at any moment: a sentence without OUT, or the right output."""
+    real, out = getattr(os, call), tmp_path / "out"
+    for number in range(1, 200, 7):
+        seen = 0
+
+        def removes(*arguments, number=number, **keywords):
+            nonlocal seen
+            seen += 1
+            if seen == number:
+                shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+            return real(*arguments, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(descriptors.os, call, removes)
+            found = to_megatron(*line)
+        if found.code:
+            found.refused(str(tmp_path))
+            assert not out.exists()
+        else:
+            assert contents(out) == contents(imported(MODEL))
+            shutil.rmtree(out)
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+        if seen < number:
+            break
