@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -22,6 +23,9 @@ from weights_conversion.layouts.plan import CHUNK_BYTES
 from weights_conversion.output import descriptors
 
 logger = logging.getLogger(__name__)
+
+# Errors of a write that are not about how it was asked for.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS)
 
 
 class Scratch:
@@ -80,13 +84,14 @@ class Source:
         left, position = bytes_of(into), ref.offset + start
         whole = (descriptor, position, len(left))
         while left:
-            count = os.preadv(descriptor, [left], position)
+            with fileio.named("reading", self._path(ref.file)):
+                count = os.preadv(descriptor, [left], position)
             if count == 0:
                 raise ConversionError(f"{ref.file} ends in the middle of {ref.name}; it was cut off while it was read")
             left, position = left[count:], position + count
         if whole[:2] in self._absent:
             self._absent.discard(whole[:2])
-            os.posix_fadvise(*whole, os.POSIX_FADV_DONTNEED)
+            _advise(*whole, "POSIX_FADV_DONTNEED")
 
     def prefetch(self, ref: TensorRef, start: int, length: int) -> None:
         """Ask the kernel to begin reading these bytes; where it cannot be asked, nothing is lost."""
@@ -94,19 +99,28 @@ class Source:
             descriptor, position = self._open(ref.file), ref.offset + start
             if not _cached(descriptor, position + length // 2):  # its ends may share pages with what is read before
                 self._absent.add((descriptor, position))
-            os.posix_fadvise(descriptor, position, length, os.POSIX_FADV_WILLNEED)
+            _advise(descriptor, position, length, "POSIX_FADV_WILLNEED")
 
     def _open(self, file: str) -> int:
         with self._lock:
             if file not in self._files:
-                path = self._root / file if self._root else file
-                self._files[file] = fileio.open_descriptor(path, self._watch)
+                self._files[file] = fileio.open_descriptor(self._path(file), self._watch)
             return self._files[file]
+
+    def _path(self, file: str) -> str | Path:
+        return self._root / file if self._root else file
 
     def close(self) -> None:
         for descriptor in self._files.values():
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # all that was wanted of it has been read
+                os.close(descriptor)
         self._files.clear()
+
+
+def _advise(descriptor: int, position: int, length: int, advice: str) -> None:
+    """A hint to the kernel, which may refuse it: then nothing is lost but speed."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        os.posix_fadvise(descriptor, position, length, getattr(os, advice))
 
 
 def _cached(descriptor: int, position: int) -> bool:
@@ -133,15 +147,13 @@ class Target:
         """`folder`: a descriptor of `root`, by which its files are then opened, whatever comes to that name later."""
         self._root, self._offsets, self._direct, self._folder = root, offsets, direct, folder
         self._files: dict[str, tuple[int, int | None]] = {}
+        self._refused: set[int] = set()
         self._lock = threading.Lock()
 
     def write(self, ref: TensorRef, start: int, data: Tensor) -> None:
         """Write the contiguous tensor `data` at byte `start` of `ref`."""
-        try:
+        with fileio.named("writing", self._root / ref.file):
             self._write(ref, start, data)
-        except OSError as error:
-            error.filename = str(self._root / ref.file)
-            raise
 
     def _write(self, ref: TensorRef, start: int, data: Tensor) -> None:
         cached, direct = self._open(ref.file)
@@ -152,9 +164,11 @@ class Target:
                 _write_all(direct, view[:pages], position)
                 view, position = view[pages:], position + pages
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno in _OF_THE_DISK:
                     raise
-                self._files[ref.file] = (cached, None)
+                with self._lock:  # refused, in whatever words: from here on through the page cache
+                    self._files[ref.file] = (cached, None)
+                    self._refused.add(direct)  # other threads may be writing by it
         _write_all(cached, view, position)
 
     def _open(self, file: str) -> tuple[int, int | None]:
@@ -184,11 +198,16 @@ class Target:
                 os.fsync(descriptor)
 
     def close(self) -> None:
-        for cached, direct in self._files.values():
-            os.close(cached)
-            if direct is not None:
+        files, refused = self._files, self._refused
+        self._files, self._refused = {}, set()
+        for direct in refused:
+            with contextlib.suppress(OSError):
                 os.close(direct)
-        self._files.clear()
+        for file, opened in files.items():
+            for descriptor in opened:
+                if descriptor is not None:
+                    with fileio.named("closing", self._root / file):
+                        os.close(descriptor)
 
 
 def _write_all(descriptor: int, view: memoryview, position: int) -> None:
