@@ -311,6 +311,14 @@ def _outcome(work: Callable[[], str]) -> int:
             report = work()
     except SaidElsewhere as ended:
         return ended.code
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in (__package__, ""):
+            raise
+        saying.say(
+            f"error: {sys.executable} has no {error.name}; activate the environment that has it, or install it with "
+            f"'{sys.executable} -m pip install {error.name}'"
+        )
+        return 1
     except ConversionError as error:
         if error.report:
             saying.report(error.report)
