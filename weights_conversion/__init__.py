@@ -5,7 +5,7 @@ import sys
 # Said in a sentence, before anything that an older one cannot read.
 if sys.version_info < (3, 10):  # noqa: UP036
     raise SystemExit(
-        f"error: {sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, where 3.10 or newer is needed; "
+        f"error: {sys.executable} is Python {sys.version_info[0]}.{sys.version_info[1]}, 3.10 or newer is needed; "
         "activate another environment, or make one with 'python3.10 -m venv'"
     )
 
