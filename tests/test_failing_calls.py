@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -14,6 +15,8 @@ from conftest import Script
 
 from tests.robustness import sources as samples
 from weights_conversion.engine import streams
+from weights_conversion.errors import ConversionError
+from weights_conversion.tokenizer import checks
 
 GQA = tm.MODELS["llama2-gqa"]
 
@@ -83,3 +86,14 @@ def test_a_parsers_panic_is_a_sentence(sources, imported, tmp_path: Path, to_hf:
     monkeypatch.setattr(tokenizers.Tokenizer, "from_str", panics)
     line = ("--input_dir", imported("llama2-gqa"), "--output_dir", tmp_path / "back")
     to_hf(*line).refused("cannot be loaded", "out of range")
+
+
+@pytest.mark.parametrize("table", ["", "AA==", "AAAAAAAA", "/////////////w==", "BAAAAAAAAAAA"])
+def test_a_broken_table_of_characters_ends_no_conversion(table: str) -> None:
+    """Whatever the library does with it (an error, a panic, an abort), it is a sentence or it loads."""
+    data = {
+        "version": "1.0", "added_tokens": [], "normalizer": {"type": "Precompiled", "precompiled_charsmap": table},
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+    }  # fmt: skip
+    with contextlib.suppress(ConversionError):
+        checks.check_loaded(data, {"a": 0}, None)
