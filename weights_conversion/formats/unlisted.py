@@ -51,7 +51,7 @@ def misplaced(content: Any, unlisted: Collection[str]) -> str | None:
         return None
     values = root.items() if isinstance(root, dict) else (("", root),)
     if hasattr(root, "state_dict_metadata") and hasattr(root, "storage_data"):  # an index, which plans may stand in
-        values = (("", root.state_dict_metadata), ("", root.storage_data))
+        values = [("", getattr(root, name)) for name in ("state_dict_metadata", "storage_data")]
     waiting: list[Any] = [part for key, value in values if key not in _OF_TRAINING for part in (key, value)]
     seen: set[int] = set()
     while waiting:
