@@ -289,7 +289,7 @@ FETCHES = """
 from pathlib import Path
 from weights_conversion.hub import repositories as hub
 
-def snapshot(repository, revision, cache_dir):
+def snapshot(repository, revision, cache_dir, **_):
     rank, log = os.environ["SLURM_PROCID"], Path({log!r})
     found = log.with_name("fetched").exists()
     with log.open("a") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hub_standin import HubStandIn, Repository, small
-from test_hub import OFFLINE, PUBLIC_FILES, Client, check_contents, client, standin
+from test_hub import OFFLINE, PUBLIC_FILES, ROOT, Client, check_contents, client, standin
 
 from weights_conversion.hub.checking import NOTES
 from weights_conversion.hub.errors import masked
@@ -129,3 +130,16 @@ def test_a_hub_that_drips(name: str, standin: HubStandIn, client: Client) -> Non
 
 def test_passwords_in_addresses() -> None:
     assert masked("of http://alice:secret@host:9/x, and https://b@c/") == "of http://***@host:9/x, and https://***@c/"
+
+
+def test_another_family_is_refused_before_its_weights(standin: HubStandIn, client: Client) -> None:
+    """config.json comes first: nothing of a model that cannot be converted is fetched."""
+    config = b'{"model_type": "falcon", "architectures": ["FalconForCausalLM"]}'
+    standin.repositories["org/falcon"] = Repository(PUBLIC_FILES | {"config.json": config})
+    code = "import sys; from hf_to_megatron import main; sys.exit(main(sys.argv[1:]))"
+    env = {"HF_ENDPOINT": client.endpoint, "HF_HOME": str(client.home), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+    line = ["llama2", "--model-path", "org/falcon", "--out", str(client.home / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *line], env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "falcon" in done.stderr
+    assert not any(name.endswith((".safetensors", ".index.json")) for name in standin.asked())

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,7 @@ class Snapshot:
 
 def snapshot(
     repository: str, *, revision: str | None = None, cache_dir: Path | None = None, weights: bool = True,
-    recheck: bool = False,
+    recheck: bool = False, accept: Callable[[Path], object] = lambda _: None,
 ) -> Snapshot:  # fmt: skip
     """Bring the files that a conversion needs into the hub cache, or find them there.
 
@@ -67,7 +68,8 @@ def snapshot(
     and the tokenizer alone. `revision` is a branch, a tag or a commit; None is main. Where the hub cannot be reached or
     refuses, a cache that holds everything serves instead, with a warning unless HF_HUB_OFFLINE asked for it.
     Every file is held against the SHA-256 or git blob id that the hub states: what is fetched, and what lies in the
-    cache where nothing records that it was right, or where `recheck` asks for it.
+    cache where nothing records that it was right, or where `recheck` asks for it. `accept` is called with the folder
+    once the small files are there; what it raises (ConversionError) comes before any weight file is fetched.
     Raises ConversionError, one sentence that names the repository and what mends it.
     """
     from huggingface_hub import constants
@@ -76,7 +78,7 @@ def snapshot(
     _check_names(repository, revision)
     cache = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser().absolute()
     try:
-        return _from_hub(repository, revision, cache, weights, recheck)
+        return _from_hub(repository, revision, cache, weights, recheck, accept)
     except ConversionError:
         raise
     except Exception as error:  # the client's errors share no base: its HTTP library's, hf_xet's, its own, OSError
@@ -110,7 +112,9 @@ def _check_names(repository: str, revision: str) -> None:
 # Fetching
 
 
-def _from_hub(repository: str, revision: str, cache: Path, weights: bool, recheck: bool) -> Snapshot:
+def _from_hub(
+    repository: str, revision: str, cache: Path, weights: bool, recheck: bool, accept: Callable[[Path], object]
+) -> Snapshot:  # fmt: skip
     info, first = _resolve(repository, revision, cache, weights)
     commit, listed = str(info.sha), {file.rfilename: file for file in info.siblings or ()}
     sizes = _sizes(info)
@@ -134,6 +138,7 @@ def _from_hub(repository: str, revision: str, cache: Path, weights: bool, rechec
     if not weights:
         return Snapshot(first.parent, repository, commit, tuple(names))
 
+    accept(first.parent)
     files = choices(sizes)[0]
     if files[0].endswith(".json"):
         check(take(files[0]), recheck)

@@ -81,9 +81,15 @@ def open_source(
     repository = path or FAMILIES[model].repositories[size or FAMILIES[model].default_size]
     if path is not None and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
         raise ConversionError(f"--model-path {repository} is neither a folder here nor the name of a repository")
+
+    def accept(folder: Path) -> None:
+        """The family, and what the target cannot express, before the weights are fetched."""
+        config = folder / "config.json"
+        hf_config.read_config(model, fileio.read_json(config), target, str(config))
+
     with distributed.rank_zero_first("hub"):
         again = {"recheck": True} if recheck and distributed.current().rank == 0 else {}
-        snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache, **again)
+        snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache, accept=accept, **again)
     opened = open_hf(model, snapshot.folder, target)
     return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision)
 
