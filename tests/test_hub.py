@@ -508,6 +508,8 @@ def test_no_server_at_all(standin: HubStandIn, client: Client) -> None:
     assert "complete copy in the cache" in after["stderr"]
     sentence = client.sentence("org/gated")
     assert "connection" in sentence
+    assert "hf download org/gated" in sentence
+    assert "HF_HOME" in sentence
     assert client.endpoint in sentence
 
 

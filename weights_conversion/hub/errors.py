@@ -69,7 +69,11 @@ def explain(error: Exception, repository: str, revision: str, cache: Path) -> Fa
     )
     if lost and not isinstance(last, ValueError):  # an answer that is no JSON, an address that is none
         found = f"The connection to {hub} failed or was too slow for {name} ({reason})"
-        return Failure("unreachable", found, "run the same command again, it continues with what is in the cache")
+        remedy = (
+            "run the same command again, it continues with what is in the cache; where there is no network, run "
+            f"'hf download {repository}' on a machine that has one and point HF_HOME here at (a copy of) its cache"
+        )
+        return Failure("unreachable", found, remedy)
     found = f"The {name} could not be fetched from {hub} ({reason})"
     return Failure("unreachable", found, "check HF_ENDPOINT and the network, and run the same command again")
 
