@@ -313,3 +313,15 @@ def test_other_kinds_are_told_by_their_first_bytes(data: bytes, tmp_path: Path) 
     (tmp_path / "x.bin").write_bytes(data)
     with pytest.raises(ConversionError, match=OTHERS[data]):
         torch_files.read_torch_file(tmp_path / "x.bin")
+
+
+def test_tensors_with_attributes(tmp_path: Path, to_megatron: Script) -> None:
+    """As FSDP leaves them; torch's own weights_only loader reads such a file."""
+    tensors = {name: tensor.clone() for name, tensor in GQA.tensors().items()}
+    tensors["model.norm.weight"]._fsdp_flattened = True  # pyright: ignore[reportAttributeAccessIssue]
+    parameter = torch.nn.Parameter(tensors["lm_head.weight"])
+    parameter.sharded = False  # pyright: ignore[reportAttributeAccessIssue]
+    source = tm.write_huggingface(tmp_path / "hf", GQA, tokenizer=False)
+    (source / "model.safetensors").unlink()
+    torch.save({**tensors, "lm_head.weight": parameter}, source / "pytorch_model.bin")
+    to_megatron("llama2", "--model-path", source, "--out", tmp_path / "out").succeeded()
