@@ -178,5 +178,7 @@ def test_closed_descriptors_change_neither_work_nor_code(closed: str, sources, t
     assert (done.returncode, "Traceback" in done.stderr + done.stdout) == (0, False), done.stderr
     proof = ended("-m", "weights_conversion.verify", model, tmp_path / "out", "--exact-only")
     assert proof.returncode == 0, proof.stderr
-    refused = ended("hf_to_megatron.py", "llama2", "--model-path", model, "--out", tmp_path / "out")
+    again = ended("hf_to_megatron.py", "llama2", "--model-path", model, "--out", tmp_path / "out")
+    assert again.returncode == 0, again.stderr
+    refused = ended("hf_to_megatron.py", "llama2", "--model-path", tmp_path / "none", "--out", tmp_path / "other")
     assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)

@@ -259,7 +259,12 @@ def finish(
     if prove is not None:
         _prove(held, prove)
         stands()
-    held.publish(overwrite)
+    try:
+        held.publish(overwrite)
+    except BaseException as interruption:
+        if isinstance(interruption, Exception) or not held.published:
+            raise
+        held.remove()  # a signal after OUT is there: the work is done, and ends as such
 
 
 def _prove(held: Partial, prove: Callable[[Path], None] | None) -> None:

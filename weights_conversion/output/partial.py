@@ -44,6 +44,7 @@ class Partial:
         self.checkpoint = self.journal = self.lock = self.top = self.parent = -1
         self.me = -1
         self.resume = False  # an earlier run of the same plan can be continued
+        self.published = False  # this process has renamed it to OUT
         self.complete = False  # OUT is that run's finished output; only its clean-up is left
         self._was_open = False  # to others, so that nothing in it is to be trusted
 
@@ -271,6 +272,7 @@ class Partial:
             if (run_digest := self._digest()) is not None:
                 finished.mark(self.checkpoint, run_digest)
             publish.publish(self, overwrite)
+        self.published = True
         self.remove()
 
     def set_aside(self) -> Path:
