@@ -323,7 +323,7 @@ def test_trackers(text: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "word"),
     [
-        ({"tensor_model_parallel_size": 100_000, "pipeline_model_parallel_size": 100_000}, "is missing"),
+        ({"tensor_model_parallel_size": 100_000, "pipeline_model_parallel_size": 100_000}, "are missing"),
         ({"virtual_pipeline_model_parallel_size": 99_999}, "model0"),
         ({"num_layers": 10**8, "encoder_num_layers": 10**8}, "layers"),
         ({"num_attention_heads": 0}, "positive"),
