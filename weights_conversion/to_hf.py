@@ -10,6 +10,7 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.configs import hf_config, manifest
+from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.engine.progress import Report
 from weights_conversion.engine.run import DTYPES, Job, RunOptions, run, verified
 from weights_conversion.errors import ConversionError
@@ -22,7 +23,7 @@ from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
 from weights_conversion.output import assembly, place
 from weights_conversion.sources.checkpoint import OpenedCheckpoint, megatron_root, open_checkpoint, trained_from
 from weights_conversion.sources.detect import say_found
-from weights_conversion.sources.locate import locate
+from weights_conversion.sources.locate import check_floating, locate
 from weights_conversion.sources.reference import Reference, beside, disagreements, open_reference
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer, source_tokenizer_files
 from weights_conversion.watch import watched
@@ -57,6 +58,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     opened, reference = _open(options)
     config, architecture = opened.config, FAMILIES[opened.config.family]
     sources = locate(opened.files, architecture, config)
+    check_floating(sources, opened.files.folder)
     dtype = DTYPES.get(options.dtype) or opened.files.trained_dtype
     plan = plan_to_hf(
         architecture, config, sources, opened.files.dialect, HF,
@@ -110,17 +112,24 @@ def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
     """The checkpoint, and --reference, whose number of rows counts where nothing else states it."""
     reference = open_reference(options.reference, options.tokenizer.cache_dir) if options.reference else None
 
-    def opened(rows: int | None) -> OpenedCheckpoint:
+    def opened(rows: int | None, fields: Mapping[str, Any]) -> OpenedCheckpoint:
         return open_checkpoint(
-            options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=rows, flags=options.fields
+            options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=rows, flags=fields
         )
 
-    found = opened(options.true_vocab_size)
+    found = opened(options.true_vocab_size, options.fields)
     if reference is None and (place := beside(found.files.folder)) is not None:
         reference = open_reference(str(place), None)
-    if reference is None or found.true_rows_known:
-        return found, reference
-    return opened(reference.model(found.config.family).vocab_size), reference
+    if reference is None:
+        return found, None
+    model = reference.model(found.config.family)
+    rows = options.true_vocab_size if found.true_rows_known else model.vocab_size
+    # What nothing in the checkpoint says is the reference's, before it is the family's usual value.
+    lost = {name: getattr(model, name) for name in SILENT if found.origins.get(name) == "family"}
+    again = opened(rows, {**lost, **options.fields})
+    taken = [f"{NAMES[name]} {value}" for name, value in lost.items() if name not in options.fields]
+    notes = (f"values     of {reference.name}, since the checkpoint says none: {', '.join(taken)}",) if taken else ()
+    return replace(again, notes=(*again.notes, *notes)), reference
 
 
 def _with_reference(options: ExportOptions, reference: Reference | None) -> ExportOptions:

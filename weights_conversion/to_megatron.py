@@ -27,6 +27,7 @@ from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dia
 from weights_conversion.mapping.parameters import is_buffer
 from weights_conversion.output import assembly, place
 from weights_conversion.sources.detect import say_found
+from weights_conversion.sources.locate import check_floating
 from weights_conversion.sources.opening import find_local, open_source
 from weights_conversion.tokenizer.carried import carried
 from weights_conversion.watch import watched
@@ -86,6 +87,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         raise ConversionError(*problems)
 
     sources = opened.sources(architecture)
+    check_floating(sources, opened.folder)
     dtype = DTYPES.get(options.dtype)
     written = dtype or main_dtype([placed for group in sources.values() for placed in group])
     divisible_by = options.divisible_by or DIVISIBLE_BY

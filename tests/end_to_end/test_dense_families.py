@@ -174,3 +174,41 @@ def test_what_stock_training_does_with_a_factor(source, to_megatron, tmp_path: P
     result.succeeded()
     assert "--rope-scaling-factor 32" in result.out + result.err
     assert "trains with factor 8" in result.out + result.err
+
+
+def test_a_mask_turned_off_is_refused(source, to_megatron, tmp_path: Path) -> None:
+    """transformers reads is_causal; Megatron's models have a causal mask."""
+    hf = source("qwen2")
+    tm.write_json(hf / "config.json", tm.read_json(hf / "config.json") | {"is_causal": False})
+    to_megatron("qwen2", "--model-path", hf, "--out", tmp_path / "m").refused("is_causal")
+
+
+def test_weights_that_are_integers_are_refused(source, to_megatron, tmp_path: Path) -> None:
+    hf = source("qwen3")
+    tensors = load_file(hf / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, hf / "model.safetensors", metadata={"format": "pt"})
+    to_megatron("qwen3", "--model-path", hf, "--out", tmp_path / "m").refused(name, "int8", "quantised")
+
+
+def test_last_digit_of_a_yarn_factor(source, to_megatron, tmp_path: Path) -> None:
+    """Megatron's mscale cannot carry every attention_factor to the last digit: the manifest does."""
+    hf = source("qwen3-yarn")
+    config = tm.read_json(hf / "config.json")
+    config["rope_parameters"]["attention_factor"] = 1.7
+    tm.write_json(hf / "config.json", config)
+    to_megatron("qwen3", "--model-path", hf, "--out", tmp_path / "m", "--verify").succeeded()
+
+
+@pytest.mark.parametrize("value", [float("nan"), -3.0, "4.0", [1, 2]])
+def test_yarn_factors_of_args_that_are_none(value: Any, source, to_megatron, to_hf, tmp_path: Path) -> None:
+    layout = ["--ckpt-format", "torch"]
+    to_megatron("qwen3", "--model-path", source("qwen3-yarn"), "--out", tmp_path / "m", *layout).succeeded()
+    (tmp_path / "m" / "conversion_manifest.json").unlink()
+    file = tmp_path / "m/release/mp_rank_00/model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    content["args"].rotary_scaling_factor = value
+    torch.save(content, file)
+    to_hf("--input_dir", tmp_path / "m", "--output_dir", tmp_path / "out", "--no_tokenizer").refused(
+        "rotary_scaling_factor", "a positive number was expected"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models as tm
+import torch
 
 
 @pytest.fixture
@@ -51,3 +52,17 @@ def test_another_model_is_refused(trained, sources, to_hf, tmp_path: Path) -> No
     arguments = ("--input_dir", checkpoint, "--output_dir", tmp_path / "out", "--reference", sources("llama2"))
     to_hf(*arguments, "--no_tokenizer").refused("num_layers is 4 in the checkpoint and 2", "is another model")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_args_have_lost_is_the_reference_s(trained, to_hf, tmp_path: Path) -> None:
+    """Before the family's usual value."""
+    checkpoint, hf = trained
+    config = tm.read_json(hf / "config.json") | {"rms_norm_eps": 1e-3}
+    tm.write_json(hf / "config.json", config)
+    common = checkpoint / "release" / "common.pt"
+    content = torch.load(common, weights_only=False)
+    del content["args"].norm_epsilon, content["args"].layernorm_epsilon
+    torch.save(content, common)
+    arguments = ("--input_dir", checkpoint, "--output_dir", tmp_path / "out", "--reference", hf, "--no_tokenizer")
+    assert "layernorm_epsilon 0.001" in to_hf(*arguments, "--model", "llama2").succeeded().text
+    assert tm.read_json(tmp_path / "out" / "config.json")["rms_norm_eps"] == 1e-3

@@ -15,7 +15,7 @@ from typing import Any
 _CHANGES = re.compile(
     r"(^|_)(rope|act|acts|activation|moe|mup|ntk|sinks?)(_|$)"
     r"|rotary|rope_|alibi|yarn|position_emb|window|norm|scal|multiplier|softcap|clamp|clip|bias|residual|qk|kq|attn"
-    r"|attention|expert|layer_types|logit|freq_factor|(^|_)vision|hidden_activation|interleave"
+    r"|attention|expert|layer_types|logit|freq_factor|per_layer|(^|_)vision|hidden_activation|interleave"
 )
 # Numerics, training and how attention is computed: the model is the same.
 _HARMLESS = re.compile(
@@ -29,6 +29,7 @@ _FACTOR = re.compile(
 _LIMIT = re.compile(r"cap|clip|clamp|window")
 # What all models here have: true says nothing new, and false that this one has it not.
 _HAD = re.compile(r"(use_)?(rope|rotary|rotary_emb|rotary_embeddings?|rms_?norm|swiglu|gated_mlp)")
+_CAUSAL = re.compile(r"(is_|use_)?causal(_mask|_attention)?")
 _POSITIONS = ("rope", "rotary", "absolute", None)  # "absolute" is what BERT's base class once wrote into every config
 
 
@@ -52,6 +53,8 @@ def changes_model(key: str, value: Any) -> bool:
         return value not in _POSITIONS
     if name == "no_rope_layers":  # of SmolLM3 and Llama 4: 1 where a layer has rope
         return not (value is None or (isinstance(value, (list, tuple)) and all(item in (1, True) for item in value)))
+    if _CAUSAL.fullmatch(name):  # true of every model here: false turns the mask off
+        return value is False
     if _HAD.fullmatch(name) and isinstance(value, bool):
         return not value
     return bool(_CHANGES.search(name)) and not _HARMLESS.search(name) and not is_plain(name, value)

@@ -251,6 +251,7 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
             result["head_dim"] = config.head_dim
         result["tie_word_embeddings"] = config.tie_word_embeddings
         if FAMILIES[config.family].windowed:
+            result.pop("layer_types", None)  # the window of before, should training have dropped it
             result["sliding_window"] = config.sliding_window
     linear = config.rope_scaling_factor != 1.0
     kind = {"rope_type": "linear", "factor": config.rope_scaling_factor} if linear else {"rope_type": "default"}

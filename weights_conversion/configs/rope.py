@@ -141,8 +141,29 @@ def _core_mscale(scaling: RopeScaling) -> float:
     return (scaling.attention_factor - 1.0) / (0.1 * math.log(scaling.factor))
 
 
+_CORE_NUMBERS = (
+    "yarn_rotary_scaling_factor", "rotary_scaling_factor", "yarn_original_max_position_embeddings", "mscale",
+    "yarn_attention_factor", "yarn_beta_fast", "yarn_beta_slow", "scale_factor", "old_context_len", "low_freq_factor",
+    "high_freq_factor",
+)  # fmt: skip
+_NO_MSCALE = ("mscale", 0)  # yarn without a factor on cos and sin
+
+
+def _check_core(args: Mapping[str, Any], where: str) -> None:
+    problems = [
+        f"{where} have {name} {args[name]!r}, where a positive number was expected"
+        for name in _CORE_NUMBERS
+        if args.get(name) is not None
+        and not (type(args[name]) in (int, float) and (0 < args[name] < math.inf or (name, args[name]) == _NO_MSCALE))
+    ]
+    if problems:
+        raise ConversionError(*problems)
+
+
 def read_core(args: Mapping[str, Any], where: str) -> RopeScaling | None:
-    """The scaling that Megatron-Core's args (or Megatron-Bridge's run_config.yaml) state."""
+    """The scaling that Megatron-Core's args (or Megatron-Bridge's run_config.yaml) state. Raises ConversionError."""
+    if args.get("position_embedding_type") == "yarn" or args.get("rope_scaling") is True or args.get("scale_factor"):
+        _check_core(args, where)
     if args.get("position_embedding_type") == "yarn":
         factor = args.get("yarn_rotary_scaling_factor") or args.get("rotary_scaling_factor") or 1.0
         original = args.get("yarn_original_max_position_embeddings") or 4096

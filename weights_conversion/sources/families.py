@@ -81,6 +81,7 @@ SIGNS: dict[str, tuple[Signs, ...]] = {
         Signs(window=True),
         Signs(theta=1e6, grouped=True, least_positions=32768, ratio=3.5),
         Signs(theta=1e6, grouped=True, rows=32768, rows_needed=True),
+        Signs(theta=1e6, grouped=True, rows=131072, rows_needed=True),  # Nemo
     ),
     "qwen2": (Signs(qkv_bias=True),),
     "qwen3": (Signs(qk_norms=True),),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
@@ -27,6 +28,18 @@ def locate(files: RankFiles | DistCheckpoint, architecture: Architecture, config
     if isinstance(files, RankFiles):
         return in_rank_files(files, architecture, config)
     return in_torch_dist(files, architecture, config)
+
+
+def check_floating(located: Located, where: Path) -> None:
+    """Refuses weights that are no floating-point numbers, as other programs' quantised ones."""
+    placed = (each for group in located.values() for each in group)
+    wrong = {each.name: each.dtype for each in placed if not each.dtype.is_floating_point}
+    if wrong:
+        name = next(iter(wrong))
+        raise ConversionError(
+            f"{where} stores {len(wrong)} weights as no floating-point numbers ({name} is {wrong[name]}), as a "
+            "quantising program does; give the model before it was quantised"
+        )
 
 
 def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelConfig) -> Located:

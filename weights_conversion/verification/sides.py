@@ -208,7 +208,7 @@ def _open_megatron(
         contradicted += [
             f"{name} is {said[name]} in its manifest and {stated[name]} in its args"
             for name in megatron_args.SILENT
-            if name in stated and name in said and name not in fields and stated[name] != said[name]
+            if name in stated and name in said and name not in fields and not _agree(name, stated[name], said[name])
         ]
     if family == "falcon" and files.args.get("tie_embed_logits") not in (None, config.tie_word_embeddings):
         stored = "stored" if files.has_head() else "not stored"
@@ -219,6 +219,13 @@ def _open_megatron(
         vocabulary_known=opened.true_rows_known, release=files.iteration == "release", files=files,
         assumed=frozenset(assumed), contradicted=tuple(contradicted), notes=opened.warnings,
     )  # fmt: skip
+
+
+def _agree(name: str, stated: object, said: object) -> bool:
+    """Args say it, as far as they can: not Llama 3's constants, nor the last digit of yarn's factor."""
+    if isinstance(stated, RopeScaling) and isinstance(said, RopeScaling):
+        return rope.completed(stated, said) == said
+    return stated == said
 
 
 def common_vocabulary(source: Model, checkpoint: Model) -> tuple[Model, Model]:
