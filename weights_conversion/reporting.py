@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,7 @@ def reported(work: Callable[[], Report], file: Path | None) -> Callable[[], str]
     """`work` as cli.run takes it; its report, or its problems, are written to `file` too, by rank 0 alone."""
 
     def run() -> str:
+        check_json(file)
         try:
             report = work()
         except ConversionError as error:
@@ -34,8 +38,28 @@ def _write(file: Path | None, content: dict[str, Any]) -> None:
 
     if file is None or distributed.current().rank:
         return
-    text = json.dumps({"converter_version": __version__, **content}, indent=2) + "\n"
+    write_json(file, {"converter_version": __version__, **content})
+
+
+def check_json(file: Path | None) -> None:
+    """Raises ConversionError where FILE is there and is no regular file."""
+    if file is not None and (file.is_symlink() or (file.exists() and not file.is_file())):
+        raise ConversionError(f"--json {file} is a link or no regular file; name a new file")
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes a new file under another name, and renames it: no link is followed, and no pipe waited for.
+
+    Raises ConversionError where FILE is there and is no regular file, or cannot be written.
+    """
+    check_json(file)
+    new = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     try:
-        file.write_text(text, encoding="utf-8")
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "w") as out:
+            out.write(text)
+        os.replace(new, file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
         raise ConversionError(f"--json {file} cannot be written ({error.strerror})") from error

@@ -26,13 +26,13 @@ Exit codes: 0 the same model, 1 different, 2 wrong arguments or a side that cann
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weights_conversion import arguments, cli
 from weights_conversion.architectures import FAMILIES
+from weights_conversion.reporting import check_json, write_json
 
 if TYPE_CHECKING:
     from weights_conversion.verification.report import Verification
@@ -92,13 +92,14 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> str:
         nonlocal same
+        check_json(args.json)
         found = verify(
             args.source, args.checkpoint, args.model, workers=args.workers, exact_only=args.exact_only,
             source_iters=args.load_iters, checkpoint_iters=args.load_iters,
             allow_inconsistent=args.allow_inconsistent,
         )  # fmt: skip
         if args.json is not None:
-            args.json.write_text(json.dumps(found.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            write_json(args.json, found.json())
         same = found.same
         return found.text()
 

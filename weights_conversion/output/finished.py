@@ -15,13 +15,14 @@ from pathlib import Path
 
 from weights_conversion.output import descriptors
 
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _NAME = "user.weights_conversion.run"
 
 
 def mark(folder: int, run_digest: str) -> None:
     """Notes in the finished `folder`, which is open, which run wrote it. Without effect where that is not to be had."""
     if hasattr(os, "setxattr"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             os.setxattr(folder, _NAME, f"{run_digest} {_state(folder)}".encode())
 
 
@@ -40,7 +41,9 @@ def _run_of(out: Path) -> str | None:
         return None
     try:
         with descriptors.folder(out) as top:
-            if os.fstat(top).st_uid != _me(out):  # whose owner can note there what he likes
+            status = os.fstat(top)
+            # Who may write in it can note there what he likes, and change what the note is of.
+            if status.st_uid != _me(out) or status.st_mode & _OTHERS_WRITE:
                 return None
             run_digest, state = os.getxattr(top, _NAME).decode("ascii").split()
             return run_digest if state == _state(top) else None
@@ -55,18 +58,24 @@ def _me(out: Path) -> int:
 
 def _state(top: int) -> str:
     digest = hashlib.sha256()
-    for name, size, time in sorted(_entries(top, "")):
-        digest.update(f"{name!r} {size} {time}\n".encode())
+    for entry in sorted(_entries(top, "")):
+        digest.update(f"{entry}\n".encode())
     return digest.hexdigest()
 
 
-def _entries(top: int, prefix: str) -> Iterator[tuple[str, int, int]]:
-    """Name and type, size and time of everything below; of a folder the name alone."""
+def _entries(top: int, prefix: str) -> Iterator[tuple[str, int, int, int, int]]:
+    """Name and type, size, time, inode and owner of everything below; of a folder the name and owner.
+
+    Raises ValueError where something may be written by others than its owner: then its bytes may be anybody's.
+    """
     for name in os.listdir(top):
         status = os.stat(name, dir_fd=top, follow_symlinks=False)
+        if status.st_mode & _OTHERS_WRITE and not stat.S_ISLNK(status.st_mode):
+            raise ValueError(f"{prefix}{name} may be written by others")
         if stat.S_ISDIR(status.st_mode):
-            yield f"{prefix}{name}/", 0, 0
+            yield f"{prefix}{name}/", 0, 0, 0, status.st_uid
             with descriptors.folder(name, top) as inner:
                 yield from _entries(inner, f"{prefix}{name}/")
         else:
-            yield f"{prefix}{name} {stat.S_IFMT(status.st_mode)}", status.st_size, status.st_mtime_ns
+            kind = stat.S_IFMT(status.st_mode)
+            yield f"{prefix}{name} {kind}", status.st_size, status.st_mtime_ns, status.st_ino, status.st_uid

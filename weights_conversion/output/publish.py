@@ -47,7 +47,7 @@ def publish(partial: Partial, overwrite: bool) -> None:
         raise ConversionError(f"{out} was taken by another process in the moment in which it was written; look at it")
     if mode is not None:
         os.fchmod(partial.checkpoint, mode)
-    descriptors.sync_folder(out.absolute().parent)
+    descriptors.sync_folder(".", partial.parent)  # not by its path, on which there may be links
 
 
 def _what_is_there(partial: Partial) -> os.stat_result | None:
