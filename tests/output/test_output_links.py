@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,16 @@ def test_an_output_that_others_may_write_is_not_known_again(sources, to_megatron
     to_megatron(*arguments).succeeded()
     (tmp_path / "m").chmod(0o775)
     to_megatron(*arguments).refused("--overwrite")
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=["rank files", "torch_dist"])
+def test_a_digest_is_the_same_in_every_process(options: list[str], sources, tmp_path: Path) -> None:
+    """Or no requeued job would know what it has written: sets have another order in each process."""
+    line = [sys.executable, "hf_to_megatron.py", "llama2", "--model-path", str(sources("llama2"))]
+    for seed in "123":
+        done = subprocess.run(
+            [*line, "--out", str(tmp_path / "m"), *options], cwd=Path(__file__).parents[2], text=True,
+            env=os.environ | {"PYTHONHASHSEED": seed}, check=False, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "already complete" in done.stdout

@@ -144,7 +144,8 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str
         if not (raw.get("parallel_attn", True) or raw.get("new_decoder_architecture", False)):
             found.append("attention before the MLP instead of beside it (parallel_attn false)")
     else:
-        found += [f"{feature}, which {family} has" for feature in FAMILIES[family].features - target.features]
+        lacking = FAMILIES[family].features.difference(target.features)
+        found += [f"{feature}, which {family} has" for feature in sorted(lacking)]
         if raw.get("tie_word_embeddings") and not target.ties_heads:
             found.append("a head tied to the embedding (tie_word_embeddings)")
     malformed = []

@@ -29,7 +29,7 @@ class Dialect:
     parallel_attention: bool = True  # beside the MLP, as falcon has it
     ties_heads: bool = True  # of the sequential families
     splits_groups: bool = False  # several tensor ranks may share a query group
-    features: frozenset[str] = frozenset()  # ModelConfig fields that it can express
+    features: tuple[str, ...] = ()  # ModelConfig fields that it can express; in order, since a digest takes their repr
     ropes: tuple[str, ...] = ("default", "linear")
 
     def spell(self, name: str) -> str:
@@ -116,6 +116,6 @@ MEGATRON_CORE = Dialect(
     alternatives=_CORE_LOCAL_NORMS,
     parallel_attention=False,
     splits_groups=True,
-    features=frozenset({"add_qkv_bias", "qk_layernorm"}),
+    features=("add_qkv_bias", "qk_layernorm"),
     ropes=("default", "linear", "llama3", "yarn"),
 )
