@@ -21,6 +21,8 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    mscale: float | None = None  # DeepSeek's two, which scale the softmax
+    mscale_all_dim: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,48 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Experts and their router, in Megatron-Core's words (moe_ffn_hidden_size is `ffn_hidden_size` here).
+
+    `layers` says of each layer whether it has experts (else: a dense MLP of ModelConfig.ffn_hidden_size).
+    `pre_softmax`: scores are made of all logits and not renormalised after top-k (Hugging Face's norm_topk_prob
+    false). `scaling_factor` None: 1. Without groups `num_groups` and `group_topk` are None. `shared_ffn_hidden_size`
+    is that of all shared experts together, 0 without any; `shared_gate`: a sigmoid of one row scales them.
+    """
+
+    num_experts: int
+    ffn_hidden_size: int
+    topk: int
+    layers: tuple[bool, ...]
+    pre_softmax: bool = False
+    score_function: str = "softmax"
+    scaling_factor: float | None = None
+    expert_bias: bool = False
+    num_groups: int | None = None
+    group_topk: int | None = None
+    shared_ffn_hidden_size: int = 0
+    shared_gate: bool = False
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every layer has experts: then one integer says it, and torch_dist stacks the layers."""
+        return all(self.layers)
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention, sizes in Megatron-Core's words. `q_lora_rank` None: q is projected at once."""
+
+    kv_lora_rank: int
+    qk_head_dim: int  # of a head, without rope (qk_nope_head_dim)
+    qk_pos_emb_head_dim: int  # of a head, with rope (qk_rope_head_dim)
+    v_head_dim: int
+    q_lora_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +111,10 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None  # beside or instead of the linear factor: Llama 3's, or yarn
     add_qkv_bias: bool = False
     qk_layernorm: bool = False  # an RMSNorm over each head of q and of k, in front of the rotary embedding
+    rotary_percent: float = 1.0  # the part of each head that turns
+    moe: Moe | None = None
+    mla: Mla | None = None
+    mtp_num_layers: int = 0  # multi-token prediction
 
     @property
     def rope(self) -> Rope:
@@ -79,7 +127,7 @@ class ModelConfig:
     @property
     def axes(self) -> dict[str, int]:
         """Sizes of the named axes that architecture rows use."""
-        return {
+        sizes = {
             "vocab": self.vocab_size,
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,
@@ -88,6 +136,34 @@ class ModelConfig:
             "q": self.num_attention_heads * self.head_dim,
             "kv": self.num_query_groups * self.head_dim,
             "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim,
+            "one": 1,
+        }
+        return sizes | self._expert_axes() | self._latent_axes()
+
+    def _expert_axes(self) -> dict[str, int]:
+        if self.moe is None:
+            return {}
+        expert, shared = self.moe.ffn_hidden_size, self.moe.shared_ffn_hidden_size
+        return {
+            "experts": self.moe.num_experts,
+            "expert_ffn": expert,
+            "expert_glu": 2 * expert,
+            "shared_ffn": shared,
+            "shared_glu": 2 * shared,
+        }
+
+    def _latent_axes(self) -> dict[str, int]:
+        if self.mla is None:
+            return {}
+        heads, mla = self.num_attention_heads, self.mla
+        return {
+            "q_rank": mla.q_lora_rank or 0,
+            "kv_rank": mla.kv_lora_rank,
+            "kv_down": mla.kv_lora_rank + mla.qk_pos_emb_head_dim,
+            "mla_q": heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim),
+            "mla_kv": heads * (mla.qk_head_dim + mla.v_head_dim),
+            "mla_out": heads * mla.v_head_dim,
+            "two_hidden": 2 * self.hidden_size,
         }
 
 

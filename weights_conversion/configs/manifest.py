@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion import __version__
-from weights_conversion.config import ModelConfig, RopeScaling
+from weights_conversion.config import Mla, ModelConfig, Moe, RopeScaling
 from weights_conversion.configs import secrets
 from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import read_json, sha256
@@ -84,6 +84,13 @@ def _malformed(content: Mapping[str, Any]) -> list[str]:
             RopeScaling(**scaling)
     except TypeError:
         problems.append(f"rope_scaling {scaling!r}, where a kind with its numbers was expected")
+    for name, type_ in (("moe", Moe), ("mla", Mla)):
+        stated = content["model"].get(name)
+        try:
+            if stated is not None:
+                type_(**stated)
+        except TypeError:
+            problems.append(f"{name} {stated!r}, where its sizes were expected")
     for name, value in content["model"].items():
         default = ModelConfig.__dataclass_fields__[name].type if name in ModelConfig.__dataclass_fields__ else None
         allowed = {"int": (int,), "float": (float, int), "bool": (bool,), "int | None": (int, type(None))}.get(
@@ -99,4 +106,9 @@ def model_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
     known = ModelConfig.__dataclass_fields__
     fields = {name: value for name, value in manifest["model"].items() if name in known and name != "vocab_size"}
     scaling = fields.get("rope_scaling")
-    return fields | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)}
+    moe, mla = fields.get("moe"), fields.get("mla")
+    return fields | {
+        "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+        "moe": None if moe is None else Moe(**{**moe, "layers": tuple(moe["layers"])}),
+        "mla": None if mla is None else Mla(**mla),
+    }

@@ -30,9 +30,15 @@ NAMES = {
     "rope_scaling": "rope_scaling",
     "add_qkv_bias": "add_qkv_bias",
     "qk_layernorm": "qk_layernorm",
+    "rotary_percent": "rotary_percent",
+    "moe": "moe",  # values that configs/core_args.py makes of several args
+    "mla": "mla",
+    "mtp_num_layers": "mtp_num_layers",
 }
 # Those of them that only Megatron-Core has.
-_CORE_ONLY = ("rope_scaling", "add_qkv_bias", "qk_layernorm")
+_CORE_ONLY = ("rope_scaling", "add_qkv_bias", "qk_layernorm", "rotary_percent", "moe", "mla", "mtp_num_layers")
+_DEFAULTS = {field.name: field.default for field in fields(ModelConfig)}
+_MAY_BE_NONE = ("sliding_window", "rope_scaling", "moe", "mla")
 FEATURES = ("add_qkv_bias", "qk_layernorm")
 # Fields that the original's resharding tool re-creates, and its defaults: another value cannot have been reset.
 RESET_BY_RESHARDING: dict[str, Any] = {
@@ -135,10 +141,10 @@ def _stated(family: str, args: Mapping[str, Any], manifest: Mapping[str, Any]) -
 
 def _family_says(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **{field.name: field.default for field in fields(ModelConfig) if field.name in RESET_BY_RESHARDING},
+        **{name: _DEFAULTS[name] for name in RESET_BY_RESHARDING},
         **FAMILY_DEFAULTS[family],
         **{name: FAMILIES[family].has(name) for name in FEATURES},
-        "rope_scaling": None,
+        **{name: _DEFAULTS[name] for name in ("rope_scaling", "rotary_percent", "moe", "mla", "mtp_num_layers")},
         "max_position_embeddings": args.get("seq_length"),
     }
 
@@ -268,7 +274,7 @@ def resolve(
         if name in values:
             continue
         said = [(origin, sources[origin][name]) for origin in order.get(name, sources) if name in sources[origin]]
-        if not said or (said[0][1] is None and name not in ("sliding_window", "rope_scaling")):
+        if not said or (said[0][1] is None and name not in _MAY_BE_NONE):
             problems.append(f"nothing says what {NAMES.get(name, name)} is; the checkpoint's args lack it")
             continue
         origins[name], values[name] = said[0]
