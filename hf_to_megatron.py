@@ -22,64 +22,64 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> arguments.Parser:
-    parser = arguments.Parser(prog="hf_to_megatron.py", description=__doc__, formatter_class=cli.Formatter)
+    parser = arguments.Parser(prog="hf_to_megatron.py", description=__doc__)
     parser.add_argument("model", choices=FAMILIES, metavar="MODEL", help=f"one of {', '.join(FAMILIES)}")
-    cli.option(
-        parser, "--size", metavar="SIZE",
+    parser.add_argument(
+        "--size", metavar="SIZE",
         help="size in billions of parameters, as the family has it (7, 0.5): picks the default repository; when given, "
         "it is checked against the model's own config",
     )  # fmt: skip
-    cli.option(
-        parser, "--out", type=arguments.path,
+    parser.add_argument(
+        "--out", type=arguments.path,
         help="folder of the Megatron checkpoint (default: MODEL-SIZEb-megatron, or NAME-megatron of a local NAME)",
     )  # fmt: skip
-    cli.option(
-        parser, "--cache-dir", type=arguments.path,
+    parser.add_argument(
+        "--cache-dir", type=arguments.path,
         help="the hub's cache; or, for llama and llama2, the folder of Meta's weights or the one above it",
     )  # fmt: skip
-    cli.option(
-        parser, "--model-path", metavar="PATH_OR_REPO",
+    parser.add_argument(
+        "--model-path", metavar="PATH_OR_REPO",
         help="a local folder, or another repository of the same architecture; or the root of a Megatron checkpoint, to "
         "write it in another layout",
     )  # fmt: skip
-    cli.option(parser, "--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
-    cli.option(
-        parser, "--load_iters", type=cli.iteration, metavar="N",
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
+    parser.add_argument(
+        "--load_iters", type=cli.iteration, metavar="N",
         help="where --model-path is a Megatron checkpoint: another iteration than its tracker's, or release",
     )  # fmt: skip
     layout = parser.add_argument_group("layout of the checkpoint")
-    cli.option(
-        layout, "--tensor-model-parallel-size", type=cli.positive, default=1, metavar="N",
+    layout.add_argument(
+        "--tensor-model-parallel-size", type=cli.positive, default=1, metavar="N",
         help="ranks to cut each layer into (default: 1)",
     )  # fmt: skip
-    cli.option(
-        layout, "--pipeline-model-parallel-size", type=cli.positive, default=1, metavar="N",
+    layout.add_argument(
+        "--pipeline-model-parallel-size", type=cli.positive, default=1, metavar="N",
         help="pipeline stages (default: 1)",
     )  # fmt: skip
-    cli.option(
-        layout, "--num-layers-per-virtual-pipeline-stage", type=cli.positive, metavar="N",
+    layout.add_argument(
+        "--num-layers-per-virtual-pipeline-stage", type=cli.positive, metavar="N",
         help="layers of each interleaved stage (default: stages are not interleaved)",
     )  # fmt: skip
-    cli.option(
-        layout, "--make-vocab-size-divisible-by", type=cli.positive, metavar="N",
+    layout.add_argument(
+        "--make-vocab-size-divisible-by", type=cli.positive, metavar="N",
         help="vocabulary rows become a multiple of N x TP (default: 128); without this, a TP size or --true-vocab-size "
         "the table keeps its rows",
     )  # fmt: skip
-    cli.option(
-        layout, "--true-vocab-size", type=cli.positive, metavar="N",
+    layout.add_argument(
+        "--true-vocab-size", type=cli.positive, metavar="N",
         help="tokens that training will use, new ones included: rows are added up to it, then padded",
     )  # fmt: skip
-    cli.option(
-        layout, "--new-rows", choices=("last", "mean"), default="last",
+    layout.add_argument(
+        "--new-rows", choices=("last", "mean"), default="last",
         help="what added rows hold: a copy of the last row, or the mean row (default: last)",
     )  # fmt: skip
-    cli.option(
-        layout, "--target", choices=("megatron-llm", "megatron-core"),
+    layout.add_argument(
+        "--target", choices=("megatron-llm", "megatron-core"),
         help="whose checkpoint to write (default: megatron-llm for codellama, falcon, llama, llama2 and mistral, which "
         "it trains; megatron-core for the others)",
     )  # fmt: skip
-    cli.option(
-        layout, "--ckpt-format", choices=("torch", "torch_dist"),
+    layout.add_argument(
+        "--ckpt-format", choices=("torch", "torch_dist"),
         help="format on disk (default: torch; for megatron-core torch_dist, which fits any TP and PP)",
     )  # fmt: skip
     cli.add_fields(parser)

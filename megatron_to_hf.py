@@ -21,44 +21,44 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> arguments.Parser:
-    parser = arguments.Parser(prog="megatron_to_hf.py", description=__doc__, formatter_class=cli.Formatter)
-    cli.option(
-        parser, "--input_dir", type=arguments.path, required=True, metavar="DIR", help="root of the Megatron checkpoint"
+    parser = arguments.Parser(prog="megatron_to_hf.py", description=__doc__)
+    parser.add_argument(
+        "--input_dir", type=arguments.path, required=True, metavar="DIR", help="root of the Megatron checkpoint"
     )
-    cli.option(
-        parser,
+    parser.add_argument(
+        
         "--output_dir",
         type=arguments.path,
         required=True,
         metavar="DIR",
         help="folder for the Hugging Face model",
     )
-    cli.option(
-        parser, "--model", choices=FAMILIES,
+    parser.add_argument(
+        "--model", choices=FAMILIES,
         help="what the checkpoint holds (default: what it says or shows); a checkpoint that says otherwise is an error",
     )  # fmt: skip
-    cli.option(
-        parser, "--num_output_shards", type=cli.positive, default=1, metavar="N",
+    parser.add_argument(
+        "--num_output_shards", type=cli.positive, default=1, metavar="N",
         help="how many safetensors files to write (default: 1)",
     )  # fmt: skip
-    cli.option(
-        parser, "--reference", metavar="PATH_OR_REPO",
+    parser.add_argument(
+        "--reference", metavar="PATH_OR_REPO",
         help="a Hugging Face model whose tokenizer, generation config and fields that Megatron's args cannot carry are "
         "taken; what it contradicts is named",
     )  # fmt: skip
-    cli.option(
-        parser, "--cache_dir", type=arguments.path, metavar="DIR", help="the hub's cache, should a tokenizer be fetched"
+    parser.add_argument(
+        "--cache_dir", type=arguments.path, metavar="DIR", help="the hub's cache, should a tokenizer be fetched"
     )
-    cli.option(
-        parser, "--vocab_file", type=arguments.path, metavar="FILE",
+    parser.add_argument(
+        "--vocab_file", type=arguments.path, metavar="FILE",
         help="tokenizer.model, or a folder that holds tokenizer files (default: the checkpoint's own)",
     )  # fmt: skip
-    cli.option(
-        parser, "--vocab_extra_ids_list", metavar="A,B",
+    parser.add_argument(
+        "--vocab_extra_ids_list", metavar="A,B",
         help="special tokens that training added, separated by commas (default: from the checkpoint's args)",
     )  # fmt: skip
-    cli.option(
-        parser, "--override_special_tokens", nargs="*", action="extend", default=[], metavar="KEY=TOKEN",
+    parser.add_argument(
+        "--override_special_tokens", nargs="*", action="extend", default=[], metavar="KEY=TOKEN",
         help="make TOKEN the bos, cls, eos, mask, pad, sep or unk token; set in the configs too",
     )  # fmt: skip
     new_tokens = parser.add_mutually_exclusive_group()
@@ -70,14 +70,14 @@ def build_parser() -> arguments.Parser:
         ),
         ("--no_new_tokens", False, "they were not added"),
     ):
-        cli.option(new_tokens, name, action="store_const", const=value, dest="new_tokens", help=text)
-    cli.option(parser, "--no_tokenizer", action="store_true", help="export the weights and configs alone")
-    cli.option(
-        parser, "--true_vocab_size", type=cli.positive, metavar="N",
+        new_tokens.add_argument(name, action="store_const", const=value, dest="new_tokens", help=text)
+    parser.add_argument("--no_tokenizer", action="store_true", help="export the weights and configs alone")
+    parser.add_argument(
+        "--true_vocab_size", type=cli.positive, metavar="N",
         help="vocabulary rows to keep (default: as recorded at import; all, where nothing is recorded)",
     )  # fmt: skip
-    cli.option(
-        parser, "--load_iters", type=cli.iteration, metavar="N", help="another iteration than the tracker's, or release"
+    parser.add_argument(
+        "--load_iters", type=cli.iteration, metavar="N", help="another iteration than the tracker's, or release"
     )  # fmt: skip
     cli.add_fields(parser)
     cli.add_common(parser)

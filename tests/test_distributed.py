@@ -488,11 +488,12 @@ def test_a_stuck_rank_is_ended(sources, tmp_path: Path, srun: Job) -> None:
 
 STUCK_IN_A_READ = """
 import signal
+from weights_conversion.launch import signals
 def stuck(*arguments):
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3600)
-execute.convert_chunk, cli.STUCK_SECONDS = stuck, 1.0
+execute.convert_chunk, signals.STUCK_SECONDS = stuck, 1.0
 """
 
 

@@ -507,7 +507,8 @@ STUCK_MAIN = """
 import ctypes, os, signal, sys, threading
 sys.path.insert(0, {root!r})
 from weights_conversion import cli
-cli.STUCK_SECONDS = 1.0
+from weights_conversion.launch import signals
+signals.STUCK_SECONDS = 1.0
 def work():
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)

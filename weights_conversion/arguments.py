@@ -37,10 +37,13 @@ def path(text: str) -> Path:
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes unambiguous abbreviations (dashes and underscores alike), and ends with exit code 2 and one sentence."""
+    """Takes unambiguous abbreviations, dashes and underscores alike: both are put into the documented spelling first.
+
+    Ends with exit code 2 and one sentence.
+    """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
         self.add_argument("--version", action="version", version=f"{self.prog} {__version__}")
 
     def error(self, message: str) -> NoReturn:
@@ -73,11 +76,11 @@ class Parser(argparse.ArgumentParser):
 
     def _action(self, name: str) -> argparse.Action:
         """The option that `name` is, or begins."""
-        known = self._option_string_actions
-        if name in known:
-            return known[name]
+        known = {option.replace("_", "-"): action for option, action in self._option_string_actions.items()}
         plain = name.replace("_", "-")
-        found = {id(action): action for option, action in known.items() if option.replace("_", "-").startswith(plain)}
+        if plain in known:
+            return known[plain]
+        found = {id(action): action for option, action in known.items() if option.startswith(plain)}
         if len(found) == 1:
             return next(iter(found.values()))
         if found and len(plain) > 2:
@@ -93,4 +96,4 @@ class Parser(argparse.ArgumentParser):
 
 def _shown(action: argparse.Action) -> str:
     """An option's documented spelling."""
-    return getattr(action, "option_strings_shown", action.option_strings)[-1]
+    return action.option_strings[-1]

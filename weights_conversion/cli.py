@@ -4,56 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import select
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, NoReturn
 
 from weights_conversion import arguments, saying
 from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import failed
+from weights_conversion.launch import signals
 from weights_conversion.text import one_line
-
-
-def option(parser: Any, *names: str, **settings: Any) -> None:
-    """Adds an option under its documented spelling, and silently under the other of dashes and underscores."""
-    extra = []
-    for name in names:
-        body = name[2:]
-        for other in ("--" + body.replace("-", "_"), "--" + body.replace("_", "-")):
-            if other not in names and other not in extra:
-                extra.append(other)
-    action = parser.add_argument(*names, *extra, **settings)
-    action.option_strings_shown = list(names)
-
-
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows each option in its documented spelling only."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        shown = getattr(action, "option_strings_shown", None)
-        if shown is None:
-            return super()._format_action_invocation(action)
-        if action.nargs == 0:
-            return ", ".join(shown)
-        default = action.dest.upper()
-        return f"{', '.join(shown)} {self._format_args(action, default)}"
-
-    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
-        shown = []
-        for action in actions:
-            if hasattr(action, "option_strings_shown"):
-                kept, action.option_strings = action.option_strings, action.option_strings_shown
-                shown.append((action, kept))
-        try:
-            return super()._format_usage(usage, actions, groups, prefix)
-        finally:
-            for action, kept in shown:
-                action.option_strings = kept
 
 
 def positive(text: str) -> int:
@@ -104,9 +64,9 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
         "values that a Megatron checkpoint may have lost", "they outrank its manifest and its args"
     )
     for name, kind in FIELDS.items():
-        option(values, f"--{name}", type=kind, metavar="X", help=f"{name} of the model")
-    option(
-        values, "--sliding_window_size", type=window, metavar="N", help="window of mistral's attention; 0: no window"
+        values.add_argument(f"--{name}", type=kind, metavar="X", help=f"{name} of the model")
+    values.add_argument(
+        "--sliding_window_size", type=window, metavar="N", help="window of mistral's attention; 0: no window"
     )
 
 
@@ -123,35 +83,37 @@ def stated_fields(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(began=time.monotonic())
     work = parser.add_argument_group("the work")
-    option(
-        work, "--dtype", type=arguments.dtype, choices=("keep", "bfloat16", "float16", "float32"), default="keep",
+    work.add_argument(
+        "--dtype", type=arguments.dtype, choices=("keep", "bfloat16", "float16", "float32"), default="keep",
         help="type of the written weights, or bf16, fp16, fp32 (default: as they are)",
     )  # fmt: skip
-    option(work, "--dry-run", action="store_true", help="print the plan (files, bytes, memory, disk) and stop")
-    option(work, "--overwrite", action="store_true", help="replace an existing output")
-    option(work, "--workers", type=positive, default=cores(), help="threads (default: cores, at most 4)")
-    option(
-        work, "--verify", action="store_true",
+    work.add_argument("--dry-run", action="store_true", help="print the plan (files, bytes, memory, disk) and stop")
+    work.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    work.add_argument("--workers", type=positive, default=cores(), help="threads (default: cores, at most 4)")
+    work.add_argument(
+        "--verify", action="store_true",
         help="afterwards, prove the output: weights bit by bit, configs, and a forward pass, against the source; what "
         "fails is named OUT.unverified",
     )  # fmt: skip
-    option(work, "--json", type=arguments.path, metavar="FILE", help="write the report, or what was wrong, as JSON")
-    option(work, "--checksums", action="store_true", help="write checksums.sha256 into the output")
-    option(
-        work, "--allow-inconsistent", action="store_true",
+    work.add_argument(
+        "--json", type=arguments.path, metavar="FILE", help="write the report, or what was wrong, as JSON"
+    )  # fmt: skip
+    work.add_argument("--checksums", action="store_true", help="write checksums.sha256 into the output")
+    work.add_argument(
+        "--allow-inconsistent", action="store_true",
         help="where ranks hold different values of one parameter, take rank 0's instead of refusing",
     )  # fmt: skip
     prediction = parser.add_argument_group("prediction of the time, with --dry-run")
-    option(
-        prediction, "--ranks", type=positive, metavar="R",
+    prediction.add_argument(
+        "--ranks", type=positive, metavar="R",
         help="with --dry-run: predict the time on R ranks of torchrun or srun (default: some numbers of ranks)",
     )  # fmt: skip
-    option(
-        prediction, "--rank-rate", type=positive_float, metavar="GB/s",
+    prediction.add_argument(
+        "--rank-rate", type=positive_float, metavar="GB/s",
         help="for the prediction: what one rank converts, as the report of a one-process run says (default: 1)",
     )  # fmt: skip
-    option(
-        prediction, "--filesystem-bandwidth", type=positive_float, metavar="GB/s",
+    prediction.add_argument(
+        "--filesystem-bandwidth", type=positive_float, metavar="GB/s",
         help="for the prediction: how fast the filesystem is written while as much is read from it",
     )  # fmt: skip
 
@@ -177,110 +139,13 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in RUN_OPTIONS if getattr(args, name) is not None}
 
 
-STOPPED = {
-    130: "interrupted: the same command continues where this one stopped",
-    143: "terminated: the same command continues where this one stopped",
-}
-
-
-class Terminated(BaseException):
-    """SIGTERM, as a scheduler sends it before it kills."""
-
-
-STUCK_SECONDS = 12.0  # after a signal, in which a read or write may still come back
-
-
-_begun = False  # whether `_Signals` has been entered in this process
-
-
 def script(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` as the whole life of a process, which signals end with a sentence; exits with the code it returns.
-
-    Before the work begins (torch takes a moment to be imported) a signal ends the process at once, in it `_Signals`
-    says when, and after it none does: what has been converted stands, and the exit code says so.
-    """
-    global _begun
-    _begun = False
+    """Runs `main` as the whole life of a process, which signals end with a sentence; exits with the code it returns."""
     saying.open_standard_streams()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _outside)
+    signals.begin()
     code = main()
     saying.flush()
     os._exit(code)  # not by way of the interpreter's end, which waits for threads that a filesystem may hold for ever
-
-
-def _outside(signum: int, frame: FrameType | None) -> None:
-    if not _begun:
-        code = 130 if signum == signal.SIGINT else 143
-        saying.say(STOPPED[code])
-        saying.flush()
-        os._exit(code)
-
-
-class _Signals:
-    """Within its block, SIGINT and SIGTERM (where they are not ignored) end the run from wherever it is, once.
-
-    What they raise is dropped by Python where it hits a destructor or a callback; then it is raised again. A thread in
-    a read or write that never ends, as of a filesystem whose server is gone, would keep the process for ever: after
-    STUCK_SECONDS `stuck` is called with the exit code.
-    """
-
-    def __init__(self, stuck: Callable[[int], None]) -> None:
-        self._asked = self._noticed = 0  # the signal, as the main thread and as the watching one have seen it
-        self._left = threading.Event()
-        self._stuck = stuck
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        global _begun
-        if threading.current_thread() is not threading.main_thread():
-            return
-        _begun = True
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._dropped
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            if number == signal.SIGALRM or signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._stop)
-        self._news, end = os.pipe()
-        os.set_blocking(end, False)
-        self._wakeup = signal.set_wakeup_fd(end, warn_on_full_buffer=False), end
-        threading.Thread(target=self._watch, daemon=True, name="signals").start()
-
-    def __exit__(self, *_: object) -> None:
-        self._left.set()
-        if self._before:
-            before, end = self._wakeup
-            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
-            os.close(end)  # which the watching thread reads as the end
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            sys.unraisablehook = self._hook
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, signum: int, frame: FrameType | None) -> None:
-        if (signum == signal.SIGALRM) == bool(self._asked):
-            self._asked = self._asked or signum
-            raise KeyboardInterrupt if self._asked == signal.SIGINT else Terminated
-
-    def _watch(self) -> None:
-        # The C library's handler writes here even while the main thread is in a call that does not come back, and
-        # Python's own handler has to wait for it.
-        with os.fdopen(self._news, "rb", buffering=0) as news:  # to the end, for Python complains of a closed one
-            deadline = float("inf")
-            while time.monotonic() < deadline and not self._left.is_set():
-                if select.select([news], [], [], 0.5)[0]:
-                    seen = [number for number in news.read(64) if number in (signal.SIGINT, signal.SIGTERM)]
-                    if seen and not self._noticed:
-                        self._noticed, deadline = seen[0], time.monotonic() + STUCK_SECONDS
-            if not self._left.is_set():
-                self._stuck(130 if self._noticed == signal.SIGINT else 143)
-            self._left.wait()
-
-    def _dropped(self, unraisable: Any) -> None:
-        if self._asked and isinstance(unraisable.exc_value, (KeyboardInterrupt, Terminated)):
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-        else:
-            self._hook(unraisable)
 
 
 def run(work: Callable[[], str]) -> int:
@@ -297,7 +162,7 @@ def _give_up(code: int) -> None:
     from weights_conversion.launch import distributed
 
     if not distributed.current().stuck():
-        saying.say(STOPPED[code])
+        signals.stopped(code)
         saying.flush()
         os._exit(code)
 
@@ -307,7 +172,7 @@ def _outcome(work: Callable[[], str]) -> int:
     from weights_conversion.launch.distributed import SaidElsewhere
 
     try:
-        with _Signals(_give_up):
+        with signals.Signals(_give_up):
             report = work()
     except SaidElsewhere as ended:
         return ended.code
@@ -325,11 +190,9 @@ def _outcome(work: Callable[[], str]) -> int:
         saying.say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        saying.say(STOPPED[130])
-        return 130
-    except Terminated:
-        saying.say(STOPPED[143])
-        return 143
+        return signals.stopped(130)
+    except signals.Terminated:
+        return signals.stopped(143)
     except MemoryError:
         saying.say("error: there is not enough memory; fewer --workers need less")
         return 1

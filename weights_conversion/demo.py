@@ -207,7 +207,7 @@ def table(stages: Sequence[Stage]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = arguments.Parser(
-        prog="python -m weights_conversion.demo", description=__doc__, formatter_class=cli.Formatter
+        prog="python -m weights_conversion.demo", description=__doc__
     )
     parser.parse_args(argv)
     stages: list[Stage] = []

@@ -62,22 +62,23 @@ def verify(
 def build_parser() -> arguments.Parser:
     parser = arguments.Parser(
         prog="python -m weights_conversion.verify",
-        description=__doc__,
-        formatter_class=cli.Formatter,
+        description=__doc__
     )
     parser.add_argument("source", type=arguments.path, metavar="SOURCE", help="the checkpoint that is taken as right")
     parser.add_argument(
         "checkpoint", type=arguments.path, metavar="CHECKPOINT", help="the checkpoint that is to be proven"
     )
-    cli.option(parser, "--model", choices=FAMILIES, help="the family (default: as the checkpoints say)")
-    cli.option(parser, "--json", type=arguments.path, metavar="FILE", help="write the findings as JSON too")
-    cli.option(parser, "--workers", type=cli.positive, default=cli.cores(), help="threads (default: cores, at most 4)")
-    cli.option(parser, "--exact-only", action="store_true", help="compare configs and weights, and run no forward pass")
-    cli.option(
-        parser, "--load-iters", type=cli.iteration, metavar="N", help="iteration of Megatron sides (default: tracker's)"
+    parser.add_argument("--model", choices=FAMILIES, help="the family (default: as the checkpoints say)")
+    parser.add_argument("--json", type=arguments.path, metavar="FILE", help="write the findings as JSON too")
+    parser.add_argument("--workers", type=cli.positive, default=cli.cores(), help="threads (default: cores, at most 4)")
+    parser.add_argument(
+        "--exact-only", action="store_true", help="compare configs and weights, and run no forward pass"
     )  # fmt: skip
-    cli.option(
-        parser, "--allow-inconsistent", action="store_true",
+    parser.add_argument(
+        "--load-iters", type=cli.iteration, metavar="N", help="iteration of Megatron sides (default: tracker's)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-inconsistent", action="store_true",
         help="where the source's ranks hold different values of one parameter, take the first",
     )  # fmt: skip
     return parser

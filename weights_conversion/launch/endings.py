@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass
 
 from weights_conversion.errors import SHOWN, ConversionError
@@ -20,6 +22,20 @@ class Limits:
     nudge: float = 6.0  # after which a rank that is busy elsewhere is interrupted to hear of the end
     exit: float = 20.0  # after which it is ended
     farewell: float = 8.0  # how long the end of a rank waits for the others to hear of it
+
+    @property
+    def missed(self) -> float:
+        """A rank without a sign of life for this long is looked for as the cause, when a launcher ends all ranks."""
+        return 2.5 * self.beat
+
+    @property
+    def late(self) -> float:
+        """And for this long, is named beside another cause."""
+        return 4 * self.beat
+
+    def search(self, rank: int) -> float:
+        """How long the cause is looked for: the others wait for what rank 0 finds."""
+        return (6 if rank else 4) * self.beat
 
 
 class SaidElsewhere(Exception):
@@ -41,6 +57,27 @@ class Failure:
     rank: int
     text: str
     told: bool = True
+
+
+class End:
+    """How far this rank's end has come. The first failure, of this rank or another, counts, and stops its work."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.failure: Failure | None = None
+        self.failed_at = 0.0
+        self.noticed = False  # by the thread that works, which ends now
+        self.settled = False  # rank 0 needs no other rank any more
+        self.nudged = False  # the working thread was interrupted to hear of the failure
+        self._stop, self._lock = stop, threading.Lock()
+
+    def fail(self, failure: Failure) -> bool:
+        """Whether it is the first."""
+        with self._lock:
+            first = self.failure is None
+            if first:
+                self.failure, self.failed_at = failure, time.monotonic()
+        self._stop.set()
+        return first
 
 
 def sentence(error: BaseException) -> str:
