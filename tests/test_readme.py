@@ -7,11 +7,24 @@ from pathlib import Path
 
 from weights_conversion.architectures import FAMILIES
 
+# | `NAME` | sizes | `owner/name-{a,b}`; other models | target |
+ROW = r"^\| `([a-z0-9.-]+)` \| ([^|]+) \| `([^`|]+)`[^|]* \| (megatron-llm|megatron-core|megatron-bridge) \|$"
+
+
+def spelled(pattern: str) -> list[str]:
+    """`a{b,c}d` as a shell spells it out."""
+    match = re.fullmatch(r"([^{]*)\{([^}]*)\}(.*)", pattern)
+    return [f"{match[1]}{part}{match[3]}" for part in match[2].split(",")] if match else [pattern]
+
 
 def test_table_of_families() -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    row = r"^\| `([a-z0-9.-]+)` \| ([^|]+) \| [^|]+ \| (megatron-llm|megatron-core) \|$"
-    rows = re.findall(row, text, re.MULTILINE)
-    assert {name: (sizes.split(", "), target) for name, sizes, target in rows} == {
-        name: (list(family.repositories), family.target) for name, family in FAMILIES.items()
+    rows = {
+        name: (sizes.split(", "), spelled(pattern), target)
+        for name, sizes, pattern, target in re.findall(ROW, text, re.MULTILINE)
     }
+    expected = {
+        name: (list(family.repositories), list(family.repositories.values()), family.target)
+        for name, family in FAMILIES.items()
+    }
+    assert rows == expected

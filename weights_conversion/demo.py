@@ -205,11 +205,12 @@ def table(stages: Sequence[Stage]) -> str:
     return "\n".join(lines)
 
 
+def build_parser() -> arguments.Parser:
+    return arguments.Parser(prog="python -m weights_conversion.demo", description=__doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments.Parser(
-        prog="python -m weights_conversion.demo", description=__doc__
-    )
-    parser.parse_args(argv)
+    build_parser().parse_args(argv)
     stages: list[Stage] = []
 
     def work() -> str:
