@@ -51,6 +51,11 @@ NORM_SPELLINGS = (
     ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
     ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
 )
+# An arg of uneven pipeline stages -> the field of TransformerConfig, where they differ.
+STAGE_FIELDS = {
+    "decoder_first_pipeline_num_layers": "num_layers_in_first_pipeline_stage",
+    "decoder_last_pipeline_num_layers": "num_layers_in_last_pipeline_stage",
+}
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -212,6 +217,7 @@ def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | Non
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     config = TransformerConfig(
         num_layers=sizes.layers,
@@ -243,6 +249,7 @@ def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | Non
         gradient_accumulation_fusion=False,
         attention_softmax_in_fp32=True,
         window_size=window,
+        **{STAGE_FIELDS.get(name, name): value for name, value in options.stages.items()},
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     chunks = []
@@ -265,8 +272,7 @@ def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | Non
             vp_stage=virtual if options.vpp > 1 else None,
         )
         model.to(sizes.dtype).eval()  # as training's Float16Module does: the local norms are born float32
-        per_chunk = sizes.layers // (options.pp * options.vpp)
-        offset = virtual * (sizes.layers // options.vpp) + stage * per_chunk
+        offset = get_transformer_layer_offset(config, virtual if options.vpp > 1 else None)
         chunks.append(Chunk(model, virtual, offset, first, last))
     return chunks
 
@@ -383,6 +389,7 @@ def training_args(sizes: Sizes, options: Namespace) -> Namespace:
         consumed_train_samples=0,
         consumed_valid_samples=0,
         wandb_api_key="do-not-copy-me",
+        **options.stages,
     )
 
 
@@ -656,6 +663,7 @@ def parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--vpp", type=int, default=1, help="model chunks per rank")
+    parser.add_argument("--stages", type=json.loads, default={}, help="save: args of uneven pipeline stages, as JSON")
     parser.add_argument("--divisible-by", type=int, default=128, help="make_vocab_size_divisible_by of the run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--iteration", type=int, default=5)

@@ -138,6 +138,7 @@ MODELS: dict[str, tm.Tiny] = (
         for model in (
             Llama("mha", "llama2", layers=2, heads=4, groups=4, dtype=F32),
             Llama("gqa", "llama2", layers=4, heads=8, groups=2, head_dim=8, vocab=250),
+            Llama("six", "llama2", layers=6, heads=4, groups=2, vocab=250, dtype=F32),
             Llama("mqa", "llama2", layers=2, heads=4, groups=1, vocab=331, dtype=F32),
             Llama("tied", "llama2", layers=4, heads=8, groups=4, head_dim=8, vocab=250, dtype=F32, tied_head=True),
             Llama("tied-bf16", "llama2", layers=2, heads=4, groups=2, tied_head=True),
@@ -510,6 +511,19 @@ def assert_exports(root: Path, name: str, huggingface: Path, to_hf: Script, out:
     assert_same_tensors(tm.read_huggingface(whole), expected | load_file(root / "padded.safetensors"))
 
 
+# Pipeline stages of unequal length, by each arg that makes them.
+_PP2, _PP3, _VPP = (("--format", "torch", *cut) for cut in (("--pp", 2), ("--pp", 3), ("--pp", 2, "--vpp", 2)))
+UNEVEN: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("gqa", _PP2, {"decoder_first_pipeline_num_layers": 1}),
+    ("tied", (*_PP2, "--tp", 2), {"decoder_last_pipeline_num_layers": 1}),
+    ("gqa", _PP3, {"decoder_first_pipeline_num_layers": 2, "decoder_last_pipeline_num_layers": 1}),
+    ("six", _VPP, {"decoder_first_pipeline_num_layers": 2}),
+    ("six", _VPP, {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}),
+    ("six", _PP2, {"pipeline_model_parallel_layout": "Ettttt|tL"}),
+    ("six", _VPP, {"pipeline_model_parallel_layout": "E(t|)*1,t|(tt)*2|L"}),
+    ("six", (*_PP3, "--tp", 2), {"pipeline_model_parallel_layout": "E|t*6|L"}),
+]
+
 TRAINED = saves("gqa", "--tp", 2, "--training-state")
 with_trained = pytest.mark.parametrize("job", [TRAINED], ids=str)
 
@@ -530,6 +544,7 @@ with_trained = pytest.mark.parametrize("job", [TRAINED], ids=str)
         saves("tied", "--format", "torch", "--tp", 2, "--pp", 2),
         saves("gqa", "--format", "torch", "--pp", 2, "--vpp", 2),
         saves("mqa", "--format", "torch", "--tp", 2),
+        *(saves(name, *cut, "--stages", json.dumps(stages)) for name, cut, stages in UNEVEN),
     ],
     ids=str,
 )

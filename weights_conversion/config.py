@@ -169,12 +169,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How a Megatron checkpoint is cut: tensor ranks, pipeline stages, and virtual stages (chunks) on each of them."""
+    """How a Megatron checkpoint is cut: tensor ranks, pipeline stages, and virtual stages (chunks) on each of them.
+
+    `layers`: how many each chunk of each stage holds, in the order of the layers (the first chunk of every stage, then
+    the second); empty where all hold the same number.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
+    layers: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         virtual = f" VPP {self.virtual}" if self.virtual > 1 else ""
-        return f"TP {self.tensor} PP {self.pipeline}{virtual}"
+        uneven = f" of {', '.join(map(str, self.layers))} layers" if self.layers else ""
+        return f"TP {self.tensor} PP {self.pipeline}{virtual}{uneven}"

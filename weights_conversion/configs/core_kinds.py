@@ -18,11 +18,12 @@ READ = frozenset({
     *("yarn_beta_fast", "yarn_beta_slow", "yarn_correction_range_round_to_int", "tensor_model_parallel_size"),
     *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage"),
     *("num_layers_in_last_pipeline_stage", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
-    *("pipeline_model_parallel_layout", "expert_model_parallel_size", "expert_tensor_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
 })  # fmt: skip
 # Parallelism, precision, fusions, initialization, recomputation, inference and losses.
 IDLE = frozenset({
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    "pipeline_model_parallel_layout",  # of rank files alone, and read with them
     *("activation_func_fp8_input_store", "activation_offload_fraction"),
     *("apply_query_key_layer_scaling", "apply_rope_fusion"),
     *("async_tensor_model_parallel_allreduce", "attention_backend", "attention_dropout", "attention_softmax_in_fp32"),

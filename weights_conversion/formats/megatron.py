@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.iterations import MODEL_FILES, number_of
+from weights_conversion.formats.stages import layers_of
 from weights_conversion.formats.stored_args import disagreements, left_out, parallelism, plain_args, plain_value, strays
 from weights_conversion.formats.wrappers import unwrapped
 from weights_conversion.layouts.placement import TensorRef, chunk_key
@@ -90,6 +92,9 @@ def open_rank_files(folder: Path, iteration: int | str) -> RankFiles:
     ranks = {rank: _model_tensors(file, parallel) for rank, file in opened.items()}
     core = any(".decoder." in f".{name}" for tensors in ranks.values() for name in tensors)
     lost = left_out(opened[first].content["args"], args[first])
+    if core:
+        stages = {pp: names for (tp, pp), names in ranks.items() if tp == 0}
+        parallel = dataclasses.replace(parallel, layers=layers_of(stages, args[first], lost, parallel, folder))
     return RankFiles(folder, iteration, MEGATRON_CORE if core else MEGATRON_LLM, args[first], lost, parallel, ranks)
 
 

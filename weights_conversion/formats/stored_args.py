@@ -31,6 +31,11 @@ _SHARED = (
     "layernorm_epsilon",
     "rope_theta",
     "iteration",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
 )
 # What args must be where they are there at all: counts, and positive numbers.
 _COUNTS = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -124,7 +126,11 @@ class Location:
 
 
 def layer_location(layer: int, num_layers: int, parallel: Parallelism) -> Location:
-    """Chunk v of stage p holds the layers from v*(L/VPP) + p*(L/(PP*VPP)) on."""
+    """Chunk v of stage p holds the layers from v*(L/VPP) + p*(L/(PP*VPP)) on, if the stages are of one length."""
+    if parallel.layers:
+        ends = list(accumulate(parallel.layers))
+        turn = bisect_right(ends, layer)
+        return Location(turn % parallel.pipeline, turn // parallel.pipeline, layer - ends[turn] + parallel.layers[turn])
     per_chunk = num_layers // (parallel.pipeline * parallel.virtual)
     turn = layer // per_chunk
     return Location(turn % parallel.pipeline, turn // parallel.pipeline, layer % per_chunk)

@@ -6,7 +6,6 @@ them are raised at once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,12 +14,10 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Located, Placed, TensorRef, place_megatron, rank_folder
-from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
+from weights_conversion.mapping.dialects import Dialect
 from weights_conversion.mapping.parameters import Architecture, is_buffer
 from weights_conversion.sources import naming
 from weights_conversion.sources.locate_dist import in_torch_dist
-
-_LAYER = re.compile(r"(model\d*)\.decoder\.layers\.(\d+)\.")
 
 
 def locate(files: RankFiles | DistCheckpoint, architecture: Architecture, config: ModelConfig) -> Located:
@@ -46,13 +43,15 @@ def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelCon
     missing: dict[str, str] = {}
     wrong: list[tuple[str, str]] = []
     used: set[tuple[int, int, str]] = set()
-    _check_stages(files)
     count, stages = sum(map(len, files.ranks.values())), files.parallel.pipeline * files.parallel.virtual
-    if config.num_layers > count or config.num_layers % stages:
+    uneven = files.parallel.layers
+    if config.num_layers > count or config.num_layers != (sum(uneven) or config.num_layers // stages * stages):
         raise ConversionError(
             f"the args of {files.folder} say {config.num_layers} layers, which {count} tensors in {stages} stages "
             "cannot be"
         )
+
+    anything = next(ref for tensors in files.ranks.values() for ref in tensors.values())
 
     def place_of(tp: int, pp: int) -> str:
         return f"{files.folder.name}/{rank_folder(tp, pp, files.parallel)}"
@@ -70,7 +69,6 @@ def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelCon
             wrong.append((name, said))
         else:
             return ref
-        anything = next(iter(tensors.values()))
         return TensorRef(anything.file, name, anything.dtype, shape)
 
     placed: Located = {}
@@ -86,20 +84,6 @@ def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelCon
     if problems := naming.grouped(wrong) + naming.mismatch(str(files.folder), missing, unexpected):
         raise ConversionError(*problems)
     return placed
-
-
-def _check_stages(files: RankFiles) -> None:
-    """Raises ConversionError for stages of unequal length, as some of Megatron-Core's flags make them."""
-    held = [
-        len({(match[1], match[2]) for name in files.ranks[0, pp] if (match := _LAYER.match(name))})
-        for pp in range(files.parallel.pipeline)
-    ]
-    if files.dialect is MEGATRON_CORE and len(set(held)) > 1:
-        raise ConversionError(
-            f"the pipeline stages of {files.folder} hold {', '.join(map(str, held))} layers "
-            "(--decoder-first-pipeline-num-layers, --pipeline-model-parallel-layout and the like), where stages of one "
-            "length were expected; save it in training with --ckpt-format torch_dist, which has no stages"
-        )
 
 
 def in_huggingface(

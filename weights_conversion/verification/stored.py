@@ -6,6 +6,7 @@ a mistake in the mapping or the placement is not made on both sides of the proof
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,10 +90,7 @@ class RankReader:
         stages, chunks = parallel.pipeline, parallel.virtual
         match = re.search(r"(.*\blayers\.)(\d+)(\..*)", name)
         if match:
-            # Layers are dealt to the stages in turn, chunk after chunk.
-            each = self.config.num_layers // (stages * chunks)
-            turn, local = divmod(int(match[2]), each)
-            chunk, stage = divmod(turn, stages)
+            chunk, stage, local = self._dealt[int(match[2])]
             name = f"{match[1]}{local}{match[3]}"
         elif "embedding.word_embeddings" in name:
             chunk, stage = 0, 0
@@ -108,6 +106,19 @@ class RankReader:
                 raise ConversionError(f"rank {rank} of stage {stage} of {self.files.folder} has no {key}.{name}")
             found.append(ref)
         return found
+
+    @functools.cached_property
+    def _dealt(self) -> list[tuple[int, int, int]]:
+        """(chunk, stage, local number) of every layer, by what the files of the first tensor rank hold.
+
+        Layers are dealt to the stages in turn, chunk after chunk.
+        """
+        held: set[tuple[int, int, int]] = set()
+        for stage in range(self.files.parallel.pipeline):
+            for name in self.files.ranks[0, stage]:
+                if match := re.match(r"model(\d*)\..*?\blayers\.(\d+)\.", name):
+                    held.add((int(match[1] or 0), stage, int(match[2])))
+        return sorted(held)
 
 
 def _read(ref: TensorRef, first: int, last: int, source: Source) -> Tensor:
