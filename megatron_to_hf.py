@@ -79,6 +79,11 @@ def build_parser() -> arguments.Parser:
     parser.add_argument(
         "--load_iters", type=cli.iteration, metavar="N", help="another iteration than the tracker's, or release"
     )  # fmt: skip
+    parser.add_argument(
+        "--weights", choices=("model", "master"), default="model",
+        help="which to export: the model's own (default), or the optimizer's float32 weights, where the checkpoint's "
+        "format stores them by name; --dtype bfloat16 rounds them once",
+    )  # fmt: skip
     cli.add_fields(parser)
     cli.add_common(parser)
     return parser
@@ -113,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             true_vocab_size=args.true_vocab_size,
             load_iters=args.load_iters,
             reference=args.reference,
+            weights=args.weights,
             fields=fields,
         )
         return megatron_to_hf(options)

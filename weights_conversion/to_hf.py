@@ -33,7 +33,7 @@ from weights_conversion.watch import watched
 class ExportOptions(RunOptions):
     """megatron_to_hf.py's arguments. `fields` are ModelConfig fields that the user states (--rope_theta ...).
 
-    `model` None: the family that the checkpoint says or shows.
+    `model` None: the family that the checkpoint says or shows. `weights` "master": the optimizer's float32 weights.
     """
 
     input_dir: Path = Path()
@@ -45,6 +45,7 @@ class ExportOptions(RunOptions):
     true_vocab_size: int | None = None
     load_iters: int | str | None = None
     reference: str | None = None
+    weights: str = "model"
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -66,6 +67,8 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     )  # fmt: skip
     targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
+    if options.weights == "master":
+        report.notes.append("weights    the optimizer's float32 weights (--weights master), not the model's own")
     files: dict[str, bytes | Path] = {}
     if len(targets) > 1:
         files["model.safetensors.index.json"] = huggingface.Index(targets).text().encode()
@@ -100,7 +103,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     )
     prove = verified(
         opened.root, config.family, options, source_iters=opened.load_iters, fields=options.fields,
-        true_vocab_size=config.vocab_size,
+        true_vocab_size=config.vocab_size, weights=options.weights,
     )  # fmt: skip
     copied = [content for content in files.values() if isinstance(content, Path)]
     assembly.check_apart(out, plan, [opened.root, options.input_dir, *copied])
@@ -114,8 +117,9 @@ def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
 
     def opened(rows: int | None, fields: Mapping[str, Any]) -> OpenedCheckpoint:
         return open_checkpoint(
-            options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=rows, flags=fields
-        )
+            options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=rows, flags=fields,
+            weights=options.weights,
+        )  # fmt: skip
 
     found = opened(options.true_vocab_size, options.fields)
     if reference is None and (place := beside(found.files.folder)) is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from weights_conversion.text import short
 METADATA = ".metadata"
 
 # What a checkpoint holds beside its parameters: optimizer, random, fault-tolerance and Transformer-Engine's state.
+OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _IGNORED = re.compile(
     r"^(chained_\d+\.)?optimizer\.|^(rng_state|rerun_state_machine_state|common_state)\b|\._extra_state"
 )
@@ -77,13 +78,23 @@ DCP_ENTRIES = ("args", "checkpoint_version", "iteration")
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """A part of a stored tensor: where it begins in it, its sizes, and the item that holds it."""
+    """A part of a stored tensor: where it begins in it, its sizes, and the item that holds it.
+
+    An item of another shape (`item`) holds it from its element `first` on: an optimizer's flattened weights.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
     start: int
     length: int
+    item: tuple[int, ...] | None = None
+    first: int = 0
+
+    @property
+    def item_sizes(self) -> tuple[int, ...]:
+        """The shape of the tensor in the item."""
+        return self.sizes if self.item is None else self.item
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,24 @@ class Stored:
 
 def read_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk]]:
     """The model's tensors, and the items that are no tensors, by key. What belongs to training is left out."""
+    return _index(_load(path), path, _is_model)
+
+
+def read_optimizer(path: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, ...]]]:
+    """The optimizer's tensors by key; and, of those that were flattened (to Megatron-Core 0.15), the true shapes."""
+    content = _load(path)
+    stored, _ = _index(content, path, lambda key, entry: hasattr(entry, "chunks") and bool(OPTIMIZER.match(key)))
+    shapes: dict[str, tuple[int, ...]] = {}
+    noted = getattr(content, "mcore_data", None)
+    for key, said in noted.items() if isinstance(noted, dict) else ():
+        shape = said.get("nd_reformulated_orig_global_shape") if isinstance(said, dict) else None
+        if key in stored and isinstance(shape, (tuple, list)) and all(type(size) is int for size in shape):
+            shapes[key] = tuple(shape)
+    return stored, shapes
+
+
+def _load(path: Path) -> Any:
+    """The pickled index, its classes replaced by stand-ins."""
     stubs = {name: type(name, (_Record,), {}) for name in set(_GLOBALS.values())}
     further = {key: stubs[name] for key, name in _GLOBALS.items()}
     try:
@@ -104,7 +133,7 @@ def read_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk]
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
     with _without_collector():
-        return _index(pickles.load(data, str(path), further, training=True), path)
+        return pickles.load(data, str(path), further, training=True)
 
 
 @contextlib.contextmanager
@@ -119,9 +148,12 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _index(content: Any, path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk]]:
+def _index(
+    content: Any, path: Path, pick: Callable[[str, Any], bool]
+) -> tuple[dict[str, Stored], dict[str, StoredChunk]]:
+    """The tensors, and the other items, of the keys that are picked."""
     try:
-        wanted = {key: entry for key, entry in content.state_dict_metadata.items() if _is_model(key, entry)}
+        wanted = {key: entry for key, entry in content.state_dict_metadata.items() if pick(_named(key), entry)}
         items: dict[tuple[str, tuple[int, ...] | None], Any] = {}
         for index, info in content.storage_data.items():
             if type(index.fqn) is str and index.fqn in wanted:
@@ -138,10 +170,14 @@ def _index(content: Any, path: Path) -> tuple[dict[str, Stored], dict[str, Store
     return tensors, others
 
 
-def _is_model(key: str, entry: Any) -> bool:
-    """A parameter, or the common state."""
+def _named(key: Any) -> str:
     if type(key) is not str:
         raise TypeError(f"{short(key)} as a name")
+    return key
+
+
+def _is_model(key: str, entry: Any) -> bool:
+    """A parameter, or the common state."""
     if hasattr(entry, "chunks"):
         return not _IGNORED.search(key)
     return key.startswith("common_state") or key in DCP_ENTRIES

@@ -68,7 +68,7 @@ class Items:
                 f"{chunk.start + chunk.length}: it is cut off; copy it again"
             )
         name = f"{key} {list(chunk.offsets)}"
-        known = self._known[chunk.length, chunk.sizes, dtype]
+        known = self._known[chunk.length, chunk.item_sizes, dtype]
         for around in known:
             tail_at = chunk.start + chunk.length - len(around.tail)
             if (
@@ -109,10 +109,10 @@ class Items:
         if not isinstance(item.content, StoredTensor):
             raise ConversionError(f"{path} holds a {type(item.content).__name__} at byte {chunk.start}, not {key}")
         ref = item.ref(item.content, name)
-        if ref.shape != chunk.sizes or ref.dtype != dtype:
+        if ref.shape != chunk.item_sizes or ref.dtype != dtype:
             raise ConversionError(
                 f"{path}: the part of {key} at byte {chunk.start} has shape {list(ref.shape)} and type {ref.dtype}, "
-                f"{METADATA} says {list(chunk.sizes)} and {dtype}"
+                f"{METADATA} says {list(chunk.item_sizes)} and {dtype}"
             )
         record = item.records[item.content.storage.key]
         first, last = record.offset, record.offset + record.size

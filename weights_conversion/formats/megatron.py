@@ -12,7 +12,7 @@ from typing import Any
 
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats import torch_files
+from weights_conversion.formats import rank_masters, torch_files
 from weights_conversion.formats.iterations import MODEL_FILES, number_of
 from weights_conversion.formats.stages import layers_of
 from weights_conversion.formats.stored_args import disagreements, left_out, parallelism, plain_args, plain_value, strays
@@ -64,8 +64,11 @@ class RankFiles:
         return any(name.endswith((".lm_head", ".output_layer.weight")) for name in names)
 
 
-def open_rank_files(folder: Path, iteration: int | str) -> RankFiles:
-    """Opens every rank file of an iteration without reading its tensors, and checks that they belong together."""
+def open_rank_files(folder: Path, iteration: int | str, weights: str = "model") -> RankFiles:
+    """Opens every rank file of an iteration without reading its tensors, and checks that they belong together.
+
+    `weights` "master": the optimizer's float32 weights in the places of the model's.
+    """
     files = _rank_files(folder)
     problems: list[str] = []
     opened: dict[tuple[int, int], torch_files.TorchFile] = {}
@@ -89,7 +92,7 @@ def open_rank_files(folder: Path, iteration: int | str) -> RankFiles:
     parallel = parallelism(args[first], files, folder, problems)
     if problems:
         raise ConversionError(*problems)
-    ranks = {rank: _model_tensors(file, parallel) for rank, file in opened.items()}
+    ranks = {rank: _model_tensors(file, parallel, weights) for rank, file in opened.items()}
     core = any(".decoder." in f".{name}" for tensors in ranks.values() for name in tensors)
     lost = left_out(opened[first].content["args"], args[first])
     if core:
@@ -119,9 +122,10 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     return found
 
 
-def _model_tensors(file: torch_files.TorchFile, parallel: Parallelism) -> dict[str, TensorRef]:
+def _model_tensors(file: torch_files.TorchFile, parallel: Parallelism, weights: str) -> dict[str, TensorRef]:
     """Tensors of the model (every chunk of it) by name, respelled as training writes them."""
     found: dict[str, TensorRef] = {}
+    order: list[str] = []
     for chunk in range(parallel.virtual):
         key = chunk_key(chunk, parallel)
         if key not in file.content:
@@ -135,7 +139,10 @@ def _model_tensors(file: torch_files.TorchFile, parallel: Parallelism) -> dict[s
             if spelled in found:
                 raise ConversionError(f"{file.path} holds {name} in two spellings")
             found[spelled] = ref
-    return found
+        if weights == "master":
+            kept = [name for name in rank_masters.live_order(file.content[key]) if not _IGNORED.search(name)]
+            order += [f"{key}.{_training_spelling(plain[name])}" for name in kept]
+    return rank_masters.masters(file, found, order) if weights == "master" else found
 
 
 def _training_spelling(name: str) -> str:

@@ -19,6 +19,7 @@ from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk, read_metadata
+from weights_conversion.formats.dist_masters import masters
 from weights_conversion.formats.run_config import RUN_CONFIG, read_run_config
 from weights_conversion.formats.stored_args import left_out, plain_args
 from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
@@ -63,13 +64,15 @@ class DistCheckpoint:
         return "output_layer.weight" in self.stored
 
 
-def open_dist(folder: Path, iteration: int | str) -> DistCheckpoint:
-    """Opens a torch_dist checkpoint: its index and args, no tensors."""
+def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> DistCheckpoint:
+    """Opens a torch_dist checkpoint: its index and args, no tensors. `weights` "master": the optimizer's."""
     stored, others = read_metadata(folder / METADATA)
     args, said_by = _common(folder, others).get("args"), folder / COMMON
     if args is None and (folder / RUN_CONFIG).is_file():
         args, said_by = argparse.Namespace(**read_run_config(folder / RUN_CONFIG)), folder / RUN_CONFIG
     prefix, stored = _without_prefix(stored)
+    if weights == "master":
+        stored = masters(folder, stored, prefix)
     plain = {} if args is None else plain_args(args, said_by)
     lost = {} if args is None else left_out(args, plain)
     files = {chunk.file for tensor in stored.values() for chunk in tensor.chunks}
@@ -78,7 +81,7 @@ def open_dist(folder: Path, iteration: int | str) -> DistCheckpoint:
         shown = ", ".join(missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
         raise ConversionError(f"{folder} lacks {shown}, which {METADATA} names; copy the missing files")
     # Megatron-FSDP stores the optimizer's float32 parameters, whatever type was trained.
-    stated = plain.get("params_dtype") if prefix == MEGATRON_FSDP else None
+    stated = plain.get("params_dtype") if prefix == MEGATRON_FSDP and weights == "model" else None
     trained = stated if isinstance(stated, torch.dtype) else None
     return DistCheckpoint(folder, iteration, plain, lost, stored, trained_dtype=trained)
 

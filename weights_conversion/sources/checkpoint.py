@@ -44,12 +44,17 @@ class OpenedCheckpoint:
     load_iters: int | str | None = None  # the iteration below `root`, where the user or the path named one
 
 
-def open_files(root: Path, load_iters: int | str | None = None) -> RankFiles | DistCheckpoint:
-    """Opens an iteration in whichever format it is, its args respelled in Megatron-LLM's names. No data are read."""
+def open_files(
+    root: Path, load_iters: int | str | None = None, weights: str = "model"
+) -> RankFiles | DistCheckpoint:  # fmt: skip
+    """Opens an iteration in whichever format it is, its args respelled in Megatron-LLM's names. No data are read.
+
+    `weights` "master": the optimizer's float32 weights stand in the places of the model's.
+    """
     here = megatron_root(root, load_iters)
     folder, iteration = find_iteration(here.root, here.iteration)
     dist = (folder / METADATA).is_file()
-    files = open_dist(folder, iteration) if dist else open_rank_files(folder, iteration)
+    files = open_dist(folder, iteration, weights) if dist else open_rank_files(folder, iteration, weights)
     core = files.dialect is MEGATRON_CORE
     if problems := (core_args if core else megatron_args).unreadable(files.left_out, folder):
         raise ConversionError(*problems)
@@ -97,14 +102,15 @@ def _args_of_manifest(folder: Path) -> dict[str, Any]:
 def open_checkpoint(
     root: Path, model: str | None, *, load_iters: int | str | None = None, true_vocab_size: int | None = None,
     flags: Mapping[str, Any] | None = None, compared: bool = False,
+    weights: str = "model",
 ) -> OpenedCheckpoint:  # fmt: skip
     """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep.
 
     `model` None: the family that the checkpoint says or shows, which is reported. `compared`: it is to be compared with
-    another, so that a value which nothing states needs no flag.
+    another, so that a value which nothing states needs no flag. `weights`: as open_files has it.
     """
     here = megatron_root(root, load_iters)
-    root, files = here.root, open_files(here.root, here.iteration)
+    root, files = here.root, open_files(here.root, here.iteration, weights)
     found = manifest.find([root, *trained_from(files.args)])
     said = found[1] if found else None
     notes = here.notes

@@ -116,10 +116,10 @@ class _Parts:
         """Chunks of `key` (those that hold stacked `layer`), as blocks of a tensor whose row `first` is their first."""
         stored = self._stored[key]
         for chunk in stored.chunks if layer is None else self._stacked(key).get(layer, ()):
-            offsets, sizes, start = chunk.offsets, chunk.sizes, 0
+            offsets, sizes, start = chunk.offsets, chunk.sizes, chunk.first
             if layer is not None:
                 height, width = two_dimensional(sizes[1:])
-                start = (layer - offsets[0]) * height * width
+                start += (layer - offsets[0]) * height * width
                 offsets, sizes = offsets[1:], sizes[1:]
             height, width = two_dimensional(sizes)
             row, column = (offsets[0], 0) if len(offsets) == 1 else offsets

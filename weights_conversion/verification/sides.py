@@ -70,6 +70,7 @@ class Model:
     assumed: frozenset[str] = frozenset()
     contradicted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    weights: str = "model"  # or "master": the optimizer's float32 ones
 
     @property
     def kind(self) -> str:
@@ -143,13 +144,14 @@ def choose_family(
 
 def open_model(
     path: Path, family: str, load_iters: int | str | None = None, *, fields: Mapping[str, Any] | None = None,
-    true_vocab_size: int | None = None,
+    true_vocab_size: int | None = None, weights: str = "model",
 ) -> Model:  # fmt: skip
     """Opens one side: headers, configs and args are read and checked, no data.
 
-    `fields` and `true_vocab_size` are what the user has stated about a Megatron side, over what its files say.
+    `fields` and `true_vocab_size` are what the user has stated about a Megatron side, over what its files say;
+    `weights` is "master" for its optimizer's weights.
     """
-    model = _open(path, family, load_iters, fields, true_vocab_size)
+    model = _open(path, family, load_iters, fields, true_vocab_size, weights)
     integers = [placed for group in model.placed.values() for placed in group if not placed.dtype.is_floating_point]
     if integers:
         raise ConversionError(
@@ -159,8 +161,9 @@ def open_model(
 
 
 def _open(
-    path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any] | None, true_vocab_size: int | None
-) -> Model:
+    path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any] | None,
+    true_vocab_size: int | None, weights: str,
+) -> Model:  # fmt: skip
     here = detect(path, load_iters)
     path, load_iters = here.root, here.iteration
     if here.kind is Kind.HUGGINGFACE:
@@ -176,7 +179,7 @@ def _open(
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
         config = meta_params.read_params(family, raw, tensors, str(path / "params.json"))
         return _apart(path, META, config, tensors, frozenset(assumed))
-    return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size)
+    return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size, weights)
 
 
 def _apart(
@@ -189,11 +192,12 @@ def _apart(
 
 
 def _open_megatron(
-    path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any], true_vocab_size: int | None
-) -> Model:
+    path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any], true_vocab_size: int | None,
+    weights: str,
+) -> Model:  # fmt: skip
     opened = open_checkpoint(
         path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size,
-        compared=True,
+        compared=True, weights=weights,
     )  # fmt: skip
     files, config = opened.files, opened.config
     placed = locate(files, FAMILIES[family], config)
@@ -218,6 +222,7 @@ def _open_megatron(
         path, files.dialect, config, placed, layout, files.vocabulary,
         vocabulary_known=opened.true_rows_known, release=files.iteration == "release", files=files,
         assumed=frozenset(assumed), contradicted=tuple(contradicted), notes=opened.warnings,
+        weights=weights,
     )  # fmt: skip
 
 

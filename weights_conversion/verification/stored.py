@@ -153,7 +153,7 @@ def weights_of(
         order = order or range(model.files.parallel.tensor)
         return RankReader(model.files, model.config, source, tuple(order), only, halves)
     if isinstance(model.files, DistCheckpoint):
-        return dist_weights(model.files.folder, model.config.num_layers)
+        return dist_weights(model.files.folder, model.config.num_layers, model.weights)
     if model.dialect is HF:
         return huggingface_weights(model.path)
     placed: dict[str, Placed] = {}

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import os
 import pickle
 import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -128,15 +129,45 @@ class DistTensor:
         return out
 
 
-def dist_weights(folder: Path, num_layers: int) -> Weights:
-    """Weights of a torch_dist checkpoint, its layers stacked along a leading axis or each by itself."""
+@dataclass(frozen=True)
+class FlatTensor:
+    """A tensor of `size` whose local blocks are flattened: it is stored as [number of blocks per axis, length]."""
+
+    stored: DistTensor
+    size: tuple[int, ...]
+
+    def read(self, lead: tuple[int, ...], first: int, last: int) -> Tensor:
+        """As DistTensor reads; a block is read whole."""
+        counts = self.stored.size[:-1]
+        local = tuple(size // count for size, count in zip(self.size, counts, strict=True))
+        depth = len(lead)
+        out = torch.empty(self.size[depth:], dtype=self.stored.dtype)
+        for index in itertools.product(*(range(count) for count in counts[depth:])):
+            block = (*(i // n for i, n in zip(lead, local, strict=False)), *index)
+            flat = self.stored.read(block, 0, self.stored.size[-1]).view(local)
+            flat = flat[tuple(i % n for i, n in zip(lead, local, strict=False))]
+            place = tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, local[depth:], strict=True))
+            out[place] = flat
+        return out[first:last]
+
+
+_MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
+
+
+def dist_weights(folder: Path, num_layers: int, weights: str = "model") -> Weights:
+    """Weights of a torch_dist checkpoint, its layers stacked along a leading axis or each by itself.
+
+    `weights` "master": the optimizer's, where they are stored by the names of the model's.
+    """
     tensors = read_index(folder)
+    if weights == "master":
+        tensors = tensors | {match[1]: tensor for name, tensor in tensors.items() if (match := _MASTER.fullmatch(name))}
     # Wrappers put their own name in front: Megatron-FSDP both, torch FSDP2 the first, NeMo 2 the second.
     wrappers = ("model.module.", "model.", "module.")
     wrapper = next((name for name in wrappers if f"{name}decoder.final_layernorm.weight" in tensors), "")
     tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
 
-    def find(name: str) -> list[tuple[DistTensor, tuple[int, ...]]]:
+    def find(name: str) -> list[tuple[DistTensor | FlatTensor, tuple[int, ...]]]:
         match = re.fullmatch(r"(.*\blayers\.)(\d+)\.(.*)", name)
         if name in tensors:
             return [(tensors[name], ())]
@@ -189,12 +220,13 @@ class _Index(pickle.Unpickler):
         return type(name, (_Unnamed,), {})
 
 
-def read_index(folder: Path) -> Mapping[str, DistTensor]:
+def read_index(folder: Path) -> dict[str, DistTensor | FlatTensor]:
     """The tensors of a torch_dist checkpoint by `.metadata`. Nothing that it names is imported but torch's own."""
     with open_file(folder / ".metadata") as file:
         content = _Index(file).load()
     stored = {(index.fqn, tuple(index.offset or ())): info for index, info in content.storage_data.items()}
-    found = {}
+    flattened = getattr(content, "mcore_data", None) or {}  # Megatron-Core up to 0.15
+    found: dict[str, DistTensor | FlatTensor] = {}
     for key, entry in content.state_dict_metadata.items():
         if not hasattr(entry, "chunks") or (key, tuple(entry.chunks[0].offsets)) not in stored:
             continue
@@ -205,7 +237,9 @@ def read_index(folder: Path) -> Mapping[str, DistTensor]:
             parts.append(Part(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
         properties = entry.properties
         dtype = properties.dtype if hasattr(properties, "dtype") else properties.state[0]
-        found[key] = DistTensor(dtype, tuple(entry.size), tuple(parts))
+        plain = DistTensor(dtype, tuple(entry.size), tuple(parts))
+        true = flattened.get(key, {}).get("nd_reformulated_orig_global_shape")
+        found[key] = plain if true is None else FlatTensor(plain, tuple(true))
     return found
 
 
