@@ -97,9 +97,14 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     report.notes += notes
     names = set(files)
     kept_args = dict(opened.kept_args)
-    if dialect is MEGATRON_CORE and "tokenizer.json" in names and "tokenizer.model" not in names:
+    if dialect is MEGATRON_CORE and names & {"tokenizer.json", "tekken.json"} and "tokenizer.model" not in names:
         kept_args.setdefault("tokenizer_type", "HuggingFaceTokenizer")
-    if not names & {"tokenizer.model", "tokenizer.json"} and not {"vocab_file", "tokenizer_model"} & set(kept_args):
+    if "tekken.json" in names and not names & {"tokenizer.model", "tokenizer.json"}:
+        report.notes.append(
+            "tokenizer  tekken.json alone, which transformers reads with the package mistral-common; an export builds "
+            "tokenizer.json from it"
+        )
+    elif not names & {"tokenizer.model", "tokenizer.json"} and not {"vocab_file", "tokenizer_model"} & set(kept_args):
         report.warnings.append(
             f"{opened.folder} holds no tokenizer (tokenizer.model or tokenizer.json), so none is written; training "
             "needs one, and an export asks for it (--vocab_file)"
@@ -250,7 +255,7 @@ def _tokenizer_flags(names: Collection[str], dialect: Dialect, out: Path) -> lis
         return []
     if "tokenizer.model" in names:
         return [f"--tokenizer-model {shlex.quote(str(out / 'tokenizer.model'))}"]
-    if "tokenizer.json" in names:
+    if names & {"tokenizer.json", "tekken.json"}:
         return [f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {shlex.quote(str(out))}"]
     return []
 

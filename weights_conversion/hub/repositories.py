@@ -37,8 +37,9 @@ SMALL_FILES = (
     "chat_template.jinja",
     "tokenizer.json",
     "tokenizer.model",
+    "tekken.json",
 )
-VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = re.compile(r"(?!.*\.\.)[^\s/\\:~^?*\[\x00-\x1f-][^\s\\:~^?*\[\x00-\x1f]*(?<!/)")  # git's own rules for names

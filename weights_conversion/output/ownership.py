@@ -24,7 +24,7 @@ from weights_conversion.output import descriptors
 TRACKER, MANIFEST, SUMS = "latest_checkpointed_iteration.txt", "conversion_manifest.json", "checksums.sha256"
 _TOKENIZER = {
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt",
+    "chat_template.jinja", "vocab.json", "merges.txt", "tekken.json",
 }  # fmt: skip
 _MEGATRON = {TRACKER, MANIFEST, SUMS, *_TOKENIZER}
 _RELEASE = re.compile(

@@ -13,8 +13,18 @@ from typing import Any
 
 from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
-from weights_conversion.tokenizer import tokenizer_json
-from weights_conversion.tokenizer.files import ADDED, CHAT_TEMPLATE, CONFIG, JSON, MERGES, MODEL, SPECIAL_MAP, VOCAB
+from weights_conversion.tokenizer import tekken, tokenizer_json
+from weights_conversion.tokenizer.files import (
+    ADDED,
+    CHAT_TEMPLATE,
+    CONFIG,
+    JSON,
+    MERGES,
+    MODEL,
+    SPECIAL_MAP,
+    TEKKEN,
+    VOCAB,
+)
 
 MAX_TEMPLATE_BYTES = 1_000_000
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*")  # Llama 3's tokenizer.model: a token in base64, and its rank
@@ -88,6 +98,11 @@ def _check_vocab(path: Path) -> None:
         raise _is_no(path, f"a {path.name} of tokens and their ids")
 
 
+def _check_tekken(path: Path) -> None:
+    if not tekken.is_tekken(fileio.read_json(path, fileio.MAX_TOKENIZER_BYTES)):
+        raise _is_no(path, "a tekken.json: it has no pattern, number of rows and vocabulary")
+
+
 def _check_merges(files: Mapping[str, Path]) -> None:
     """Most of its pairs join to a token of the vocabulary beside it; pairs of words alone (.netrc) are no merges."""
     path, pieces = files[MERGES], {}
@@ -110,6 +125,7 @@ _CHECKS: Mapping[str, Callable[[Path], Any]] = {
     ADDED: _check_added,
     CHAT_TEMPLATE: _check_template,
     VOCAB: _check_vocab,
+    TEKKEN: _check_tekken,
 }
 
 

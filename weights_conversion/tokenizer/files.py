@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from weights_conversion.errors import ConversionError
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 SPECIAL_MAP, ADDED, CHAT_TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
 VOCAB, MERGES = "vocab.json", "merges.txt"  # of byte-level tokenizers, for readers without tokenizer.json
-TOKENIZER_FILES = (MODEL, JSON, CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE, VOCAB, MERGES)
+TEKKEN = "tekken.json"  # Mistral's own since Nemo, for its own packages and vLLM
+TOKENIZER_FILES = (MODEL, JSON, CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE, VOCAB, MERGES, TEKKEN)
 
 # Asked only where no file is at hand. Falcon's is the one that Megatron-LLM itself always uses.
 REPOSITORIES = {
@@ -32,17 +33,22 @@ Fetch = Callable[[str, "Path | None"], Path]
 class Source:
     """The tokenizer files found: where, in words for the report, and each file by its usual name.
 
-    `default`: the family's usual tokenizer, taken because nothing is stated.
+    `default`: the family's usual tokenizer, taken because nothing is stated. `built`: contents of JSON files that are
+    not there, made from one that is.
     """
 
     origin: str
     files: Mapping[str, Path]
     default: bool = False
+    built: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        return name in self.files or name in self.built
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file's content, {} where there is none. Raises ConversionError where it is no JSON object."""
         if name not in self.files:
-            return {}
+            return self.built.get(name, {})
         try:
             return fileio.read_json(self.files[name], fileio.MAX_TOKENIZER_BYTES)
         except ConversionError as error:
@@ -53,10 +59,10 @@ class Source:
 
         Llama 3's file of that name is of tiktoken, which holds the same ids again.
         """
-        return family != "falcon" and JSON in self.files and (MODEL not in self.files or is_tiktoken(self.files[MODEL]))
+        return family != "falcon" and self.has(JSON) and (MODEL not in self.files or is_tiktoken(self.files[MODEL]))
 
     def vocabulary_file(self) -> Path:
-        return self.files.get(MODEL) or self.files[JSON]
+        return self.files.get(MODEL) or self.files.get(JSON) or self.files[TEKKEN]
 
     def agrees(self, other: Source) -> bool:
         """Whether no token has two ids and no id two tokens in them."""
@@ -70,7 +76,7 @@ class Source:
         """The ids of all tokens: tokenizer.json's, else tokenizer.model's pieces; with those of added_tokens.json."""
         from weights_conversion.tokenizer import special_tokens, tokenizer_json
 
-        if JSON in self.files:
+        if self.has(JSON):
             found = tokenizer_json.all_ids(self.json(JSON))
         else:
             found = {piece: i for i, piece in enumerate(special_tokens.read_sentencepiece(self.files[MODEL]).pieces)}
@@ -104,7 +110,23 @@ def open_source(path: Path, origin: str, family: str) -> Source | None:
     else:
         folder = path.parent if path.is_file() else path
         source = Source(origin, {file.name: file for file in source_tokenizer_files(folder)})
+    if TEKKEN in source.files and not {JSON, MODEL} & set(source.files):
+        return _with_built(source)
     return source if JSON in source.files or (MODEL in source.files and family != "falcon") else None
+
+
+def _with_built(source: Source) -> Source:
+    """A tekken.json alone, with the tokenizer.json and the settings that say the same. Raises ConversionError."""
+    from weights_conversion.tokenizer import tekken
+
+    data = source.json(TEKKEN)
+    try:
+        if not tekken.is_tekken(data):
+            raise ValueError("its parts are not there")
+        built = {JSON: tekken.build(data), CONFIG: tekken.settings(data)}
+    except ValueError as error:
+        raise ConversionError(f"{source.files[TEKKEN]} is no tekken.json of Mistral's ({error})") from error
+    return replace(source, built={name: content for name, content in built.items() if name not in source.files})
 
 
 def with_settings(source: Source, others: Sequence[Source]) -> Source:

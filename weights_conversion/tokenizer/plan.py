@@ -20,6 +20,7 @@ from weights_conversion.tokenizer.files import (
     MERGES,
     MODEL,
     SPECIAL_MAP,
+    TEKKEN,
     VOCAB,
     Fetch,
     Source,
@@ -150,7 +151,9 @@ def plan_tokenizer(
         token_ids={key: (token, every[token]) for key, token in named.items()},
         config_overrides=overridden,
         report=[
-            *_report(source, extension, config, with_rows, base, overrides, cut, generation or {}, doubted),
+            *_report(
+                source, extension, config, with_rows, base, overrides, cut, generation or {}, doubted, TEKKEN in copied
+            ),
             *links(source.files.values()),
         ],
         vocabulary=with_rows,
@@ -196,7 +199,7 @@ def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension:
     ids = {**source.json(ADDED), **tokenizer_json.all_ids(data)}
     if sorted(ids.values()) != list(range(len(ids))) and (extension.extras or family == "falcon"):
         raise ConversionError(
-            f"the ids in {source.files[JSON]} have gaps, so those of added tokens are unknown; name another "
+            f"the ids in {source.vocabulary_file()} have gaps, so those of added tokens are unknown; name another "
             "--vocab_file."
         )
     named = {
@@ -241,12 +244,12 @@ def _files(
         MODEL,
         CHAT_TEMPLATE,
         *([] if added else [VOCAB, MERGES]),
-        *([JSON, SPECIAL_MAP, ADDED] if as_it_is else []),
+        *([JSON, SPECIAL_MAP, ADDED, TEKKEN] if as_it_is else []),  # tekken.json cannot say what was added
     ]
     copied = {name: source.files[name] for name in kept if name in source.files}
     wanted = {JSON: data, CONFIG: config, SPECIAL_MAP: tokenizer_config.special_map(source, config), ADDED: added}
     if own_json:
-        gone = {*kept, ADDED, *({SPECIAL_MAP} - set(source.files))}
+        gone = {*(set(kept) - set(source.built)), ADDED, *({SPECIAL_MAP} - set(source.files))}
         wanted = {name: content for name, content in wanted.items() if name not in gone}
     written: dict[str, Mapping[str, Any]] = {}
     for name, content in wanted.items():
@@ -259,16 +262,18 @@ def _files(
 
 def _report(
     source: Source, extension: Extension, config: Mapping[str, Any], every: Mapping[str, int], base: int,
-    overrides: Mapping[str, str], cut: Sequence[str], generation: Mapping[str, Any], doubted: bool,
+    overrides: Mapping[str, str], cut: Sequence[str], generation: Mapping[str, Any], doubted: bool, kept_tekken: bool,
 ) -> list[str]:  # fmt: skip
     """What was used and where it came from, a line each, and where text is cut otherwise than in training."""
     behind = sorted((index, token) for token, index in every.items() if index >= base)
     names = ", ".join(f"{token} = {index}" for index, token in behind)
     lines = [
         f"tokenizer from {source.origin}: {base} tokens, {JSON} "
-        f"{'kept' if JSON in source.files else f'built from {MODEL}'}",
+        f"{'kept' if JSON in source.files else f'built from {source.vocabulary_file().name}'}",
         f"{'with' if extension.new_tokens else 'without'} new tokens; behind the vocabulary: {names or 'none'}",
     ]
+    if TEKKEN in source.files and not kept_tekken:
+        lines.append(f"{TEKKEN} is left out: it knows nothing of the tokens that were added or replaced")
     if doubted:
         lines.append(
             "the resharding tool has reset what the args say of added tokens; if training added some, give the flags"

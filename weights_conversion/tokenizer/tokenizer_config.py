@@ -87,7 +87,7 @@ def starting_config(family: str, source: Source, vocabulary: Vocabulary) -> dict
     given = source.json(CONFIG)
     config, _ = loadable(given)
     own_json = source.own_json(family)
-    if own_json and CONFIG in source.files and not str(config.get("tokenizer_class")).startswith("CodeLlama"):
+    if own_json and source.has(CONFIG) and not str(config.get("tokenizer_class")).startswith("CodeLlama"):
         return config if given.get("tokenizer_class") is None else {"tokenizer_class": PLAIN, **config}
     if DECODER not in config:
         # Once added_tokens_decoder is there, transformers no longer reads special_tokens_map.json.
