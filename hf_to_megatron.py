@@ -18,7 +18,7 @@ from weights_conversion import arguments, cli, reporting
 from weights_conversion.architectures import FAMILIES
 
 if TYPE_CHECKING:
-    from weights_conversion.engine.progress import Report
+    from weights_conversion.engine.report import Report
 
 
 def build_parser() -> arguments.Parser:

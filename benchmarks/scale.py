@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--launcher", choices=("torchrun", "srun"), default="torchrun")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
-    from weights_conversion.engine.scale import predicted_seconds
+    from weights_conversion.engine.prediction import predicted_seconds
 
     model, out = args.folder / "model", args.folder / "out"
     try:

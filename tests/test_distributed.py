@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from weights_conversion.engine import prediction, sharing
 from weights_conversion.engine import run as convert
-from weights_conversion.engine import scale
 from weights_conversion.errors import ConversionError
 from weights_conversion.launch.environment import find_launch, first_host
 from weights_conversion.output import locks as output_locks
@@ -649,24 +649,24 @@ def test_first_host(nodes: str, host: str) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_share(size: int) -> None:
     sizes = [7, 1, 1, 30, 5, 5, 5, 12, 9, 9, 2]
-    parts = scale.share(range(len(sizes)), sizes, size)
+    parts = sharing.share(range(len(sizes)), sizes, size)
     assert len(parts) == size
     assert [number for part in parts for number in part] == list(range(len(sizes)))
     assert max(sum(sizes[number] for number in part) for part in parts) <= sum(sizes) / size + max(sizes)
 
 
 def test_share_of_little() -> None:
-    assert [list(part) for part in scale.share(["a", "b"], [1, 1], 4)] == [["a"], ["b"], [], []]
-    assert [list(part) for part in scale.share([], [], 2)] == [[], []]
+    assert [list(part) for part in sharing.share(["a", "b"], [1, 1], 4)] == [["a"], ["b"], [], []]
+    assert [list(part) for part in sharing.share([], [], 2)] == [[], []]
 
 
 def test_ranges() -> None:
-    assert scale.to_ranges([0, 1, 2, 5, 7, 8]) == [[0, 3], [5, 6], [7, 9]]
-    assert scale.to_ranges([]) == []
+    assert sharing.to_ranges([0, 1, 2, 5, 7, 8]) == [[0, 3], [5, 6], [7, 9]]
+    assert sharing.to_ranges([]) == []
 
 
 def test_predicted_seconds() -> None:
-    predict: Callable[..., float] = scale.predicted_seconds
+    predict: Callable[..., float] = prediction.predicted_seconds
     assert predict(100, 1, 10.0, start_up=2.0) == 12.0
     assert predict(100, 4, 10.0, start_up=2.0) == 4.5
     assert predict(100, 4, 10.0, 20.0, start_up=2.0) == 7.0

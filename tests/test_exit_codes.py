@@ -93,16 +93,16 @@ def test_a_failed_proof_of_what_is_there(attributes, sources, to_megatron, tmp_p
 
 
 def test_a_dry_run_that_could_not_succeed(sources, imported, to_megatron, to_hf, tmp_path, monkeypatch) -> None:
-    from weights_conversion.engine import memory, progress
-    from weights_conversion.output import assembly
+    from weights_conversion.engine import memory
+    from weights_conversion.output import space
 
-    monkeypatch.setattr(assembly, "free_space", lambda out: 1000)
+    monkeypatch.setattr(space, "free_space", lambda out: 1000)
     line = ["llama2", "--model-path", sources("llama2"), "--out", tmp_path / "out", "--dry-run"]
     found = to_megatron(*line).refused("free", str(tmp_path / "out"))
     assert "memory      about" in found.out, "the plan is shown all the same"
     to_hf(*export_of(imported), tmp_path / "hf", "--dry_run").refused("free")
     monkeypatch.setattr(memory, "_left_on_machine", lambda root: iter([1 << 20]))
-    monkeypatch.setattr(progress, "peak_memory", lambda: 0)
+    monkeypatch.setattr(memory, "peak", lambda: 0)
     to_megatron(*line).refused("2 problems", "memory", "free")
     assert not list(tmp_path.iterdir())
 

@@ -15,7 +15,7 @@ from conftest import Script, run
 from tests.robustness import sources
 from weights_conversion.engine import run as engine
 from weights_conversion.errors import ConversionError
-from weights_conversion.output import assembly
+from weights_conversion.output import finishing
 from weights_conversion.verification import exact
 from weights_conversion.verify import verify
 
@@ -143,7 +143,7 @@ def test_between_two_runs(change: str, sources, tmp_path: Path, to_megatron: Scr
         def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(assembly, "finish", interrupted)
+        patch.setattr(finishing, "finish", interrupted)
         assert to_megatron(*arguments).code == 130
     CHANGES[change](source / "model.safetensors")
     assert "starting over" in to_megatron(*arguments).succeeded().text

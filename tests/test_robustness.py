@@ -27,11 +27,10 @@ import torch
 from conftest import Script
 
 from tests.robustness import full_disk, fuzz, kill_runs, mutations, sources
-from weights_conversion.engine.execute import Written
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, iterations, pickles, stored_args, torch_files
-from weights_conversion.layouts.placement import TensorRef
-from weights_conversion.output import assembly, file_sums, partial, place, publish
+from weights_conversion.layouts.placement import TensorRef, Written
+from weights_conversion.output import assembly, beginning, file_sums, partial, place, publish
 from weights_conversion.output import journal as journals
 
 GQA = tm.MODELS["llama2-gqa"]
@@ -498,9 +497,9 @@ def test_an_output_that_appeared_while_waiting(imported, tmp_path: Path) -> None
     out = tmp_path / "out"
     shutil.copytree(imported("llama2"), out)
     with pytest.raises(ConversionError, match="another run has just finished"):
-        partial.prepare(out, "a plan")
+        beginning.prepare(out, "a plan")
     assert not out.with_name("out.partial").exists()
-    partial.prepare(out, "a plan", overwrite=True).close()
+    beginning.prepare(out, "a plan", overwrite=True).close()
 
 
 STUCK_MAIN = """
@@ -598,7 +597,7 @@ def tree_of(folder: Path) -> dict[str, str]:
 def test_two_runs_at_once(sources, to_megatron: Script, tmp_path: Path) -> None:
     """The second is refused and touches nothing of the first, whatever it was asked to write."""
     out = tmp_path / "out"
-    hold = partial.prepare(out, "another plan")
+    hold = beginning.prepare(out, "another plan")
     assert not hold.resume
     marker = out.with_name("out.partial") / "checkpoint" / "config.json"
     marker.write_text("x")

@@ -14,7 +14,7 @@ from weights_conversion import __version__
 from weights_conversion.errors import ConversionError
 
 if TYPE_CHECKING:
-    from weights_conversion.engine.progress import Report
+    from weights_conversion.engine.report import Report
 
 
 def reported(work: Callable[[], Report], file: Path | None) -> Callable[[], str]:

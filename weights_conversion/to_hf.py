@@ -11,8 +11,9 @@ from typing import Any
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.configs import hf_config, manifest
 from weights_conversion.configs.megatron_args import NAMES, SILENT
-from weights_conversion.engine.progress import Report
-from weights_conversion.engine.run import DTYPES, Job, RunOptions, run, verified
+from weights_conversion.engine.job import DTYPES, Job, RunOptions
+from weights_conversion.engine.report import Report
+from weights_conversion.engine.run import run
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface
 from weights_conversion.hub import repositories as hub
@@ -20,12 +21,13 @@ from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import main_dtype
 from weights_conversion.layouts.planners import plan_to_hf
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
-from weights_conversion.output import assembly, place
+from weights_conversion.output import place
 from weights_conversion.sources.checkpoint import OpenedCheckpoint, megatron_root, open_checkpoint, trained_from
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating, locate
 from weights_conversion.sources.reference import Reference, beside, disagreements, open_reference
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer, source_tokenizer_files
+from weights_conversion.verify import proof
 from weights_conversion.watch import watched
 
 
@@ -101,12 +103,13 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     report.notes.append(
         "values     " + ", ".join(f"{name} {origin}" for name, origin in sorted(opened.origins.items()))
     )
-    prove = verified(
-        opened.root, config.family, options, source_iters=opened.load_iters, fields=options.fields,
-        true_vocab_size=config.vocab_size, weights=options.weights,
+    prove = proof(
+        opened.root, config.family, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
+        source_iters=opened.load_iters, fields=options.fields, true_vocab_size=config.vocab_size,
+        weights=options.weights,
     )  # fmt: skip
     copied = [content for content in files.values() if isinstance(content, Path)]
-    assembly.check_apart(out, plan, [opened.root, options.input_dir, *copied])
+    place.check_apart(out, [*map(Path, plan.source_files()), opened.root, options.input_dir, *copied])
     report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, prove=prove), options)
 

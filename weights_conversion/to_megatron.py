@@ -14,8 +14,9 @@ import torch
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, manifest, megatron_args
-from weights_conversion.engine.progress import Report
-from weights_conversion.engine.run import DIVISIBLE_BY, DTYPES, Job, RunOptions, run, verified
+from weights_conversion.engine.job import DIVISIBLE_BY, DTYPES, Job, RunOptions
+from weights_conversion.engine.report import Report
+from weights_conversion.engine.run import run
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import dist_index, dist_writer, megatron, torch_files
 from weights_conversion.formats.iterations import TRACKER
@@ -30,6 +31,7 @@ from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating
 from weights_conversion.sources.opening import find_local, open_source
 from weights_conversion.tokenizer.carried import carried
+from weights_conversion.verify import proof
 from weights_conversion.watch import watched
 
 TARGETS: dict[str, Dialect] = {"megatron-llm": MEGATRON_LLM, "megatron-core": MEGATRON_CORE}
@@ -139,12 +141,13 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         assumed=opened.assumed,
     )  # fmt: skip
     files[manifest.NAME] = text.encode()
-    prove = verified(
-        opened.folder, options.model, options, source_iters=opened.load_iters, fields=options.fields,
+    prove = proof(
+        opened.folder, options.model, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
+        source_iters=opened.load_iters, fields=options.fields,
         true_vocab_size=config.vocab_size if opened.dialect.megatron else None,
     )  # fmt: skip
     copied = [content for content in files.values() if isinstance(content, Path)]
-    assembly.check_apart(out, plan, [opened.folder, *copied])
+    place.check_apart(out, [*map(Path, plan.source_files()), opened.folder, *copied])
     report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}, prove), options)
 

@@ -26,12 +26,13 @@ Exit codes: 0 the same model, 1 different, 2 wrong arguments or a side that cann
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weights_conversion import arguments, cli
 from weights_conversion.architectures import FAMILIES
+from weights_conversion.errors import ConversionError
 from weights_conversion.reporting import check_json, write_json
 
 if TYPE_CHECKING:
@@ -57,6 +58,18 @@ def verify(
         checkpoint_iters=checkpoint_iters, allow_inconsistent=allow_inconsistent, fields=fields,
         true_vocab_size=true_vocab_size, weights=weights,
     )  # fmt: skip
+
+
+def proof(source: Path, model: str, **settings: Any) -> Callable[[Path], str]:
+    """What --verify does with a finished folder: its report, or ConversionError. `settings` are arguments of verify."""
+
+    def prove(folder: Path) -> str:
+        found = verify(source, folder, model, **settings)
+        if not found.same:
+            raise ConversionError("the output has failed its proof", *found.text().splitlines(), whole=True)
+        return found.text()
+
+    return prove
 
 
 def build_parser() -> arguments.Parser:

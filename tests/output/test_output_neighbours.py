@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import Result, run
 
-from weights_conversion.output import assembly
+from weights_conversion.output import finishing
 
 MODEL = "llama2-gqa"
 A, B, GROUP = 2001, 2002, 3000
@@ -250,7 +250,7 @@ def test_a_lock_held_by_another_user(place: Place) -> None:
 def test_nothing_can_be_planted_during_the_work(place: Place) -> None:
     """A's group may write in the folder, and umask 002 lets it into what A makes; not into OUT.partial."""
     place.mode(0o2775)
-    real = assembly.finish
+    real = finishing.finish
 
     def waits(*arguments, **keywords) -> None:
         marker = place.folder / "ready"
@@ -272,7 +272,7 @@ def test_nothing_can_be_planted_during_the_work(place: Place) -> None:
         return f"{refused} refused, mode {stat.S_IMODE(place.partial.stat().st_mode):o}"
 
     def patched() -> None:
-        assembly.finish = waits
+        finishing.finish = waits
 
     child = os.fork()
     if not child:
@@ -290,7 +290,7 @@ def test_nothing_can_be_planted_during_the_work(place: Place) -> None:
 def test_folders_exchanged_during_the_work(when: str, place: Place) -> None:
     """In a group folder without the sticky bit B may rename OUT.partial: then nothing of B's is published."""
     place.mode(0o2775)
-    real = assembly.finish
+    real = finishing.finish
 
     def exchanged(*arguments, **keywords) -> None:
         if when == "parent moved":
@@ -303,7 +303,7 @@ def test_folders_exchanged_during_the_work(when: str, place: Place) -> None:
         real(*arguments, **keywords)
 
     def patched() -> None:
-        assembly.finish = exchanged
+        finishing.finish = exchanged
 
     if when == "parent moved":
         os.chown(place.folder.parent, A, GROUP)

@@ -212,7 +212,7 @@ def test_unverified_that_comes_during_the_run(sources, to_megatron, tmp_path: Pa
 
         return prove
 
-    monkeypatch.setattr(module, "verified", fails)
+    monkeypatch.setattr(module, "proof", fails)
     to_megatron(*line(sources, tmp_path / "out", "--verify")).refused("failed its proof", "out.partial")
     assert (tmp_path / "out.unverified" / "thesis.txt").read_text() == "years"
     assert not (tmp_path / "out").exists()

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from weights_conversion.engine.execute import Written
 from weights_conversion.errors import ConversionError
-from weights_conversion.output import assembly, descriptors, imitate, locks, partial
+from weights_conversion.output import beginning, descriptors, finishing, imitate, locks, partial
 from weights_conversion.output.journal import Journal
 from weights_conversion.sources.checkpoint import open_checkpoint  # noqa: F401 imported before anything is patched
 
@@ -36,7 +35,7 @@ def interrupted(line, to_megatron, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(assembly, "finish", stops)
+        patch.setattr(finishing, "finish", stops)
         assert to_megatron(*line).code == 130
     return tmp_path / "out.partial"
 
@@ -52,11 +51,11 @@ def test_a_run_that_wakes_up_publishes_nothing_of_another(
     if not flock:
         monkeypatch.setattr(locks.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "none")))
     out = tmp_path / "out"
-    with partial.prepare(out, "one") as first:
+    with beginning.prepare(out, "one") as first:
         first.write("config.json", b"1")
         if removed:
             shutil.rmtree(tmp_path / "out.partial")
-        with partial.prepare(out, "two") as second:
+        with beginning.prepare(out, "two") as second:
             second.write("generation_config.json", b"2")
             with pytest.raises(ConversionError, match="moved, removed or taken"):
                 first.publish(overwrite=True)
@@ -69,7 +68,7 @@ def test_a_run_that_wakes_up_publishes_nothing_of_another(
 def test_it_is_private_until_it_is_published(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        with partial.prepare(tmp_path / "out", "one") as held:
+        with beginning.prepare(tmp_path / "out", "one") as held:
             assert stat.S_IMODE((tmp_path / "out.partial").stat().st_mode) == 0o700
             held.write("folder/a", b"1")
             held.publish(overwrite=False)
@@ -182,7 +181,7 @@ def test_the_old_journal_is_read_by_nobody_else(tmp_path: Path) -> None:
     """A link at the journal's name is not followed, neither to read nor to write."""
     import torch
 
-    from weights_conversion.layouts.placement import TensorRef
+    from weights_conversion.layouts.placement import TensorRef, Written
 
     ref = TensorRef("x.pt", "a", torch.float32, (4, 4))
     (tmp_path / "mine").write_text("mine")

@@ -33,12 +33,12 @@ def run(line: list[str], log: Path, stage: str = "", limit: int | None = None) -
     if not child:
         code = 70
         try:
-            from weights_conversion.output import assembly
+            from weights_conversion.output import space
 
             if stage in STAGES[1:]:
-                assembly.check_space = lambda out, needed: None
+                space.check_space = lambda out, needed: None
             if stage == "while written":  # as on filesystems that cannot reserve
-                assembly.reserve = lambda path: None
+                space.reserve = lambda path: None
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):

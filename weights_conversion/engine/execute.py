@@ -11,29 +11,18 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from weights_conversion.engine.streams import Scratch, Source, Target, bytes_of
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import Placed, TensorRef, overlaps
+from weights_conversion.layouts.placement import Placed, Written, overlaps
 from weights_conversion.layouts.plan import CHUNK_BYTES, Chunk, Plan, Step
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.mapping.ops import Context, Op, Range, to_hf, to_megatron
 
 THREADS_PER_WORKER = 2
-
-
-@dataclass(frozen=True)
-class Written:
-    """Bytes start..start+length of a target tensor have been written, and have this CRC-32 (0 where none is kept)."""
-
-    ref: TensorRef
-    start: int
-    length: int
-    crc: int
 
 
 def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, copy: int = 0) -> Tensor:

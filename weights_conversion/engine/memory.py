@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from weights_conversion.errors import ConversionError
 
 _NEVER = 1 << 60  # control groups without a limit say "max", or a number close to 2^63
+
+
+def peak() -> int:
+    """The most memory that this process has had resident, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def available(root: Path = Path("/")) -> int | None:

@@ -34,6 +34,16 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
+class Written:
+    """Bytes start..start+length of a target tensor have been written, and have this CRC-32 (0 where none is kept)."""
+
+    ref: TensorRef
+    start: int
+    length: int
+    crc: int
+
+
+@dataclass(frozen=True)
 class Block:
     """The part of a tensor that stands in `ref` from element `start` on: `rows` x `columns` of it, contiguous."""
 

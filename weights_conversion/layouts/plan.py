@@ -62,6 +62,10 @@ class Plan:
         """Where units start..stop of a step go to, piece by piece: a tensor, and which of its rows."""
         return self._pieces(self.target, step.target, step, start, stop)
 
+    def source_files(self) -> list[str]:
+        """Every file that tensors are read from."""
+        return sorted({b.ref.file for s in self.steps for p in s.source for copy in p.copies for b in copy})
+
     def _pieces(
         self, dialect: Dialect, tensors: tuple[Placed, ...], step: Step, start: int, stop: int
     ) -> list[tuple[Placed, Range]]:

@@ -11,9 +11,8 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from weights_conversion.engine.execute import Written
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import TensorRef
+from weights_conversion.layouts.placement import TensorRef, Written
 from weights_conversion.output import descriptors
 
 MAX_NOTE_BYTES = 1 << 30

@@ -13,21 +13,16 @@ used, and everything in it is reached through descriptors that are held, whateve
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
-import stat
-import time
 from pathlib import Path
 from types import TracebackType
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.output import descriptors, finished, imitate, locks, ownership, place, publish
+from weights_conversion.output import descriptors, finished, locks, ownership, place, publish
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 500  # to open what another process may be removing at this moment
 _HELD = ("checkpoint", "journal", "lock", "top", "parent")
 
 
@@ -46,7 +41,7 @@ class Partial:
         self.resume = False  # an earlier run of the same plan can be continued
         self.published = False  # this process has renamed it to OUT
         self.complete = False  # OUT is that run's finished output; only its clean-up is left
-        self._was_open = False  # to others, so that nothing in it is to be trusted
+        self.was_open = False  # to others, so that nothing in it is to be trusted
 
     def __enter__(self) -> Partial:
         return self
@@ -72,43 +67,7 @@ class Partial:
     def share(self) -> None:
         locks.share(self.lock)
 
-    # --- beginning ----------------------------------------------------------------------------------------------------
-
-    def hold(self) -> None:
-        """Opens OUT.partial, makes it where it is missing, and takes its lock. Nothing in it is touched before."""
-        above = self.out.absolute().parent
-        above.mkdir(parents=True, exist_ok=True)
-        self.parent = descriptors.open_place(above)
-        for attempt in range(_ATTEMPTS + 1):
-            try:
-                self._open_top()
-                lock = locks.take_alone(self.top, self.path)
-            except FileNotFoundError:  # another process has just finished and removed the folder
-                lock = None
-            if lock is not None:
-                self.lock = lock
-                if descriptors.is_at(self.path.name, self.parent, self.top):
-                    break
-            self.close("lock", "top")
-            if attempt == _ATTEMPTS or not descriptors.is_place(above, self.parent):
-                raise ConversionError(f"{self.path} is removed or renamed again and again; name another place for OUT")
-            time.sleep(0.01)
-        place.check_partial(self.path, self.top)
-
-    def _open_top(self) -> None:
-        place.check_partial(self.path)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.path.name, 0o700, dir_fd=self.parent)
-        self.enter()
-        here = os.fstat(self.top)
-        if here.st_mode & 0o077:
-            with contextlib.suppress(OSError):
-                os.fchmod(self.top, stat.S_IMODE(here.st_mode) & ~0o077)
-            # Unless this filesystem has no modes, others could write into it until now, or hold the lock for ever.
-            self._was_open = not os.fstat(self.top).st_mode & 0o077
-            if self._was_open:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(locks.NAME, dir_fd=self.top)
+    # --- folders ------------------------------------------------------------------------------------------------------
 
     def enter(self) -> None:
         """Opens the OUT.partial that is there, and makes sure that it is one's own."""
@@ -122,100 +81,6 @@ class Partial:
             raise place.not_mine(self.path) from error
         if os.fstat(self.top).st_uid != self.me:
             raise place.not_mine(self.path)
-
-    def choose(self, run_digest: str, overwrite: bool) -> None:
-        """Continues what is there, or starts over; OUT is looked at again. What was waited for may have written it."""
-        self._bring_back()
-        self._drop_replaced(overwrite)
-        same = not self._was_open and self._digest() == run_digest
-        if not self._was_open and self.is_published() and not overwrite:
-            if not same:
-                self.remove()
-                raise ConversionError(
-                    f"{self.out} exists and is complete; --overwrite replaces it, or name another folder"
-                )
-            self.resume = self.complete = True
-        else:
-            self._check_out(overwrite)
-            self.resume = same and self._can_continue()
-            if not self.resume:
-                self.start_over()
-        self.open_folders()
-
-    def _bring_back(self) -> None:
-        """An earlier --overwrite was killed between its two renames."""
-        with contextlib.suppress(FileNotFoundError):
-            found = os.stat("replaced", dir_fd=self.top, follow_symlinks=False)
-            if self._out() is None and found.st_uid == self.me:
-                os.rename("replaced", self.out.name, src_dir_fd=self.top, dst_dir_fd=self.parent)
-
-    def _drop_replaced(self, overwrite: bool) -> None:
-        """What was taken away is not needed once OUT is there, if the note says that OUT is what replaced it."""
-        if self._out() is None or "replaced" not in os.listdir(self.top):
-            return
-        if self._was_open or not self.is_published():
-            raise ConversionError(
-                f"{self.path / 'replaced'} holds what an interrupted --overwrite took away; move it back or elsewhere"
-            )
-        if overwrite:
-            descriptors.remove_tree("replaced", self.top)
-
-    def _out(self) -> os.stat_result | None:
-        try:
-            return os.stat(self.out.name, dir_fd=self.parent, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-
-    def _check_out(self, overwrite: bool) -> None:
-        found = self._out()
-        if found is None:
-            return
-        if ownership.output_in(self.out).files and not overwrite:
-            if set(os.listdir(self.top)) <= {locks.NAME}:
-                self.remove()
-            raise ConversionError(f"another run has just finished {self.out}; name another folder")
-        place.replaceable(self.out, overwrite)
-        if not place.may_replace(found.st_uid, self.me):
-            raise place.not_mine(self.out)
-
-    def is_published(self) -> bool:
-        found = self._out()
-        return found is not None and place.publishing(self.top) == (found.st_ino, found.st_uid)
-
-    def _digest(self) -> str | None:
-        try:
-            with descriptors.folder("journal", self.top) as journal:
-                note = descriptors.read_note(journal, "digest", 1000)
-        except OSError:
-            return None
-        return None if note is None else note.decode("ascii", "replace")
-
-    def _can_continue(self) -> bool:
-        try:
-            found = os.stat("checkpoint", dir_fd=self.top, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        note = place.publishing(self.top)
-        return stat.S_ISDIR(found.st_mode) and found.st_uid == self.me and note in (None, (found.st_ino, found.st_uid))
-
-    def start_over(self) -> None:
-        """New folders, in place of all that is left."""
-        if self._digest() is not None:
-            why = "it was open to other users" if self._was_open else "another source, option or release"
-            logger.warning("%s was left by a run with %s: starting over", self.path, why)
-        with contextlib.suppress(FileNotFoundError), descriptors.folder("journal", self.top) as journal:
-            os.unlink("digest", dir_fd=journal)  # first: from here on, nothing that is left can be continued
-        for name in ("checkpoint", "journal"):
-            descriptors.remove_tree(name, self.top)
-        os.mkdir("journal", 0o700, dir_fd=self.top)
-        os.mkdir("checkpoint", dir_fd=self.top)
-        self.resume = False
-        with (
-            contextlib.suppress(OSError),
-            descriptors.folder(self.out.name, self.parent) as old,
-            descriptors.folder("checkpoint", self.top) as new,
-        ):
-            imitate.copy_default_list(old, new)
 
     def open_folders(self) -> None:
         self.close("checkpoint", "journal")
@@ -231,6 +96,24 @@ class Partial:
         """From here on, another run of the same plan may continue this one."""
         with descriptors.shown_as("writing", self.notes / "digest"):
             descriptors.write_note(self.journal, "digest", run_digest.encode())
+
+    def is_published(self) -> bool:
+        found = self.status_of_out()
+        return found is not None and place.publishing(self.top) == (found.st_ino, found.st_uid)
+
+    def digest(self) -> str | None:
+        try:
+            with descriptors.folder("journal", self.top) as journal:
+                note = descriptors.read_note(journal, "digest", 1000)
+        except OSError:
+            return None
+        return None if note is None else note.decode("ascii", "replace")
+
+    def status_of_out(self) -> os.stat_result | None:
+        try:
+            return os.stat(self.out.name, dir_fd=self.parent, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -269,7 +152,7 @@ class Partial:
         """Renames the finished `checkpoint` to OUT, and removes what is left of OUT.partial."""
         self.check_places()
         with descriptors.shown_as("renaming to", self.out):
-            if (run_digest := self._digest()) is not None:
+            if (run_digest := self.digest()) is not None:
                 finished.mark(self.checkpoint, run_digest)
             publish.publish(self, overwrite)
         self.published = True
@@ -303,38 +186,3 @@ class Partial:
             logger.warning(
                 "%s could not be removed completely (%s); nothing in it is needed any more", self.path, error.strerror
             )
-
-
-def prepare(out: Path, run_digest: str, overwrite: bool = False) -> Partial:
-    """OUT.partial, ready for this process alone."""
-    partial = Partial(out)
-    try:
-        with descriptors.shown_as("preparing", partial.path):
-            partial.hold()
-            partial.choose(run_digest, overwrite)
-    except BaseException:
-        partial.close()
-        raise
-    return partial
-
-
-def join(out: Path, run_digest: str) -> Partial:
-    """Another rank's hold on what rank 0 has prepared; OSError while it is not to be seen, or is another run's."""
-    partial = Partial(out)
-    try:
-        partial.parent = descriptors.open_place(out.absolute().parent)
-        partial.enter()
-        partial.lock = descriptors.open_regular(locks.NAME, partial.top, os.O_RDWR)
-        if not locks.take(partial.lock, fcntl.LOCK_SH):
-            partial.lock = os.close(partial.lock) or -1
-        elif not descriptors.is_at(locks.NAME, partial.top, partial.lock):
-            raise FileNotFoundError(errno.ENOENT, "has been replaced", str(partial.path / locks.NAME))
-        partial.complete = partial.is_published()
-        partial.open_folders()  # before the digest is read: what is opened later can only be a newer run's
-        note = descriptors.read_note(partial.journal, "digest", 1000)
-        if note != run_digest.encode():
-            raise FileNotFoundError(errno.ENOENT, "belongs to another run", str(partial.path))
-    except BaseException:
-        partial.close()
-        raise
-    return partial
