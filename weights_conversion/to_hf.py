@@ -11,6 +11,7 @@ from typing import Any
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.configs import hf_config, manifest
 from weights_conversion.configs.megatron_args import NAMES, SILENT
+from weights_conversion.engine import source_sums
 from weights_conversion.engine.job import DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
@@ -69,6 +70,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     )  # fmt: skip
     targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
+    report.notes += source_sums.checked(opened.files.folder, options)
     if options.weights == "master":
         report.notes.append("weights    the optimizer's float32 weights (--weights master), not the model's own")
     files: dict[str, bytes | Path] = {}

@@ -14,6 +14,7 @@ import torch
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, manifest, megatron_args
+from weights_conversion.engine import source_sums
 from weights_conversion.engine.job import DIVISIBLE_BY, DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
@@ -94,6 +95,8 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     written = dtype or main_dtype([placed for group in sources.values() for placed in group])
     divisible_by = options.divisible_by or DIVISIBLE_BY
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
+    if opened.iteration is not None:
+        report.notes += source_sums.checked(opened.iteration, options)
     report.ignored = [name for name in opened.tensors if is_buffer(name)]
     files, notes = carried(opened.tokenizer)
     report.notes += notes

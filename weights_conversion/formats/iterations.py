@@ -56,6 +56,22 @@ def verl_step(root: Path, load_iters: int | str | None) -> Path | None:
     return folder if holds_iteration(folder) else None
 
 
+def nemo_rl_step(root: Path, load_iters: int | str | None) -> Path | None:
+    """NeMo-RL's folder of weights, step_N/policy/weights, at the step that is meant; None where there is none.
+
+    Its iteration is 0 in every step, so the step is what --load_iters names.
+    """
+    step = root if load_iters is None else root / f"step_{load_iters}"
+    folder = step / "policy" / "weights"
+    return folder if iterations(folder) else None
+
+
+def nemo_weights(root: Path) -> Path | None:
+    """NeMo 2's folder of weights, beside its context/; None where `root` holds none."""
+    folder = root / "weights"
+    return folder if (root / "context").is_dir() and holds_iteration(folder) else None
+
+
 def named(names: list[str]) -> str:
     """Names for a sentence, shortened."""
     if len(names) <= _SHOWN:

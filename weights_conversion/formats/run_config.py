@@ -1,4 +1,7 @@
-"""Megatron-Bridge's run_config.yaml, which stands in place of args. What it names is never imported or called."""
+"""The YAML that stands in place of args: Megatron-Bridge's run_config.yaml, NeMo 2's context/model.yaml.
+
+What they name is never imported or called.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.text import short
 
 RUN_CONFIG = "run_config.yaml"
+MODEL_YAML = "model.yaml"
 _FUNCTIONS = ("activation_func",)  # a function, however it is spelled
 MAX_BYTES = 1_000_000  # real ones have some tens of thousands
 # What makes a section the model's own: the outer one of newer releases holds it under a name such as `transformer`.
@@ -20,9 +24,10 @@ _SIZES = ("num_layers", "hidden_size")
 def read_run_config(path: Path) -> dict[str, Any]:
     """The values that `path` states about its model, by Megatron-Core's names, those of the tokenizer among them."""
     content = _yaml(path)
-    model = content.get("model") if isinstance(content, dict) else None
+    name = "config" if path.name == MODEL_YAML else "model"
+    model = content.get(name) if isinstance(content, dict) else None
     if not isinstance(model, dict):
-        raise ConversionError(f"{path} has no section `model`")
+        raise ConversionError(f"{path} has no section `{name}`")
     stated: dict[str, Any] = {}
     problems: list[str] = []
     for section in (model, *_inner(model)):
@@ -30,7 +35,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
             plain = _plain(str(key), value)
             before = stated.get(str(key))
             if None not in (before, plain) and _differ(before, plain) and not str(key).startswith("_"):
-                problems.append(f"{path} says {key} {short(before)} and {short(plain)} in two sections of `model`")
+                problems.append(f"{path} says {key} {short(before)} and {short(plain)} in two sections of `{name}`")
             if stated.get(str(key)) is None:
                 stated[str(key)] = plain
     if problems:
@@ -39,7 +44,24 @@ def read_run_config(path: Path) -> dict[str, Any]:
     for key in ("tokenizer_type", "tokenizer_model", "vocab_file"):
         if isinstance(tokenizer, dict) and isinstance(tokenizer.get(key), str):
             stated.setdefault(key, tokenizer[key])
+    if isinstance(tokenizer, dict) and path.name == MODEL_YAML:
+        _nemo_tokenizer(stated, tokenizer, path)
     return stated
+
+
+def _nemo_tokenizer(stated: dict[str, Any], tokenizer: Mapping[Any, Any], path: Path) -> None:
+    """NeMo 2 names a tokenizer's folder as seen from the folder around context/, or a repository."""
+    for key in ("pretrained_model_name", "model_path"):
+        name = tokenizer.get(key)
+        if isinstance(name, str) and name:
+            inside = next((p for p in (path.parent.parent / name, path.parent / name) if p.exists()), None)
+            stated.setdefault("tokenizer_model", name if inside is None else str(inside))
+
+
+def model_yaml(weights: Path) -> Path | None:
+    """NeMo 2's statement of the model whose weights lie in `weights`: in context/ beside it, or, once, in it."""
+    places = (weights.parent / "context", weights / "context", weights)
+    return next((place / MODEL_YAML for place in places if (place / MODEL_YAML).is_file()), None)
 
 
 def _inner(model: Mapping[Any, Any]) -> list[dict[Any, Any]]:

@@ -20,7 +20,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk, read_metadata
 from weights_conversion.formats.dist_masters import masters
-from weights_conversion.formats.run_config import RUN_CONFIG, read_run_config
+from weights_conversion.formats.run_config import RUN_CONFIG, model_yaml, read_run_config
 from weights_conversion.formats.stored_args import left_out, plain_args
 from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
 
@@ -42,6 +42,7 @@ class DistCheckpoint:
     dialect: Dialect = MEGATRON_CORE
     parallel: Parallelism = field(default_factory=Parallelism)
     trained_dtype: torch.dtype | None = None  # where the stored tensors are of another
+    said_by: Path | None = None  # the file that states the args
 
     @property
     def names(self) -> set[str]:
@@ -67,9 +68,7 @@ class DistCheckpoint:
 def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> DistCheckpoint:
     """Opens a torch_dist checkpoint: its index and args, no tensors. `weights` "master": the optimizer's."""
     stored, others = read_metadata(folder / METADATA)
-    args, said_by = _common(folder, others).get("args"), folder / COMMON
-    if args is None and (folder / RUN_CONFIG).is_file():
-        args, said_by = argparse.Namespace(**read_run_config(folder / RUN_CONFIG)), folder / RUN_CONFIG
+    args, said_by = _args(folder, others)
     prefix, stored = _without_prefix(stored)
     if weights == "master":
         stored = masters(folder, stored, prefix)
@@ -83,7 +82,21 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
     # Megatron-FSDP stores the optimizer's float32 parameters, whatever type was trained.
     stated = plain.get("params_dtype") if prefix == MEGATRON_FSDP and weights == "model" else None
     trained = stated if isinstance(stated, torch.dtype) else None
-    return DistCheckpoint(folder, iteration, plain, lost, stored, trained_dtype=trained)
+    return DistCheckpoint(
+        folder, iteration, plain, lost, stored, trained_dtype=trained, said_by=None if args is None else said_by
+    )
+
+
+def _args(folder: Path, others: Mapping[str, StoredChunk]) -> tuple[Any, Path]:
+    """(args, None where there are none; the file that states them): what training stored, else its wrapper's YAML."""
+    stored = _common(folder, others).get("args")
+    if stored is not None:
+        held = "args" if "args" in others else next(iter(sorted(others)), None)
+        return stored, folder / (COMMON if (folder / COMMON).is_file() or held is None else others[held].file)
+    for path in (folder / RUN_CONFIG, model_yaml(folder)):
+        if path is not None and path.is_file():
+            return argparse.Namespace(**read_run_config(path)), path
+    return None, folder / COMMON
 
 
 def _entry(folder: Path, entry: StoredChunk) -> Any:
@@ -114,7 +127,7 @@ def _common(folder: Path, others: Mapping[str, StoredChunk]) -> Mapping[str, Any
         content = torch_files.read_torch_file(path, entry.start, entry.length, training=True).content
         if isinstance(content, list) and len(content) == 1:
             (content,) = content
-    elif (folder / RUN_CONFIG).is_file():
+    elif (folder / RUN_CONFIG).is_file() or model_yaml(folder) is not None:
         return {}
     else:
         raise ConversionError(

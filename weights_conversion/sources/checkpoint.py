@@ -18,7 +18,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.formats.dist_index import METADATA
 from weights_conversion.formats.iterations import TRACKER, find_iteration, number_of
 from weights_conversion.formats.megatron import RankFiles, open_rank_files
-from weights_conversion.formats.run_config import RUN_CONFIG
+from weights_conversion.formats.run_config import MODEL_YAML, RUN_CONFIG
 from weights_conversion.formats.stored_args import plain_args
 from weights_conversion.formats.torch_dist import DistCheckpoint, open_dist
 from weights_conversion.mapping.dialects import MEGATRON_CORE
@@ -85,8 +85,8 @@ def _args_of_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.find([folder if number_of(folder.name) is None else folder.parent])
     if found is None:
         raise ConversionError(
-            f"{folder} holds no args, no {RUN_CONFIG} and no {manifest.NAME} beside it, so nothing says what model it "
-            f"is; copy {RUN_CONFIG} there"
+            f"{folder} holds no args, no {RUN_CONFIG}, no NeMo 2's context/{MODEL_YAML} and no {manifest.NAME} beside "
+            f"it, so nothing says what model it is; copy {RUN_CONFIG} there, or context/ beside it"
         )
     path, said = found
     try:
@@ -127,6 +127,8 @@ def open_checkpoint(
         notes += core_args.unknown(files.args)
     else:
         problems = megatron_args.foreign(model, files.args)
+    if isinstance(files, DistCheckpoint) and files.said_by is not None:
+        notes.append(f"args       from {files.said_by}")
     if problems:
         raise ConversionError(*problems)
     warnings = passed_over(files.args, root)

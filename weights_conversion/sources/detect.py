@@ -20,6 +20,8 @@ from weights_conversion.formats.iterations import (
     is_rank_folder,
     iterations,
     named,
+    nemo_rl_step,
+    nemo_weights,
     number_of,
     verl_step,
 )
@@ -84,6 +86,10 @@ def _at(path: Path, load_iters: int | str | None) -> Found | None:
         if not iterations(path) and (step := verl_step(path, load_iters)) is not None:
             return Found(Kind.MEGATRON, step, None, f"source     {step}, the step of verl's that is read")
         return Found(Kind.MEGATRON, path, load_iters)
+    if (folder := nemo_rl_step(path, load_iters)) is not None:
+        return Found(Kind.MEGATRON, folder, None, f"source     {folder}, the policy that NeMo-RL trained")
+    if (folder := nemo_weights(path)) is not None and load_iters is None:
+        return Found(Kind.MEGATRON, folder, None, f"source     {folder}, whose context/ is NeMo 2's")
     has_config = (path / "config.json").is_file()
     weights = has_config and near_misses.has_weights(path)
     if iterations(path) and not (weights and load_iters is None):
@@ -165,7 +171,8 @@ def _folders(parents: Iterable[Path]) -> list[Path]:
 
 
 def _may_hold(path: Path) -> bool:
-    return not path.name.startswith(".") and not path.name.endswith(".partial") and path.is_dir()
+    unfinished = path.name.endswith(".partial") or path.name.startswith("tmp_step_")  # ours, and NeMo-RL's
+    return not path.name.startswith(".") and not unfinished and path.is_dir()
 
 
 def _no_folder(path: Path) -> str:

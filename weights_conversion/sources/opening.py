@@ -48,6 +48,7 @@ class Opened:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     load_iters: int | str | None = None  # of a Megatron source: the iteration, where the user or the path named one
+    iteration: Path | None = None  # its folder
 
 
 def open_source(
@@ -179,5 +180,5 @@ def open_megatron(
         said.get("generation_config"), said.get("repository"), said.get("revision"), known, tokenizer, kept,
         opened.files.vocabulary, assumed, notes=opened.notes,
         warnings=(*opened.warnings, *said_of_it),
-        load_iters=opened.load_iters,
+        load_iters=opened.load_iters, iteration=opened.files.folder,
     )  # fmt: skip

@@ -69,14 +69,22 @@ def stated_places(
             continue
         else:
             missing.append(f"training's {name}, {value}")
-    if iteration is not None and (folder := iteration / "tokenizer").is_dir():
-        named.append((folder, f"the iteration's own folder, {folder}"))
+    for folder in _folders_of_wrappers(checkpoint, iteration):
+        named.append((folder, f"the checkpoint's own folder, {folder}"))
         trusted |= {folder}
     core = "tokenizer_model" in args or "vocab_file" not in args
     return Places(
         tuple([*named, *own] if core else [*own, *named]), tuple(search), repository, tuple(missing), tuple(notes),
         trusted,
     )  # fmt: skip
+
+
+def _folders_of_wrappers(checkpoint: Path, iteration: Path | None) -> list[Path]:
+    """Megatron-Bridge's in the iteration's folder, NeMo 2's in its context, NeMo-RL's beside the policy's weights."""
+    folders = [] if iteration is None else [iteration / "tokenizer"]
+    if checkpoint.name == "weights":
+        folders += [checkpoint.parent / "context" / "nemo_tokenizer", checkpoint.parent / "tokenizer"]
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def _existing(value: str, checkpoint: Path, iteration: Path | None) -> Path | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.fileio import MAX_INDEX_BYTES, read_whole, sha256
+from weights_conversion.formats import integrity
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.output.file_sums import NAME as CHECKSUMS
 from weights_conversion.sources.detect import detect
@@ -73,6 +74,9 @@ def _prove(
     if all(getattr(ours.config, name) == getattr(theirs.config, name) for name in SHAPE_FIELDS):
         _compare_weights(result, workers, exact_only, allow_inconsistent)
     result.checksums = check_checksums(checkpoint, workers)
+    stated = integrity.problems(two.files.folder, workers) if two.files is not None else None
+    if stated is not None:
+        result.checksums = [*(result.checksums or []), *stated]
     return result
 
 
