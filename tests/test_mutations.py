@@ -42,7 +42,7 @@ def drop_rotary_permutation(patch: pytest.MonkeyPatch) -> None:
 
 
 def permute_values_too(patch: pytest.MonkeyPatch) -> None:
-    for op in (ops.FuseQKV, ops.PermuteRotary):
+    for op in (ops.FuseQKV, ops.GroupedQKV):
         right = op.views
 
         def wrong(self: Any, megatron: Any, hf: Any, ctx: Any, right: Any = right) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,36 @@ class ModelConfig:
             return Rope(self.rope_theta, kind, self.rope_scaling_factor)
         return Rope(self.rope_theta, **asdict(scaling))
 
-    @property
+    def layer_features(self, layer: int) -> frozenset[str]:
+        """What architecture rows may need of a layer; most is true of every layer."""
+        return self._features[0 if self.moe is None else 1 + self.moe.layers[layer]]
+
+    @cached_property
+    def _features(self) -> tuple[frozenset[str], ...]:
+        """Of a layer of a model without experts; and of a dense layer and one of experts in a model with them."""
+        stated = {
+            "untied": not self.tie_word_embeddings,
+            "shared_norm": self.num_layernorms == 1,
+            "two_norms": self.num_layernorms == 2,
+            "qkv_bias": self.add_qkv_bias,
+            "qk_norms": self.qk_layernorm,
+            "attention": self.mla is None,
+            "mla": self.mla is not None,
+            "q_lora": self.mla is not None and self.mla.q_lora_rank is not None,
+            "q_whole": self.mla is not None and self.mla.q_lora_rank is None,
+        }
+        there = frozenset(name for name, has in stated.items() if has)
+        if self.moe is None:
+            return (there | {"dense"},)
+        of_experts = {
+            "expert_bias": self.moe.expert_bias,
+            "shared_experts": self.moe.shared_ffn_hidden_size > 0,
+            "shared_gate": self.moe.shared_gate,
+        }
+        moe = there | {"moe"} | {name for name, has in of_experts.items() if has}
+        return there | {"dense"}, there | {"dense"}, moe
+
+    @cached_property
     def axes(self) -> dict[str, int]:
         """Sizes of the named axes that architecture rows use."""
         sizes = {
@@ -173,14 +203,24 @@ class Parallelism:
 
     `layers`: how many each chunk of each stage holds, in the order of the layers (the first chunk of every stage, then
     the second); empty where all hold the same number.
+    `expert` counts the ranks that experts are dealt to, `expert_tensor` those that cut each of them (None: `tensor`).
     """
 
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
     layers: tuple[int, ...] = ()
+    expert: int = 1
+    expert_tensor: int | None = None
+
+    @property
+    def experts_tensor(self) -> int:
+        """Ranks that each expert's tensors are cut among: as many as other tensors', unless said otherwise."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
 
     def __str__(self) -> str:
         virtual = f" VPP {self.virtual}" if self.virtual > 1 else ""
+        expert = f" EP {self.expert}" if self.expert > 1 else ""
+        cut = f" ETP {self.experts_tensor}" if self.experts_tensor != self.tensor else ""
         uneven = f" of {', '.join(map(str, self.layers))} layers" if self.layers else ""
-        return f"TP {self.tensor} PP {self.pipeline}{virtual}{uneven}"
+        return f"TP {self.tensor} PP {self.pipeline}{virtual}{expert}{cut}{uneven}"

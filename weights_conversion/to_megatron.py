@@ -22,7 +22,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.formats import dist_index, dist_writer, megatron, torch_files
 from weights_conversion.formats.iterations import TRACKER
 from weights_conversion.launch import distributed
-from weights_conversion.layouts.placement import main_dtype, rank_folder
+from weights_conversion.layouts.placement import Rank, main_dtype, rank_folder
 from weights_conversion.layouts.plan import Plan
 from weights_conversion.layouts.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
@@ -178,9 +178,9 @@ def megatron_to_megatron(
 
 def _parameter_count(config: ModelConfig) -> int:
     total = 0
-    for row, _ in FAMILIES[config.family].instances(config):
+    for instance in FAMILIES[config.family].instances(config):
         count = 1
-        for size in row.megatron_shape(config):
+        for size in instance.row.megatron_shape(config):
             count *= size
         total += count
     return total
@@ -284,9 +284,9 @@ def dist_targets(
     return list(targets), files
 
 
-def rank_file(folder: str, parallel: Parallelism) -> Callable[[int, int], str]:
+def rank_file(folder: str, parallel: Parallelism) -> Callable[[Rank], str]:
     """The path of each rank's file below the checkpoint's root."""
-    return lambda tp, pp: f"{folder}/{rank_folder(tp, pp, parallel)}/model_optim_rng.pt"
+    return lambda rank: f"{folder}/{rank_folder(rank, parallel)}/model_optim_rng.pt"
 
 
 def rank_targets(

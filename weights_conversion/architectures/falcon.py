@@ -3,67 +3,63 @@
 from __future__ import annotations
 
 from weights_conversion.architectures.family import Family
-from weights_conversion.config import ModelConfig
-from weights_conversion.mapping.ops import PermuteRotary
-from weights_conversion.mapping.parameters import COLUMN, ROW, ParamMapping
+from weights_conversion.mapping.ops import GroupedQKV
+from weights_conversion.mapping.parameters import COLUMN, ROW, Role, same
 
-EMBEDDING = ParamMapping(
-    "embedding.word_embeddings.weight", ("transformer.word_embeddings.weight",), ("vocab", "hidden"), COLUMN
+EMBEDDING = same(
+    "embedding.word_embeddings.weight",
+    "transformer.word_embeddings.weight",
+    ("vocab", "hidden"),
+    COLUMN,
+    role=Role.EMBEDDING,
 )
-SHARED_NORM = tuple(
-    ParamMapping(
-        f"encoder.layers.{{}}.input_layernorm.{kind}", (f"transformer.h.{{}}.input_layernorm.{kind}",), ("hidden",)
+NORMS = tuple(
+    same(
+        f"decoder.layers.{{layer}}.{megatron}.{kind}", f"transformer.h.{{layer}}.{hf}.{kind}", ("hidden",), None, needs
+    )
+    for megatron, hf, needs in (
+        ("input_layernorm", "input_layernorm", "shared_norm"),
+        ("input_layernorm", "ln_attn", "two_norms"),
+        ("mlp_layernorm", "ln_mlp", "two_norms"),
     )
     for kind in ("weight", "bias")
 )
-TWO_NORMS = tuple(
-    ParamMapping(f"encoder.layers.{{}}.{megatron}.{kind}", (f"transformer.h.{{}}.{hf}.{kind}",), ("hidden",))
-    for megatron, hf in (("input_layernorm", "ln_attn"), ("mlp_layernorm", "ln_mlp"))
-    for kind in ("weight", "bias")
-)
 BLOCK = (
-    ParamMapping(
-        "encoder.layers.{}.self_attention.query_key_value.weight",
-        ("transformer.h.{}.self_attention.query_key_value.weight",),
+    same(
+        "decoder.layers.{layer}.self_attention.linear_qkv.weight",
+        "transformer.h.{layer}.self_attention.query_key_value.weight",
         ("qkv", "hidden"),
         COLUMN,
-        PermuteRotary(),
+        op=GroupedQKV(),
     ),
-    ParamMapping(
-        "encoder.layers.{}.self_attention.dense.weight",
-        ("transformer.h.{}.self_attention.dense.weight",),
+    same(
+        "decoder.layers.{layer}.self_attention.linear_proj.weight",
+        "transformer.h.{layer}.self_attention.dense.weight",
         ("hidden", "q"),
         ROW,
     ),
-    ParamMapping(
-        "encoder.layers.{}.mlp.dense_h_to_4h.weight",
-        ("transformer.h.{}.mlp.dense_h_to_4h.weight",),
+    same(
+        "decoder.layers.{layer}.mlp.linear_fc1.weight",
+        "transformer.h.{layer}.mlp.dense_h_to_4h.weight",
         ("ffn", "hidden"),
         COLUMN,
     ),
-    ParamMapping(
-        "encoder.layers.{}.mlp.dense_4h_to_h.weight",
-        ("transformer.h.{}.mlp.dense_4h_to_h.weight",),
+    same(
+        "decoder.layers.{layer}.mlp.linear_fc2.weight",
+        "transformer.h.{layer}.mlp.dense_4h_to_h.weight",
         ("hidden", "ffn"),
         ROW,
     ),
 )
-FINAL_NORM = tuple(
-    ParamMapping(f"encoder.final_layernorm.{kind}", (f"transformer.ln_f.{kind}",), ("hidden",))
-    for kind in ("weight", "bias")
+LAST = (
+    same("decoder.final_layernorm.weight", "transformer.ln_f.weight", ("hidden",)),
+    same("decoder.final_layernorm.bias", "transformer.ln_f.bias", ("hidden",)),
+    same("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), COLUMN, "untied", role=Role.HEAD),
 )
-HEAD = ParamMapping("lm_head", ("lm_head.weight",), ("vocab", "hidden"), COLUMN)
-
-
-def parameters(config: ModelConfig) -> tuple[ParamMapping, ...]:
-    norms = TWO_NORMS if config.num_layernorms == 2 else SHARED_NORM
-    head = () if config.tie_word_embeddings else (HEAD,)
-    return (EMBEDDING, *norms, *BLOCK, *FINAL_NORM, *head)
-
 
 FALCON = Family(
     "falcon",
-    parameters,
+    (EMBEDDING, *NORMS, *BLOCK, *LAST),
     tied_head="lm_head.weight",
     model_types=("falcon", "RefinedWeb", "RefinedWebModel"),
     hf_class="FalconForCausalLM",

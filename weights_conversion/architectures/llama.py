@@ -1,6 +1,6 @@
 """Llama: RMSNorm, SwiGLU, rotary embedding, grouped queries. Its rows are those of every dense decoder like it.
 
-The rows of qwen's biases and of the norms of q and k stand here too, beside those that all have: a family says which
+The rows of qwen's biases and of the norms of q and k stand here too, beside those that all have: a config says which
 it has.
 """
 
@@ -9,86 +9,84 @@ from __future__ import annotations
 from typing import Any
 
 from weights_conversion.architectures.family import Family
-from weights_conversion.config import ModelConfig
-from weights_conversion.mapping.ops import FuseGLU, FuseQKV
-from weights_conversion.mapping.parameters import COLUMN, GLU, ROW, ParamMapping
+from weights_conversion.mapping.parameters import COLUMN, ROW, Role, glu, qkv, same
 
-PARAMETERS = (
-    ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"), COLUMN),
-    ParamMapping("encoder.layers.{}.input_layernorm.weight", ("model.layers.{}.input_layernorm.weight",), ("hidden",)),
-    ParamMapping(
-        "encoder.layers.{}.self_attention.query_key_value.weight",
-        (
-            "model.layers.{}.self_attn.q_proj.weight",
-            "model.layers.{}.self_attn.k_proj.weight",
-            "model.layers.{}.self_attn.v_proj.weight",
-        ),
-        ("qkv", "hidden"),
-        COLUMN,
-        FuseQKV(),
+EMBEDDING = same(
+    "embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden"), COLUMN, role=Role.EMBEDDING
+)
+ATTENTION = (
+    same(
+        "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+        "model.layers.{layer}.input_layernorm.weight",
+        ("hidden",),
     ),
-    ParamMapping(
-        "encoder.layers.{}.self_attention.query_key_value.bias",
-        (
-            "model.layers.{}.self_attn.q_proj.bias",
-            "model.layers.{}.self_attn.k_proj.bias",
-            "model.layers.{}.self_attn.v_proj.bias",
-        ),
-        ("qkv",),
-        COLUMN,
-        FuseQKV(),
-        needs="add_qkv_bias",
+    qkv(
+        "decoder.layers.{layer}.self_attention.linear_qkv.weight",
+        q="model.layers.{layer}.self_attn.q_proj.weight",
+        k="model.layers.{layer}.self_attn.k_proj.weight",
+        v="model.layers.{layer}.self_attn.v_proj.weight",
     ),
-    ParamMapping(
-        "encoder.layers.{}.self_attention.q_layernorm.weight",
-        ("model.layers.{}.self_attn.q_norm.weight",),
+    qkv(
+        "decoder.layers.{layer}.self_attention.linear_qkv.bias",
+        "qkv_bias",
+        q="model.layers.{layer}.self_attn.q_proj.bias",
+        k="model.layers.{layer}.self_attn.k_proj.bias",
+        v="model.layers.{layer}.self_attn.v_proj.bias",
+        shape=("qkv",),
+    ),
+    same(
+        "decoder.layers.{layer}.self_attention.q_layernorm.weight",
+        "model.layers.{layer}.self_attn.q_norm.weight",
         ("head_dim",),
-        needs="qk_layernorm",
+        None,
+        "qk_norms",
     ),
-    ParamMapping(
-        "encoder.layers.{}.self_attention.k_layernorm.weight",
-        ("model.layers.{}.self_attn.k_norm.weight",),
+    same(
+        "decoder.layers.{layer}.self_attention.k_layernorm.weight",
+        "model.layers.{layer}.self_attn.k_norm.weight",
         ("head_dim",),
-        needs="qk_layernorm",
+        None,
+        "qk_norms",
     ),
-    ParamMapping(
-        "encoder.layers.{}.self_attention.dense.weight",
-        ("model.layers.{}.self_attn.o_proj.weight",),
+    same(
+        "decoder.layers.{layer}.self_attention.linear_proj.weight",
+        "model.layers.{layer}.self_attn.o_proj.weight",
         ("hidden", "q"),
         ROW,
     ),
-    ParamMapping(
-        "encoder.layers.{}.post_attention_layernorm.weight",
-        ("model.layers.{}.post_attention_layernorm.weight",),
-        ("hidden",),
-    ),
-    ParamMapping(
-        "encoder.layers.{}.mlp.dense_h_to_4h.weight",
-        ("model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"),
-        ("glu", "hidden"),
-        GLU,
-        FuseGLU(),
-    ),
-    ParamMapping(
-        "encoder.layers.{}.mlp.dense_4h_to_h.weight", ("model.layers.{}.mlp.down_proj.weight",), ("hidden", "ffn"), ROW
-    ),
-    ParamMapping("encoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
-    ParamMapping("lm_head", ("lm_head.weight",), ("vocab", "hidden"), COLUMN),
 )
-
-
-def parameters(config: ModelConfig) -> tuple[ParamMapping, ...]:
-    return tuple(
-        row
-        for row in PARAMETERS
-        if (row.needs is None or getattr(config, row.needs))
-        and not (config.tie_word_embeddings and row.megatron == "lm_head")
-    )
+MLP = (
+    same(
+        "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+        "model.layers.{layer}.post_attention_layernorm.weight",
+        ("hidden",),
+        None,
+        "dense",
+    ),
+    glu(
+        "decoder.layers.{layer}.mlp.linear_fc1.weight",
+        "dense",
+        gate="model.layers.{layer}.mlp.gate_proj.weight",
+        up="model.layers.{layer}.mlp.up_proj.weight",
+    ),
+    same(
+        "decoder.layers.{layer}.mlp.linear_fc2.weight",
+        "model.layers.{layer}.mlp.down_proj.weight",
+        ("hidden", "ffn"),
+        ROW,
+        "dense",
+    ),
+)
+LAST = (
+    same("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
+    same("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), COLUMN, "untied", role=Role.HEAD),
+)
+ROWS = (EMBEDDING, *ATTENTION, *MLP, *LAST)
 
 
 def dense(name: str, **facts: Any) -> Family:
     """A family with Llama's rows."""
-    return Family(name, parameters, tied_head="lm_head.weight", **facts)
+    return Family(name, ROWS, tied_head="lm_head.weight", **facts)
 
 
 LLAMA = dense(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weights_conversion.engine.streams import Scratch, Source, Target, bytes_of
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import Placed, Written, overlaps
+from weights_conversion.layouts.placement import Block, Placed, Written, overlaps
 from weights_conversion.layouts.plan import CHUNK_BYTES, Chunk, Plan, Step
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.mapping.ops import Context, Op, Range, to_hf, to_megatron
@@ -31,13 +31,24 @@ def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, cop
     full = scratch.take((last - first, placed.columns), placed.dtype)
     for block, start, stop in overlaps(placed.copies[copy], rows):
         part = full[start - first : stop - first, block.columns[0] : block.columns[1]]
-        if part.is_contiguous() and block.ref.dtype == placed.dtype:
+        if block.ref.transposed:
+            part.copy_(_turned(block, (start, stop), source, scratch))
+        elif part.is_contiguous() and block.ref.dtype == placed.dtype:
             source.read(block.ref, block.byte(start), part)
         else:
             stored = scratch.take(part.shape, block.ref.dtype)
             source.read(block.ref, block.byte(start), stored)
             part.copy_(stored)
     return full
+
+
+def _turned(block: Block, rows: Range, source: Source, scratch: Scratch) -> Tensor:
+    """Rows of a block whose tensor is stored columns first; it is read whole, as experts are small."""
+    height, width = block.ref.shape
+    stored = scratch.take((width, height), block.ref.dtype)
+    source.read(block.ref, 0, stored)
+    above = block.start // width - block.rows[0]
+    return stored.t()[rows[0] + above : rows[1] + above]
 
 
 def read_source(plan: Plan, step: Step, start: int, stop: int, source: Source, scratch: Scratch) -> list[Tensor]:
@@ -77,15 +88,12 @@ def as_megatron(op: Op, tensors: list[Tensor], ctx: Context, scratch: Scratch) -
 def transform(plan: Plan, op: Op, units: int, tensors: list[Tensor], scratch: Scratch) -> list[Tensor]:
     """Source tensors of `units` units, as the target wants them (its dtype is applied when they are written)."""
     hf = HF if plan.source.megatron else plan.source
-    source, target = Context.of(plan.config, plan.source, hf), Context.of(plan.config, plan.target, hf)
-    if plan.source.megatron and plan.target.megatron:
-        if plan.source.interleaved == plan.target.interleaved:
-            return tensors
-        return as_megatron(op, as_hf(op, units, tensors, source, scratch), target, scratch)
-    if plan.target.megatron:
-        return as_megatron(op, tensors, target, scratch)
+    if plan.source.megatron and plan.target.megatron and plan.source.interleaved == plan.target.interleaved:
+        return tensors
     if plan.source.megatron:
-        return as_hf(op, units, tensors, source, scratch)
+        tensors = as_hf(op, units, tensors, Context.of(plan.config, plan.source, hf), scratch)
+    if plan.target.megatron:
+        tensors = as_megatron(op, tensors, Context.of(plan.config, plan.target, hf), scratch)
     return tensors
 
 
@@ -138,7 +146,7 @@ def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Target, scra
         written += write_rows(step.target[0], (chunk.start, chunk.stop), rows, target, scratch, crc)
         return written
     tensors = read_source(plan, step, chunk.start, chunk.stop, source, scratch)
-    tensors = transform(plan, step.mapping.op, chunk.stop - chunk.start, tensors, scratch)
+    tensors = transform(plan, step.op, chunk.stop - chunk.start, tensors, scratch)
     pieces = plan.target_pieces(step, chunk.start, chunk.stop)
     for tensor, (placed, rows) in zip(tensors, pieces, strict=True):
         written += write_rows(placed, rows, tensor, target, scratch, crc)

@@ -13,20 +13,22 @@ from typing import Any
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import rank_masters, torch_files
+from weights_conversion.formats.experts import experts_apart
 from weights_conversion.formats.iterations import MODEL_FILES, number_of
 from weights_conversion.formats.stages import layers_of
 from weights_conversion.formats.stored_args import disagreements, left_out, parallelism, plain_args, plain_value, strays
 from weights_conversion.formats.wrappers import unwrapped
-from weights_conversion.layouts.placement import TensorRef, chunk_key
+from weights_conversion.layouts.placement import Rank, TensorRef, chunk_key
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 
+_Numbers = tuple[int, ...]  # in the name of a rank's folder
 # Parts of a model that hold no parameter: buffers, and Transformer-Engine's state.
 _IGNORED = re.compile(r"(\._extra_state|\.inv_freq|\.rotary_emb\..*)$")
 
 
 @dataclass(frozen=True)
 class RankFiles:
-    """A checkpoint of one file per rank. `ranks` maps (tp, pp) to its tensors, in the training spelling.
+    """A checkpoint of one file per rank. `ranks` maps each rank to its tensors, in the training spelling.
 
     `args` are the first rank's, `left_out` what was left out of them (stored_args.left_out).
     """
@@ -37,7 +39,7 @@ class RankFiles:
     args: Mapping[str, Any]
     left_out: Mapping[str, str]
     parallel: Parallelism
-    ranks: Mapping[tuple[int, int], Mapping[str, TensorRef]] = field(repr=False)
+    ranks: Mapping[Rank, Mapping[str, TensorRef]] = field(repr=False)
 
     @property
     def trained_dtype(self) -> None:
@@ -50,17 +52,22 @@ class RankFiles:
         return {name for tensors in self.ranks.values() for name in tensors}
 
     @property
+    def last(self) -> Rank:
+        """The first tensor rank of the last stage."""
+        return Rank(0, self.parallel.pipeline - 1)
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the stored embedding, padding included."""
         name = self.dialect.rank_name("embedding.word_embeddings.weight")
-        ref = self.ranks[0, 0].get(f"{chunk_key(0, self.parallel)}.{name}")
+        ref = self.ranks[Rank(0, 0)].get(f"{chunk_key(0, self.parallel)}.{name}")
         if ref is None or not ref.shape:
             raise ConversionError(f"{self.folder} has no {name} on its first stage")
         return ref.shape[0] * self.parallel.tensor
 
     def has_head(self) -> bool:
         """Whether the last stage has an output layer of its own."""
-        names = self.ranks[0, self.parallel.pipeline - 1]
+        names = self.ranks[self.last]
         return any(name.endswith((".lm_head", ".output_layer.weight")) for name in names)
 
 
@@ -71,8 +78,8 @@ def open_rank_files(folder: Path, iteration: int | str, weights: str = "model") 
     """
     files = _rank_files(folder)
     problems: list[str] = []
-    opened: dict[tuple[int, int], torch_files.TorchFile] = {}
-    args: dict[tuple[int, int], dict[str, Any]] = {}
+    opened: dict[_Numbers, torch_files.TorchFile] = {}
+    args: dict[_Numbers, dict[str, Any]] = {}
     for rank, path in sorted(files.items()):
         opened[rank] = torch_files.read_torch_file(path, training=True)
         content = opened[rank].content
@@ -88,33 +95,59 @@ def open_rank_files(folder: Path, iteration: int | str, weights: str = "model") 
             problems.append(f"{path} is of iteration {expected}, but stands in {folder.name}")
     first = min(files)
     problems += disagreements(args, first, files)
-    problems += strays(args, files)
-    parallel = parallelism(args[first], files, folder, problems)
+    where = _coordinates(files, args[first])
+    parallel = parallelism(args[first], {rank: files[numbers] for rank, numbers in where.items()}, folder, problems)
+    if not problems:
+        of_ranks = {rank: args[numbers] for rank, numbers in where.items()}
+        problems += strays(of_ranks, {rank: files[numbers] for rank, numbers in where.items()}, parallel)
     if problems:
         raise ConversionError(*problems)
-    ranks = {rank: _model_tensors(file, parallel, weights) for rank, file in opened.items()}
+    ranks = {
+        rank: _model_tensors(opened[numbers], parallel, weights, args[first]) for rank, numbers in where.items()
+    }
     core = any(".decoder." in f".{name}" for tensors in ranks.values() for name in tensors)
     lost = left_out(opened[first].content["args"], args[first])
     if core:
-        stages = {pp: names for (tp, pp), names in ranks.items() if tp == 0}
+        stages = {rank.pipeline: names for rank, names in ranks.items() if rank == Rank(0, rank.pipeline)}
         parallel = dataclasses.replace(parallel, layers=layers_of(stages, args[first], lost, parallel, folder))
     return RankFiles(folder, iteration, MEGATRON_CORE if core else MEGATRON_LLM, args[first], lost, parallel, ranks)
 
 
-def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
-    """(tp, pp) -> its file. Folders without a model file (a distributed optimizer's) do not count."""
-    found: dict[tuple[int, int], Path] = {}
+def _coordinates(files: Mapping[_Numbers, Path], args: Mapping[str, Any]) -> dict[Rank, _Numbers]:
+    """Which rank each folder is of. A single number behind the tensor rank's is a stage, or an expert rank: args say.
+
+    Raises ConversionError for two folders of one rank.
+    """
+    found: dict[Rank, _Numbers] = {}
+    experts = args.get("expert_model_parallel_size") or 1
+    for numbers in sorted(files):
+        tensor, *further = numbers
+        if len(further) == 1 and experts != 1 and (args.get("pipeline_model_parallel_size") or 1) == 1:
+            further = [0, *further]
+        rank = Rank(tensor, *(*further, 0, 0)[:2])
+        if rank in found:
+            one, other = files[found[rank]].parent, files[numbers].parent
+            raise ConversionError(f"{one} and {other} both are rank {tuple(rank)}; remove the stale one")
+        found[rank] = numbers
+    return found
+
+
+def _rank_files(folder: Path) -> dict[_Numbers, Path]:
+    """The numbers in a rank folder's name -> its file. Folders without one (a distributed optimizer's) do not count."""
+    found: dict[_Numbers, Path] = {}
     for path in sorted(folder.iterdir()):
-        match = re.fullmatch(r"mp_rank_([0-9]{2,6})(?:_([0-9]{3,6}))?", path.name)
+        match = re.fullmatch(r"mp_rank_([0-9]{2,6})(?:_([0-9]{3,6}))?(?:_([0-9]{3,6}))?", path.name)
         present = [path / name for name in MODEL_FILES if (path / name).is_file()]
         if match and len(present) > 1:
             raise ConversionError(f"{path} holds {' and '.join(MODEL_FILES)}; remove the one that is out of date")
         if match and present:
             (file,) = present
-            rank = (int(match[1]), int(match[2] or 0))
-            if rank in found:
-                raise ConversionError(f"{found[rank].parent} and {path} both are rank {rank}; remove the stale one")
-            found[rank] = file
+            numbers = tuple(int(number) for number in match.groups() if number is not None)
+            if numbers in found:
+                raise ConversionError(
+                    f"{found[numbers].parent} and {path} both are rank {numbers}; remove the stale one"
+                )
+            found[numbers] = file
     if not found:
         if any(folder.glob("*.distcp")):
             raise ConversionError(f"{folder} holds *.distcp files but not their index, .metadata; copy it there")
@@ -122,8 +155,10 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     return found
 
 
-def _model_tensors(file: torch_files.TorchFile, parallel: Parallelism, weights: str) -> dict[str, TensorRef]:
-    """Tensors of the model (every chunk of it) by name, respelled as training writes them."""
+def _model_tensors(
+    file: torch_files.TorchFile, parallel: Parallelism, weights: str, args: Mapping[str, Any]
+) -> dict[str, TensorRef]:
+    """Tensors of the model (every chunk of it) by name, respelled as training writes them, experts one by one."""
     found: dict[str, TensorRef] = {}
     order: list[str] = []
     for chunk in range(parallel.virtual):
@@ -142,7 +177,10 @@ def _model_tensors(file: torch_files.TorchFile, parallel: Parallelism, weights: 
         if weights == "master":
             kept = [name for name in rank_masters.live_order(file.content[key]) if not _IGNORED.search(name)]
             order += [f"{key}.{_training_spelling(plain[name])}" for name in kept]
-    return rank_masters.masters(file, found, order) if weights == "master" else found
+    if weights == "master":
+        found = rank_masters.masters(file, found, order)
+    experts = args.get("num_experts")
+    return found if not experts else experts_apart(found, experts // parallel.expert, str(file.path))
 
 
 def _training_spelling(name: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.stand_ins import EnumMember, Foreign
-from weights_conversion.layouts.placement import rank_folder
+from weights_conversion.layouts.placement import Rank, rank_folder, stage_ranks
 
+_MOST_RANKS = 100_000  # of one kind; args may claim any number
 # args that every rank of one checkpoint shares.
 _SHARED = (
     "num_layers",
@@ -28,6 +30,10 @@ _SHARED = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "num_experts",
+    "moe_ffn_hidden_size",
     "layernorm_epsilon",
     "rope_theta",
     "iteration",
@@ -108,7 +114,7 @@ def left_out(args: Any, plain: Mapping[str, Any]) -> dict[str, str]:
     return {name: kind_of(value) for name, value in stated if value is not None and name not in plain}
 
 
-def disagreements(args: Mapping, first: tuple[int, int], files: Mapping) -> list[str]:
+def disagreements(args: Mapping, first: object, files: Mapping) -> list[str]:
     problems = []
     for rank, path in sorted(files.items()):
         for name in _SHARED:
@@ -118,13 +124,13 @@ def disagreements(args: Mapping, first: tuple[int, int], files: Mapping) -> list
     return problems
 
 
-def strays(args: Mapping, files: Mapping) -> list[str]:
+def strays(args: Mapping, files: Mapping[Rank, Path], parallel: Parallelism) -> list[str]:
     """Rank files that stand in each other's folders, by the process that each says it was written by.
 
     Training numbers its processes tensor ranks first and stages last, whatever lies between, and each leaves its number
-    in its args; converters leave the same in all files, or none.
+    in its args; converters leave the same in all files, or none. Every rank's file must be there.
     """
-    order = sorted(files, key=lambda rank: (rank[1], rank[0]))
+    order = [Rank(tp, pp, ep) for pp in range(parallel.pipeline) for tp, ep in stage_ranks(parallel)]
     writers = [args[rank].get("rank") for rank in order]
     if not all(type(writer) is int for writer in writers) or len(set(writers)) == 1:
         return []
@@ -136,45 +142,77 @@ def strays(args: Mapping, files: Mapping) -> list[str]:
     ]
 
 
-def parallelism(args: Mapping[str, Any], files: Mapping, folder: Path, problems: list[str]) -> Parallelism:
+def parallelism(args: Mapping[str, Any], files: Mapping[Rank, Path], folder: Path, problems: list[str]) -> Parallelism:
     """From args where they say it, else from the folders; every rank must be there."""
-    found = Parallelism(max(tp for tp, _ in files) + 1, max(pp for _, pp in files) + 1)
-    sizes = []
-    for name, seen in (
-        ("tensor_model_parallel_size", found.tensor),
-        ("pipeline_model_parallel_size", found.pipeline),
-        ("virtual_pipeline_model_parallel_size", 1),
-    ):
-        value = args.get(name)
-        if value is None:
-            value = seen
-        if not isinstance(value, int) or not 1 <= value <= 100_000:
-            problems.append(f"the args of {folder} say {name} {value!r}, where a positive number was expected")
-            value = seen
-        sizes.append(value)
-    parallel = Parallelism(*sizes)
+    found = [max(coordinates) + 1 for coordinates in zip(*files, strict=True)]
+    tensor, pipeline, virtual, expert = (
+        _size(args, name, seen, folder, problems)
+        for name, seen in (
+            ("tensor_model_parallel_size", found[0]),
+            ("pipeline_model_parallel_size", found[1]),
+            ("virtual_pipeline_model_parallel_size", 1),
+            ("expert_model_parallel_size", found[2]),
+        )
+    )
+    expert = expert if args.get("num_experts") else 1
+    cut = _size(args, "expert_tensor_parallel_size", tensor, folder, problems) if args.get("num_experts") else tensor
     if args.get("standalone_embedding_stage"):
         problems.append(f"{folder} was trained with --standalone_embedding_stage, which is not supported")
-    total, there = parallel.tensor * parallel.pipeline, 0
-    for tp, pp in sorted(files):
-        if tp >= parallel.tensor or pp >= parallel.pipeline:
-            problems.append(f"{files[tp, pp].parent} is too many: its args say {parallel}")
+    if tensor % cut:
+        problems.append(
+            f"the args of {folder} say expert_tensor_parallel_size {cut} and tensor_model_parallel_size {tensor}: one "
+            "rank's file was written over another's in training; save with --ckpt-format torch_dist"
+        )
+        cut = tensor
+    parallel = Parallelism(tensor, pipeline, virtual, expert, None if cut == tensor else cut)
+    wanted, there = _count(parallel), 0
+    if wanted > pipeline * _MOST_RANKS:
+        problems.append(f"{folder} holds {len(files)} rank folders; its args say {parallel}, which are {wanted}")
+        return Parallelism(found[0], found[1], 1, found[2])
+    for rank, path in sorted(files.items()):
+        if rank.tensor >= tensor or rank.pipeline >= pipeline or rank.expert >= expert:
+            problems.append(f"{path.parent} is too many: its args say {parallel}")
         else:
             there += 1
-    if there < total:
-        problems.append(_missing(files, folder, parallel, total, total - there))
+    if there < wanted:
+        problems.append(_missing(files, folder, parallel, wanted, wanted - there))
     return parallel
 
 
-def _missing(files: Mapping, folder: Path, parallel: Parallelism, total: int, count: int) -> str:
+def _size(args: Mapping[str, Any], name: str, seen: int, folder: Path, problems: list[str]) -> int:
+    value = args.get(name)
+    if value is None:
+        return seen
+    if not isinstance(value, int) or not 1 <= value <= _MOST_RANKS:
+        problems.append(f"the args of {folder} say {name} {value!r}, where a positive number was expected")
+        return seen
+    return value
+
+
+def _count(parallel: Parallelism) -> int:
+    """How many rank folders there are. Args may say that they are billions."""
+    experts = parallel.expert * parallel.experts_tensor
+    return lcm(parallel.tensor, experts) * parallel.pipeline
+
+
+def _missing(files: Mapping[Rank, Path], folder: Path, parallel: Parallelism, total: int, count: int) -> str:
     """One sentence, however many ranks' folders are missing (`count` of `total`, which args may say are billions)."""
 
-    def first(ranks: Iterable[tuple[int, int]]) -> str:
-        return rank_folder(*next(rank for rank in ranks if rank not in files), parallel)
+    def first(ranks: Iterable[Rank]) -> str:
+        return rank_folder(next(rank for rank in ranks if rank not in files), parallel)
 
     tensor, pipeline = range(parallel.tensor), range(parallel.pipeline)
-    least = first((tp, pp) for tp in tensor for pp in pipeline)
-    most = first((tp, pp) for tp in reversed(tensor) for pp in reversed(pipeline))
+    experts = _experts_of(parallel)
+    least = first(Rank(tp, pp, ep) for tp in tensor for pp in pipeline for ep in experts(tp))
+    most = first(Rank(tp, pp, ep) for tp in reversed(tensor) for pp in reversed(pipeline) for ep in experts(tp)[::-1])
     what = f"{folder / least} is missing" if count == 1 else f"{count} of {total} rank folders are missing"
     where = "" if count == 1 else f" in {folder} ({least} .. {most})"
     return f"{what}{where}: its args say {parallel}; was the copy complete?"
+
+
+def _experts_of(parallel: Parallelism) -> Callable[[int], list[int]]:
+    """The expert coordinates of the files of a tensor rank."""
+    if parallel.expert == 1:
+        return lambda tp: [0]
+    ranks = stage_ranks(parallel)
+    return lambda tp: sorted(ep for tensor, ep in ranks if tensor == tp)

@@ -6,13 +6,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
+from math import lcm, prod
+from typing import NamedTuple
 
 import torch
 
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
-from weights_conversion.mapping.parameters import ParamMapping, Shard
+from weights_conversion.mapping.parameters import Index, Instance, Role, Shard
 
 PAGE = 4096  # bytes; direct writes begin and end on one
 ITEM_BYTES = 256 << 20  # of a torch_dist checkpoint: its readers take an item into memory whole
@@ -20,13 +21,17 @@ ITEM_BYTES = 256 << 20  # of a torch_dist checkpoint: its readers take an item i
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor stored contiguously in one file. `offset` is its first byte, -1 while a target has no file yet."""
+    """A tensor stored contiguously in one file. `offset` is its first byte, -1 while a target has no file yet.
+
+    `transposed`: a matrix of `shape` whose columns are stored as rows.
+    """
 
     file: str
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int = -1
+    transposed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -76,8 +81,9 @@ class Placed:
         return self.columns * self.dtype.itemsize
 
 
-# (ParamMapping.megatron, layer) -> where its source tensors are: several where HF keeps apart what Megatron fuses.
-Located = dict[tuple[str, int | None], tuple[Placed, ...]]
+Key = tuple[str, Index]  # Instance.key
+# Where a parameter's source tensors are: several where HF keeps apart what Megatron fuses.
+Located = dict[Key, tuple[Placed, ...]]
 
 
 def overlaps(copy: Sequence[Block], rows: tuple[int, int]) -> Iterator[tuple[Block, int, int]]:
@@ -146,8 +152,29 @@ def layer_location(layer: int, num_layers: int, parallel: Parallelism) -> Locati
     return Location(turn % parallel.pipeline, turn // parallel.pipeline, layer % per_chunk)
 
 
-def rank_folder(tp: int, pp: int, parallel: Parallelism) -> str:
-    return f"mp_rank_{tp:02d}" if parallel.pipeline == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+class Rank(NamedTuple):
+    """Where a rank file's process stands: its tensor, pipeline and expert coordinate."""
+
+    tensor: int
+    pipeline: int
+    expert: int = 0
+
+
+def stage_ranks(parallel: Parallelism) -> tuple[tuple[int, int], ...]:
+    """(tensor, expert) coordinates of one stage's rank files, in the order of the processes that write them.
+
+    Process r of a stage is tensor rank r % TP; of the experts it is rank r % ETP of expert rank (r / ETP) % EP.
+    Processes beyond the first such round hold copies (parallel_state.py of Megatron-Core).
+    """
+    etp = parallel.experts_tensor
+    processes = range(lcm(parallel.tensor, etp * parallel.expert))
+    return tuple(dict.fromkeys((r % parallel.tensor, r // etp % parallel.expert) for r in processes))
+
+
+def rank_folder(rank: Rank, parallel: Parallelism) -> str:
+    stage = f"_{rank.pipeline:03d}" if parallel.pipeline > 1 else ""
+    expert = f"_{rank.expert:03d}" if parallel.expert > 1 else ""
+    return f"mp_rank_{rank.tensor:02d}{stage}{expert}"
 
 
 def chunk_key(chunk: int, parallel: Parallelism) -> str:
@@ -176,58 +203,96 @@ def rank_blocks(ref: TensorRef, shape: Sequence[int], shard: Shard | None, rank:
             yield Block(ref, index * part * columns, (first, first + part), (0, columns))
 
 
-# (tensor rank, pipeline stage, name in the file, shape of the rank's part) -> where it is stored
-Find = Callable[[int, int, str, tuple[int, ...]], TensorRef]
+# (rank, name in its file, shape of the rank's part) -> where it is stored
+Find = Callable[[Rank, str, tuple[int, ...]], TensorRef]
 
 
 def place_megatron(
-    row: ParamMapping, layer: int | None, shape: Sequence[int], config: ModelConfig, parallel: Parallelism,
-    dialect: Dialect, find: Find,
-) -> Placed:  # fmt: skip
+    instance: Instance, shape: Sequence[int], config: ModelConfig, parallel: Parallelism, dialect: Dialect, find: Find
+) -> Placed:
     """A full Megatron tensor of `shape` (vocabulary padding included) on the ranks of a checkpoint."""
-    last_chunk = chunk_key(parallel.virtual - 1, parallel)
-    places = []  # (stage, name in the file)
-    if layer is not None:
-        location = layer_location(layer, config.num_layers, parallel)
-        for spelling in dialect.spellings(row.megatron):
-            name = dialect.rank_name(spelling.format(location.layer))
-            places.append((location.stage, f"{chunk_key(location.chunk, parallel)}.{name}"))
-    elif row.megatron.startswith("embedding."):
-        places.append((0, f"{chunk_key(0, parallel)}.{dialect.rank_name(dialect.spell(row.megatron))}"))
-        if config.tie_word_embeddings and parallel.pipeline > 1:
-            places.append((parallel.pipeline - 1, f"{last_chunk}.{dialect.tied_head}"))
-    else:
-        places.append((parallel.pipeline - 1, f"{last_chunk}.{dialect.rank_name(dialect.spell(row.megatron))}"))
-
-    part = rank_shape(shape, row.shard, parallel.tensor)
+    row = instance.row
+    cut = parallel.experts_tensor if row.per_expert else parallel.tensor
+    part = rank_shape(shape, row.shard, cut)
     copies: list[tuple[Block, ...]] = []
-    for stage, name in places:
-        refs = [find(tp, stage, name, part) for tp in range(parallel.tensor)]
-        cut = [tuple(rank_blocks(ref, shape, row.shard, tp, parallel.tensor)) for tp, ref in enumerate(refs)]
-        copies += cut if row.shard is None else [tuple(block for blocks in cut for block in blocks)]
-    full = row.megatron if layer is None else row.megatron.format(layer)
+    for stage, name in _places(instance, config, parallel, dialect):
+        held: list[list[tuple[Block, ...]]] = []
+        for number, ranks in enumerate(_holders(instance, config, parallel)):
+            refs = [find(Rank(tp, stage, ep), name, part) for tp, ep in ranks]
+            held.append([tuple(rank_blocks(ref, shape, row.shard, number, cut)) for ref in refs])
+        if row.shard is None:
+            copies += [blocks for ranks in held for blocks in ranks]
+        else:  # every part has as many holders
+            copies += [tuple(block for blocks in parts for block in blocks) for parts in zip(*held, strict=True)]
     rows, columns = two_dimensional(shape)
+    full = instance.megatron(dialect.spell(row.megatron))
     return Placed(full, copies[0][0].ref.dtype, rows, columns, tuple(copies))
 
 
-def place_dist(row: ParamMapping, layer: int | None, shape: Sequence[int], dtype: torch.dtype) -> Placed:
+def _places(
+    instance: Instance, config: ModelConfig, parallel: Parallelism, dialect: Dialect
+) -> Iterator[tuple[int, str]]:
+    """(pipeline stage, name in its files) of every copy of a parameter."""
+    row, last = instance.row, chunk_key(parallel.virtual - 1, parallel)
+    if instance.layer is not None:
+        location = layer_location(instance.layer, config.num_layers, parallel)
+        index = (location.layer, *instance.index[1:])
+        if instance.expert is not None and config.moe is not None:
+            index = (location.layer, instance.expert % (config.moe.num_experts // parallel.expert))
+        for spelling in dialect.spellings(row.megatron):
+            name = dialect.rank_name(instance.megatron(spelling, index))
+            yield location.stage, f"{chunk_key(location.chunk, parallel)}.{name}"
+        return
+    name = dialect.rank_name(dialect.spell(row.megatron))
+    if row.role is not Role.EMBEDDING:
+        yield parallel.pipeline - 1, f"{last}.{name}"
+        return
+    yield 0, f"{chunk_key(0, parallel)}.{name}"
+    if config.tie_word_embeddings and parallel.pipeline > 1:
+        yield parallel.pipeline - 1, f"{last}.{dialect.tied_head}"
+
+
+def _holders(instance: Instance, config: ModelConfig, parallel: Parallelism) -> list[list[tuple[int, int]]]:
+    """For each part that a parameter is cut into: the (tensor, expert) coordinates of the ranks that hold it."""
+    ranks = stage_ranks(parallel)
+    if instance.expert is None or config.moe is None:
+        return [[rank for rank in ranks if rank[0] == tp] for tp in range(parallel.tensor)]
+    home = instance.expert // (config.moe.num_experts // parallel.expert)
+    etp = parallel.experts_tensor
+    return [[(tp, ep) for tp, ep in ranks if ep == home and tp % etp == number] for number in range(etp)]
+
+
+def dist_key(instance: Instance, spelled: str, *, stacked: bool) -> tuple[str, Index]:
+    """(the key of a parameter in a torch_dist checkpoint, its indices that are leading axes of that tensor).
+
+    Experts always are a leading axis, under a name of their own; layers are where `stacked` says so.
+    """
+    name = spelled
+    if instance.row.per_expert:
+        name = name.replace(".mlp.experts.", ".mlp.experts.experts.").replace("{expert}", "")
+    if instance.layer is None:
+        return name, ()
+    if stacked:
+        return name.replace("layers.{layer}.", "layers."), instance.index
+    return name.replace("{layer}", str(instance.layer)), instance.index[1:]
+
+
+def place_dist(instance: Instance, shape: Sequence[int], dtype: torch.dtype, *, stacked: bool = True) -> Placed:
     """A parameter of a torch_dist checkpoint: items of at most ITEM_BYTES, gate and up apart, as Megatron-Core has it.
 
-    The refs are named KEY@OFFSETS, where KEY is the stacked tensor and OFFSETS begin with the layer.
+    The refs are named KEY@OFFSETS, where OFFSETS begin with the indices that are leading axes of the tensor KEY.
     """
     rows, columns = two_dimensional(shape)
-    name = MEGATRON_CORE.spell(row.megatron)
-    key = name if layer is None else name.replace("layers.{}.", "layers.")
-    parts = row.shard.blocks if row.shard else 1
+    key, lead = dist_key(instance, MEGATRON_CORE.spell(instance.row.megatron), stacked=stacked)
+    shard = instance.row.shard
+    parts = shard.blocks if shard else 1
     step = max(min(ITEM_BYTES // (columns * dtype.itemsize), rows // parts), 1)
     blocks = []
     for part in range(parts):
         begin, end = part * rows // parts, (part + 1) * rows // parts
         for first in range(begin, end, step):
             last = min(first + step, end)
-            stored = (last - first, *shape[1:])
-            local, where = (stored, (first,)) if layer is None else ((1, *stored), (layer, first))
-            ref = TensorRef("", f"{key}@{','.join(map(str, where))}", dtype, local)
+            local = (*(1 for _ in lead), last - first, *shape[1:])
+            ref = TensorRef("", f"{key}@{','.join(map(str, (*lead, first)))}", dtype, local)
             blocks.append(Block(ref, 0, (first, last), (0, columns)))
-    full = row.megatron if layer is None else row.megatron.format(layer)
-    return Placed(full, dtype, rows, columns, (tuple(blocks),))
+    return Placed(instance.megatron(), dtype, rows, columns, (tuple(blocks),))

@@ -14,8 +14,8 @@ from math import gcd
 from weights_conversion.config import ModelConfig
 from weights_conversion.layouts.placement import PAGE, Placed, TensorRef
 from weights_conversion.mapping.dialects import Dialect
-from weights_conversion.mapping.ops import Context, Range
-from weights_conversion.mapping.parameters import ParamMapping
+from weights_conversion.mapping.ops import Context, Op, Range
+from weights_conversion.mapping.parameters import Instance
 
 CHUNK_BYTES = 32 << 20
 
@@ -24,12 +24,15 @@ CHUNK_BYTES = 32 << 20
 class Step:
     """One parameter: `units` of its op go from source to target, then target rows `added` are new ones."""
 
-    mapping: ParamMapping
-    layer: int | None
+    instance: Instance
     source: tuple[Placed, ...]
     target: tuple[Placed, ...]
     units: int
     added: Range = (0, 0)
+
+    @property
+    def op(self) -> Op:
+        return self.instance.row.op
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Plan:
     def _pieces(
         self, dialect: Dialect, tensors: tuple[Placed, ...], step: Step, start: int, stop: int
     ) -> list[tuple[Placed, Range]]:
-        op = step.mapping.op
+        op = step.op
         if not dialect.megatron:
             return list(zip(tensors, op.hf_rows(start, stop, self.config), strict=True))
         (fused,) = tensors

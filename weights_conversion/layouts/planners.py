@@ -9,10 +9,20 @@ import torch
 
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import PAGE, Located, Placed, TensorRef, place_dist, place_megatron, whole
+from weights_conversion.layouts.placement import (
+    PAGE,
+    Located,
+    Placed,
+    Rank,
+    TensorRef,
+    place_dist,
+    place_megatron,
+    stage_ranks,
+    whole,
+)
 from weights_conversion.layouts.plan import Plan, Step, balanced
 from weights_conversion.mapping.dialects import Dialect
-from weights_conversion.mapping.parameters import Architecture, ParamMapping
+from weights_conversion.mapping.parameters import Architecture, Instance
 
 FILE_BYTES = 4 << 30  # of a torch_dist checkpoint
 
@@ -54,38 +64,48 @@ def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: in
 def plan_to_megatron(
     architecture: Architecture, config: ModelConfig, sources: Located,
     source: Dialect, target: Dialect, parallel: Parallelism, vocabulary: int, dtype: torch.dtype | None,
-    rank_file: Callable[[int, int], str], new_rows: str = "last",
+    rank_file: Callable[[Rank], str], new_rows: str = "last",
 ) -> Plan:  # fmt: skip
-    """Into one file per rank, `rank_file(tp, pp)`. `vocabulary`: rows to write; `dtype` None: each tensor's own."""
+    """Into one file per rank. `vocabulary`: rows to write; `dtype` None: each tensor's own."""
     targets: dict[str, dict[str, TensorRef]] = {
-        rank_file(tp, pp): {} for pp in range(parallel.pipeline) for tp in range(parallel.tensor)
+        rank_file(Rank(tp, pp, ep)): {} for pp in range(parallel.pipeline) for tp, ep in stage_ranks(parallel)
     }
 
-    def place(row: ParamMapping, layer: int | None, kept: torch.dtype) -> Placed:
-        def find(tp: int, pp: int, name: str, shape: tuple[int, ...]) -> TensorRef:
-            file = rank_file(tp, pp)
-            return targets[file].setdefault(name, TensorRef(file, name, dtype or kept, shape))
+    def place(instance: Instance, kept: torch.dtype) -> Placed:
+        def find(rank: Rank, name: str, shape: tuple[int, ...]) -> TensorRef:
+            file = rank_file(rank)
+            return targets[file].setdefault(name, TensorRef(file, name, kept, shape))
 
-        shape = row.megatron_shape(config, vocabulary)
-        return place_megatron(row, layer, shape, config, parallel, target, find)
+        return place_megatron(instance, instance.row.megatron_shape(config, vocabulary), config, parallel, target, find)
 
     steps = []
-    for row, layer in architecture.instances(config):
-        placed = sources[row.megatron, layer]
-        steps.append(_step(row, layer, placed, (place(row, layer, placed[0].dtype),), config))
+    for instance in architecture.instances(config):
+        placed = sources[instance.key]
+        steps.append(_step(instance, placed, (place(instance, written_dtype(instance, placed, dtype)),), config))
     files = {file: tuple(refs.values()) for file, refs in targets.items()}
     return Plan(config, source, target, tuple(steps), files, new_rows)
+
+
+def written_dtype(instance: Instance, source: tuple[Placed, ...], dtype: torch.dtype | None) -> torch.dtype:
+    """The type to write a parameter in: its own where it has one, else `dtype` (None: the source's)."""
+    own = instance.row.dtype
+    return getattr(torch, own) if own is not None else dtype or source[0].dtype
 
 
 def plan_to_dist(
     architecture: Architecture, config: ModelConfig, sources: Located,
     source: Dialect, target: Dialect, vocabulary: int, dtype: torch.dtype | None, folder: str, new_rows: str = "last",
+    *, stacked: bool = True,
 ) -> Plan:  # fmt: skip
-    """Into torch_dist files of about FILE_BYTES below `folder`."""
+    """Into torch_dist files of about FILE_BYTES below `folder`; `stacked`: the layers along a leading axis."""
+    instances = list(architecture.instances(config))
     placed = [
-        place_dist(row, layer, row.megatron_shape(config, vocabulary), dtype or sources[row.megatron, layer][0].dtype)
-        for row, layer in architecture.instances(config)
-    ]
+        place_dist(
+            each, each.row.megatron_shape(config, vocabulary), written_dtype(each, sources[each.key], dtype),
+            stacked=stacked,
+        )
+        for each in instances
+    ]  # fmt: skip
     blocks = [block for each in placed for block in each.copies[0]]
     sizes = [block.ref.nbytes for block in blocks]
     count = min(-(-sum(sizes) // FILE_BYTES), len(sizes))
@@ -96,10 +116,10 @@ def plan_to_dist(
         moved |= {block.ref: replace(block.ref, file=file) for block in blocks[first:last]}
         targets[file] = tuple(moved[block.ref] for block in blocks[first:last])
     steps = []
-    for each, (row, layer) in zip(placed, architecture.instances(config), strict=True):
+    for each, instance in zip(placed, instances, strict=True):
         (copy,) = each.copies
         there = replace(each, copies=(tuple(replace(block, ref=moved[block.ref]) for block in copy),))
-        steps.append(_step(row, layer, sources[row.megatron, layer], (there,), config))
+        steps.append(_step(instance, sources[instance.key], (there,), config))
     return Plan(config, source, target, tuple(steps), targets, new_rows)
 
 
@@ -109,10 +129,10 @@ def plan_to_hf(
 ) -> Plan:  # fmt: skip
     """Into `shards` safetensors files, balanced by bytes, tensors in model order."""
     wanted: list[TensorRef] = []
-    for row, layer in architecture.instances(config):
-        kept = dtype or sources[row.megatron, layer][0].dtype
-        for name, shape in zip(row.hf, row.hf_shapes(config), strict=True):
-            wanted.append(TensorRef("", name.format(layer), kept, shape))
+    for instance in architecture.instances(config):
+        kept = written_dtype(instance, sources[instance.key], dtype)
+        for name, shape in zip(instance.hf_names, instance.row.hf_shapes(config), strict=True):
+            wanted.append(TensorRef("", name, kept, shape))
     if shards > len(wanted):
         raise ConversionError(f"--num_output_shards {shards} is more than the {len(wanted)} tensors of this model")
     targets: dict[str, list[TensorRef]] = {}
@@ -121,18 +141,16 @@ def plan_to_hf(
         targets[file] = [TensorRef(file, ref.name, ref.dtype, ref.shape) for ref in wanted[group[0] : group[1]]]
     refs = {ref.name: ref for group in targets.values() for ref in group}
     steps = [
-        _step(
-            row, layer, sources[row.megatron, layer], tuple(whole(refs[name.format(layer)]) for name in row.hf), config
-        )
-        for row, layer in architecture.instances(config)
+        _step(instance, sources[instance.key], tuple(whole(refs[name]) for name in instance.hf_names), config)
+        for instance in architecture.instances(config)
     ]
     # Tensors of whole pages first: then the ones behind them start on a page too, as direct writes need.
     files = {file: tuple(sorted(group, key=lambda ref: ref.nbytes % PAGE != 0)) for file, group in targets.items()}
     return Plan(config, source, target, tuple(steps), files)
 
 
-def _step(row: ParamMapping, layer: int | None, source: tuple[Placed, ...], target: tuple[Placed, ...],
-          config: ModelConfig) -> Step:  # fmt: skip
+def _step(instance: Instance, source: tuple[Placed, ...], target: tuple[Placed, ...], config: ModelConfig) -> Step:
+    row = instance.row
     rows, *_ = row.megatron_shape(config)
     added = (rows, target[0].rows) if row.pads_vocabulary else (0, 0)
-    return Step(row, layer, source, target, row.op.units(rows, config), added)
+    return Step(instance, source, target, row.op.units(rows, config), added)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Dialect:
-    """`renames` maps the names that architecture rows use (HF's, or Megatron-LLM's) to this dialect's own.
+    """`renames` maps the names that architecture rows use (HF's, or Megatron-Core's) to this dialect's own.
 
     `interleaved` says that rotary pairs are neighbouring rows of a head (else: the head's two halves). `up_first` says
     that a fused GLU stores [up ; gate] (else [gate ; up]); it means nothing for HF and Meta, which store them apart.
@@ -44,7 +44,7 @@ class Dialect:
     def other_spelling(self, stored: str) -> str:
         """The other name of a tensor (with its layer's number) that has two, of which a file needs but one."""
         for pair in self.alternatives.items():
-            ends = [spelled.partition("{}")[2] for spelled in pair]
+            ends = [spelled.partition("{layer}")[2] for spelled in pair]
             for this, other in (ends, reversed(ends)):
                 if stored.endswith(this):
                     return stored.removesuffix(this) + other
@@ -62,24 +62,46 @@ META = Dialect(
     interleaved=True,
     renames={
         "model.embed_tokens.weight": "tok_embeddings.weight",
-        "model.layers.{}.input_layernorm.weight": "layers.{}.attention_norm.weight",
-        "model.layers.{}.self_attn.q_proj.weight": "layers.{}.attention.wq.weight",
-        "model.layers.{}.self_attn.k_proj.weight": "layers.{}.attention.wk.weight",
-        "model.layers.{}.self_attn.v_proj.weight": "layers.{}.attention.wv.weight",
-        "model.layers.{}.self_attn.o_proj.weight": "layers.{}.attention.wo.weight",
-        "model.layers.{}.post_attention_layernorm.weight": "layers.{}.ffn_norm.weight",
-        "model.layers.{}.mlp.gate_proj.weight": "layers.{}.feed_forward.w1.weight",
-        "model.layers.{}.mlp.up_proj.weight": "layers.{}.feed_forward.w3.weight",
-        "model.layers.{}.mlp.down_proj.weight": "layers.{}.feed_forward.w2.weight",
+        "model.layers.{layer}.input_layernorm.weight": "layers.{layer}.attention_norm.weight",
+        "model.layers.{layer}.self_attn.q_proj.weight": "layers.{layer}.attention.wq.weight",
+        "model.layers.{layer}.self_attn.k_proj.weight": "layers.{layer}.attention.wk.weight",
+        "model.layers.{layer}.self_attn.v_proj.weight": "layers.{layer}.attention.wv.weight",
+        "model.layers.{layer}.self_attn.o_proj.weight": "layers.{layer}.attention.wo.weight",
+        "model.layers.{layer}.post_attention_layernorm.weight": "layers.{layer}.ffn_norm.weight",
+        "model.layers.{layer}.mlp.gate_proj.weight": "layers.{layer}.feed_forward.w1.weight",
+        "model.layers.{layer}.mlp.up_proj.weight": "layers.{layer}.feed_forward.w3.weight",
+        "model.layers.{layer}.mlp.down_proj.weight": "layers.{layer}.feed_forward.w2.weight",
         "model.norm.weight": "norm.weight",
         "lm_head.weight": "output.weight",
     },
 )
 
+# Megatron-Core's names -> those that Megatron-LLM's training writes. Falcon's norms have no place in Megatron-Core, so
+# its rows have Megatron-LLM's names for them, below decoder.
+_LLM_NAMES = {
+    "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight":
+        "encoder.layers.{layer}.input_layernorm.weight",
+    "decoder.layers.{layer}.self_attention.linear_qkv.weight":
+        "encoder.layers.{layer}.self_attention.query_key_value.weight",
+    "decoder.layers.{layer}.self_attention.linear_proj.weight": "encoder.layers.{layer}.self_attention.dense.weight",
+    "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight":
+        "encoder.layers.{layer}.post_attention_layernorm.weight",
+    "decoder.layers.{layer}.mlp.linear_fc1.weight": "encoder.layers.{layer}.mlp.dense_h_to_4h.weight",
+    "decoder.layers.{layer}.mlp.linear_fc2.weight": "encoder.layers.{layer}.mlp.dense_4h_to_h.weight",
+    "decoder.final_layernorm.weight": "encoder.final_layernorm.weight",
+    "decoder.final_layernorm.bias": "encoder.final_layernorm.bias",
+    "output_layer.weight": "lm_head",
+} | {
+    f"decoder.layers.{{layer}}.{norm}.{kind}": f"encoder.layers.{{layer}}.{norm}.{kind}"
+    for norm in ("input_layernorm", "mlp_layernorm")
+    for kind in ("weight", "bias")
+}  # fmt: skip
+
 MEGATRON_LLM = Dialect(
     "Megatron-LLM",
     interleaved=True,
     up_first=True,
+    renames=_LLM_NAMES,
     megatron=True,
     prefix="language_model.",
     tied_head="word_embeddings_for_head.weight",  # beside language_model, not in it
@@ -87,35 +109,23 @@ MEGATRON_LLM = Dialect(
 )
 
 # Megatron-Core names its layer norms by the module that holds them: Transformer-Engine fuses each into the linear layer
-# behind it, the local layer spec keeps them apart. torch_dist stores the Transformer-Engine spelling for both.
-_CORE_NAMES = {
-    "embedding.word_embeddings.weight": "embedding.word_embeddings.weight",
-    "encoder.layers.{}.input_layernorm.weight": "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight",
-    "encoder.layers.{}.self_attention.query_key_value.weight": "decoder.layers.{}.self_attention.linear_qkv.weight",
-    "encoder.layers.{}.self_attention.query_key_value.bias": "decoder.layers.{}.self_attention.linear_qkv.bias",
-    "encoder.layers.{}.self_attention.q_layernorm.weight": "decoder.layers.{}.self_attention.q_layernorm.weight",
-    "encoder.layers.{}.self_attention.k_layernorm.weight": "decoder.layers.{}.self_attention.k_layernorm.weight",
-    "encoder.layers.{}.self_attention.dense.weight": "decoder.layers.{}.self_attention.linear_proj.weight",
-    "encoder.layers.{}.post_attention_layernorm.weight": "decoder.layers.{}.mlp.linear_fc1.layer_norm_weight",
-    "encoder.layers.{}.mlp.dense_h_to_4h.weight": "decoder.layers.{}.mlp.linear_fc1.weight",
-    "encoder.layers.{}.mlp.dense_4h_to_h.weight": "decoder.layers.{}.mlp.linear_fc2.weight",
-    "encoder.final_layernorm.weight": "decoder.final_layernorm.weight",
-    "lm_head": "output_layer.weight",
-}
+# behind it, the local layer spec keeps them apart. torch_dist stores the Transformer-Engine spelling for both, but for
+# a layer of experts, whose norm it calls after a linear layer in the local spec alone.
 _CORE_LOCAL_NORMS = {
-    "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.{}.input_layernorm.weight",
-    "decoder.layers.{}.mlp.linear_fc1.layer_norm_weight": "decoder.layers.{}.pre_mlp_layernorm.weight",
-}
+    "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight":
+        "decoder.layers.{layer}.input_layernorm.weight",
+    "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight": "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+    "decoder.layers.{layer}.pre_mlp_layernorm.weight": "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+}  # fmt: skip
 
 MEGATRON_CORE = Dialect(
     "Megatron-Core",
     interleaved=False,
-    renames=_CORE_NAMES,
     megatron=True,
     tied_head="output_layer.weight",
     alternatives=_CORE_LOCAL_NORMS,
     parallel_attention=False,
     splits_groups=True,
-    features=("add_qkv_bias", "qk_layernorm"),
+    features=("add_qkv_bias", "qk_layernorm", "moe"),
     ropes=("default", "linear", "llama3", "yarn"),
 )

@@ -32,8 +32,8 @@ class Context:
 
     @classmethod
     def of(cls, config: ModelConfig, dialect: Dialect, hf: Dialect = HF) -> Context:
-        """For tensors that are stored in `dialect`; where that is Megatron's, `hf` is what they are turned into."""
-        return cls(config, hf, dialect) if dialect.megatron else cls(config, dialect, dialect)
+        """For tensors that `dialect`, one of Megatron's, stores and that are turned into `hf`'s."""
+        return cls(config, hf, dialect)
 
     @property
     def permutes_rotary(self) -> bool:
@@ -110,8 +110,8 @@ class FuseGLU(Copy):
 
 
 @dataclass(frozen=True)
-class PermuteRotary:
-    """HF's grouped QKV (falcon), whose q and k heads change between halves and interleaved pairs. A unit is a group."""
+class _OfGroups:
+    """Queries, keys and values in Megatron's order: [q .. q, k, v] for each kv head. A unit is such a group."""
 
     def units(self, rows: int, config: ModelConfig) -> int:
         return config.num_query_groups
@@ -119,6 +119,11 @@ class PermuteRotary:
     def megatron_rows(self, start: int, stop: int, rows: int, ctx: Context) -> tuple[Range, ...]:
         group = rows // ctx.config.num_query_groups
         return ((start * group, stop * group),)
+
+
+@dataclass(frozen=True)
+class GroupedQKV(_OfGroups):
+    """HF has the same groups (falcon): q and k heads change between halves and interleaved pairs, nothing else."""
 
     def hf_rows(self, start: int, stop: int, config: ModelConfig) -> tuple[Range, ...]:
         group = (config.num_attention_heads // config.num_query_groups + 2) * config.head_dim
@@ -128,25 +133,17 @@ class PermuteRotary:
         return not ctx.permutes_rotary
 
     def views(self, megatron: Sequence[Tensor], hf: Sequence[Tensor], ctx: Context) -> list[tuple[Tensor, Tensor]]:
-        heads, d = ctx.config.num_attention_heads // ctx.config.num_query_groups, ctx.config.head_dim
-        theirs = megatron[0].unflatten(0, (-1, heads + 2, d))  # (groups*(heads+2)*d, H) -> (groups, heads+2, d, H)
-        ours = hf[0].unflatten(0, (-1, heads + 2, d))
+        heads, fused = _groups(megatron[0], ctx)
+        _, grouped = _groups(hf[0], ctx)
         return [
-            _rotary_pair(theirs[:, : heads + 1], ours[:, : heads + 1], ctx),
-            (theirs[:, heads + 1], ours[:, heads + 1]),
+            _rotary_pair(fused[:, : heads + 1], grouped[:, : heads + 1], ctx),
+            (fused[:, heads + 1], grouped[:, heads + 1]),
         ]
 
 
 @dataclass(frozen=True)
-class FuseQKV:
-    """HF's (q, k, v) fused group by group: [q .. q, k, v] for each kv head. A unit is a group."""
-
-    def units(self, rows: int, config: ModelConfig) -> int:
-        return config.num_query_groups
-
-    def megatron_rows(self, start: int, stop: int, rows: int, ctx: Context) -> tuple[Range, ...]:
-        group = rows // ctx.config.num_query_groups
-        return ((start * group, stop * group),)
+class FuseQKV(_OfGroups):
+    """HF's (q, k, v), which it keeps apart, fused group by group."""
 
     def hf_rows(self, start: int, stop: int, config: ModelConfig) -> tuple[Range, ...]:
         q, d = config.num_attention_heads // config.num_query_groups * config.head_dim, config.head_dim
@@ -156,14 +153,20 @@ class FuseQKV:
         return False
 
     def views(self, megatron: Sequence[Tensor], hf: Sequence[Tensor], ctx: Context) -> list[tuple[Tensor, Tensor]]:
-        heads, d = ctx.config.num_attention_heads // ctx.config.num_query_groups, ctx.config.head_dim
-        fused = megatron[0].unflatten(0, (-1, heads + 2, d))  # (groups*(heads+2)*d, H) -> (groups, heads+2, d, H)
+        heads, fused = _groups(megatron[0], ctx)
         q, k, v = hf
+        d = ctx.config.head_dim
         return [
             _rotary_pair(fused[:, :heads], q.unflatten(0, (-1, heads, d)), ctx),
             _rotary_pair(fused[:, heads], k.unflatten(0, (-1, d)), ctx),
             (fused[:, heads + 1], v.unflatten(0, (-1, d))),
         ]
+
+
+def _groups(tensor: Tensor, ctx: Context) -> tuple[int, Tensor]:
+    """(query heads of a group, the tensor by groups): (groups*(heads+2)*d, H) -> (groups, heads+2, d, H)."""
+    heads = ctx.config.num_attention_heads // ctx.config.num_query_groups
+    return heads, tensor.unflatten(0, (-1, heads + 2, ctx.config.head_dim))
 
 
 def _rotary_pair(megatron: Tensor, hf: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:

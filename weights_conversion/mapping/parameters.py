@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 from weights_conversion.config import ModelConfig
-from weights_conversion.mapping.ops import Copy, Op
+from weights_conversion.mapping.ops import Copy, FuseGLU, FuseQKV, Op
 
 COPY = Copy()
 # Buffers that a module computes when it is built, whatever their rank: rotary tables (transformers, Meta and the code
@@ -41,13 +42,32 @@ class Shard:
 COLUMN, ROW, GLU, REPLICATED = Shard(0), Shard(1), Shard(0, blocks=2), None
 
 
+class Role(Enum):
+    """What a layout must know of a tensor beside its shape: both tables are padded, and a tied one has copies."""
+
+    PLAIN = "plain"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+
+
+Index = tuple[int, ...]  # (), (layer,) or (layer, expert)
+
+
+def named(template: str, index: Index) -> str:
+    """`template` with the numbers of a layer and an expert in it."""
+    if not index:
+        return template
+    return template.format(layer=index[0], expert=index[-1])
+
+
 @dataclass(frozen=True)
 class ParamMapping:
-    """One parameter of the architecture. "{}" in a name is the layer; names are whole, so that they can be grepped.
+    """One parameter of the architecture; names are whole, so that they can be grepped.
 
-    `megatron` is Megatron-LLM's training spelling below `language_model`; a Dialect respells it. `shape` names the
-    axes (ModelConfig.axes) of the full, unpadded Megatron tensor; the HF shapes follow from `op`. `needs` names the
-    ModelConfig field of models that have it; None: all of the family do.
+    `megatron` is its name in a Megatron-Core model with Transformer Engine; a Dialect respells it. "{layer}" and
+    "{expert}" stand for numbers: a row of an expert is one row for all experts. `shape` names the axes
+    (ModelConfig.axes) of the full, unpadded Megatron tensor; the HF shapes follow from `op`. `needs` are features of a
+    layer (ModelConfig.layer_features), all of which it must have; `dtype` is one that it keeps whatever the model's is.
     """
 
     megatron: str
@@ -55,11 +75,17 @@ class ParamMapping:
     shape: tuple[str, ...]
     shard: Shard | None = REPLICATED
     op: Op = COPY
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
+    role: Role = Role.PLAIN
+    dtype: str | None = None
 
     @property
     def per_layer(self) -> bool:
-        return "{}" in self.megatron
+        return "{layer}" in self.megatron
+
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.megatron
 
     @property
     def pads_vocabulary(self) -> bool:
@@ -67,13 +93,74 @@ class ParamMapping:
 
     def megatron_shape(self, config: ModelConfig, vocabulary: int | None = None) -> tuple[int, ...]:
         """Shape of the full Megatron tensor; with `vocabulary`, the padded number of rows where there is padding."""
-        shape = tuple(config.axes[axis] for axis in self.shape)
+        axes = config.axes
+        shape = tuple(axes[axis] for axis in self.shape)
         return shape if vocabulary is None or not self.pads_vocabulary else (vocabulary, *shape[1:])
 
     def hf_shapes(self, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
         rows, *rest = self.megatron_shape(config)
         ranges = self.op.hf_rows(0, self.op.units(rows, config), config)
         return tuple((stop, *rest) for _, stop in ranges)
+
+
+# ---- Helpers that name the parts of a row
+
+
+def same(
+    megatron: str, hf: str, shape: tuple[str, ...], shard: Shard | None = REPLICATED, *needs: str,
+    op: Op = COPY, role: Role = Role.PLAIN, dtype: str | None = None,
+) -> ParamMapping:  # fmt: skip
+    """A parameter that is one tensor on both sides."""
+    return ParamMapping(megatron, (hf,), shape, shard, op, needs, role, dtype)
+
+
+def qkv(megatron: str, *needs: str, q: str, k: str, v: str, shape: tuple[str, ...] = ("qkv", "hidden")) -> ParamMapping:
+    """Queries, keys and values, fused group by group."""
+    return ParamMapping(megatron, (q, k, v), shape, COLUMN, FuseQKV(), needs)
+
+
+def glu(megatron: str, *needs: str, gate: str, up: str, rows: str = "glu") -> ParamMapping:
+    """Gate and up, one above the other; `rows` is the axis of both."""
+    return ParamMapping(megatron, (gate, up), (rows, "hidden"), GLU, FuseGLU(), needs)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A row at one index; the only place that makes a name of it. Hugging Face's layer numbers are `offset` greater."""
+
+    row: ParamMapping
+    index: Index = ()
+    offset: int = 0
+
+    @property
+    def key(self) -> tuple[str, Index]:
+        return self.row.megatron, self.index
+
+    @property
+    def layer(self) -> int | None:
+        return self.index[0] if self.index else None
+
+    @property
+    def hf_layer(self) -> int | None:
+        return self.index[0] + self.offset if self.index else None
+
+    @property
+    def expert(self) -> int | None:
+        return self.index[1] if len(self.index) > 1 else None
+
+    def megatron(self, spelled: str | None = None, index: Index | None = None) -> str:
+        """The parameter's name; `spelled` as a dialect has it, `index` as a rank counts it."""
+        return named(self.row.megatron if spelled is None else spelled, self.index if index is None else index)
+
+    def hf(self, spelled: str) -> str:
+        """A name of Hugging Face's or Meta's, with its numbers in it."""
+        if not self.index:
+            return spelled
+        return named(spelled, (self.index[0] + self.offset, *self.index[1:]))
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return tuple(self.hf(template) for template in self.row.hf)
 
 
 @dataclass(frozen=True)
@@ -84,14 +171,28 @@ class Architecture:
     """
 
     family: str
-    parameters: Callable[[ModelConfig], tuple[ParamMapping, ...]]
+    rows: tuple[ParamMapping, ...]
     tied_head: str | None = None
 
-    def instances(self, config: ModelConfig) -> Iterator[tuple[ParamMapping, int | None]]:
-        """Every parameter with its layer, in model order: embedding, layer by layer, final norm, head."""
+    @property
+    def embedding(self) -> Instance:
+        return Instance(next(row for row in self.rows if row.role is Role.EMBEDDING))
+
+    def parameters(self, config: ModelConfig) -> tuple[ParamMapping, ...]:
+        """The rows that a model of `config` has, in some layer or beside the layers."""
+        features = {config.layer_features(layer) for layer in range(config.num_layers)}
+        return tuple(row for row in self.rows if any(there.issuperset(row.needs) for there in features))
+
+    def instances(self, config: ModelConfig) -> Iterator[Instance]:
+        """Every parameter at each of its indices, in model order: embedding, layer by layer, final norm, head."""
         rows = self.parameters(config)
-        per_layer = [row for row in rows if row.per_layer]
-        first = rows.index(per_layer[0])
-        yield from ((row, None) for row in rows[:first] if not row.per_layer)
-        yield from ((row, layer) for layer in range(config.num_layers) for row in per_layer)
-        yield from ((row, None) for row in rows[first:] if not row.per_layer)
+        first = next(at for at, row in enumerate(rows) if row.per_layer)
+        yield from (Instance(row) for row in rows[:first] if not row.per_layer)
+        for layer in range(config.num_layers):
+            features = config.layer_features(layer)
+            here = [row for row in rows if row.per_layer and features.issuperset(row.needs)]
+            yield from (Instance(row, (layer,)) for row in here if not row.per_expert)
+            experts = [row for row in here if row.per_expert]
+            number = config.moe.num_experts if config.moe is not None and experts else 0
+            yield from (Instance(row, (layer, expert)) for expert in range(number) for row in experts)
+        yield from (Instance(row) for row in rows[first:] if not row.per_layer)

@@ -13,7 +13,7 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
-from weights_conversion.layouts.placement import Located, Placed, TensorRef, place_megatron, rank_folder
+from weights_conversion.layouts.placement import Located, Placed, Rank, TensorRef, place_megatron, rank_folder
 from weights_conversion.mapping.dialects import Dialect
 from weights_conversion.mapping.parameters import Architecture, is_buffer
 from weights_conversion.sources import naming
@@ -42,7 +42,7 @@ def check_floating(located: Located, where: Path) -> None:
 def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelConfig) -> Located:
     missing: dict[str, str] = {}
     wrong: list[tuple[str, str]] = []
-    used: set[tuple[int, int, str]] = set()
+    used: set[tuple[Rank, str]] = set()
     count, stages = sum(map(len, files.ranks.values())), files.parallel.pipeline * files.parallel.virtual
     uneven = files.parallel.layers
     if config.num_layers > count or config.num_layers != (sum(uneven) or config.num_layers // stages * stages):
@@ -53,33 +53,33 @@ def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelCon
 
     anything = next(ref for tensors in files.ranks.values() for ref in tensors.values())
 
-    def place_of(tp: int, pp: int) -> str:
-        return f"{files.folder.name}/{rank_folder(tp, pp, files.parallel)}"
+    def place_of(rank: Rank) -> str:
+        return f"{files.folder.name}/{rank_folder(rank, files.parallel)}"
 
-    def find(tp: int, pp: int, name: str, shape: tuple[int, ...]) -> TensorRef:
-        tensors = files.ranks[tp, pp]
+    def find(rank: Rank, name: str, shape: tuple[int, ...]) -> TensorRef:
+        tensors = files.ranks[rank]
         if name not in tensors:
             name = files.dialect.other_spelling(name)
-        used.add((tp, pp, name))
+        used.add((rank, name))
         ref = tensors.get(name)
         if ref is None:
-            missing.setdefault(name, f"{place_of(tp, pp)} has no tensor {name}, which should have shape {list(shape)}")
+            missing.setdefault(name, f"{place_of(rank)} has no tensor {name}, which should have shape {list(shape)}")
         elif ref.shape != shape:
-            said = f"{name} in {place_of(tp, pp)} has shape {list(ref.shape)}, its args say {list(shape)}"
+            said = f"{name} in {place_of(rank)} has shape {list(ref.shape)}, its args say {list(shape)}"
             wrong.append((name, said))
         else:
             return ref
         return TensorRef(anything.file, name, anything.dtype, shape)
 
     placed: Located = {}
-    for row, layer in architecture.instances(config):
-        shape = row.megatron_shape(config, files.vocabulary)
-        placed[row.megatron, layer] = (place_megatron(row, layer, shape, config, files.parallel, files.dialect, find),)
+    for instance in architecture.instances(config):
+        shape = instance.row.megatron_shape(config, files.vocabulary)
+        placed[instance.key] = (place_megatron(instance, shape, config, files.parallel, files.dialect, find),)
     unexpected = {
-        name: f"{place_of(tp, pp)} has a tensor {name} that a {config.family} model does not have"
-        for (tp, pp), tensors in sorted(files.ranks.items(), reverse=True)
+        name: f"{place_of(rank)} has a tensor {name} that a {config.family} model does not have"
+        for rank, tensors in sorted(files.ranks.items(), reverse=True)
         for name in sorted(tensors)
-        if (tp, pp, name) not in used and not is_buffer(name)
+        if (rank, name) not in used and not is_buffer(name)
     }
     if problems := naming.grouped(wrong) + naming.mismatch(str(files.folder), missing, unexpected):
         raise ConversionError(*problems)
@@ -96,10 +96,10 @@ def in_huggingface(
     missing: dict[str, str] = {}
     wrong: list[tuple[str, str]] = []
     used, found = set(), {}
-    for row, layer in architecture.instances(config):
+    for instance in architecture.instances(config):
         placed = []
-        for template, shape in zip(row.hf, row.hf_shapes(config), strict=True):
-            name = dialect.spell(template).format(layer)
+        for template, shape in zip(instance.row.hf, instance.row.hf_shapes(config), strict=True):
+            name = instance.hf(dialect.spell(template))
             used.add(name)
             tensor = tensors.get(name)
             if tensor is None:
@@ -110,18 +110,18 @@ def in_huggingface(
                 shown = [tensor.rows, tensor.columns] if len(shape) > 1 else [tensor.rows]
                 wrong.append((name, f"{name} has shape {shown}, but its config says {list(shape)}"))
             placed.append(tensor)
-        found[row.megatron, layer] = tuple(placed)
+        found[instance.key] = tuple(placed)
 
     if config.tie_word_embeddings and architecture.tied_head:
         head = dialect.spell(architecture.tied_head)
-        embedding = architecture.parameters(config)[0]
-        if head in tensors and found[embedding.megatron, None]:
-            (placed,) = found[embedding.megatron, None]
+        embedding = architecture.embedding.key
+        if head in tensors and found[embedding]:
+            (placed,) = found[embedding]
             used.add(head)
             if (tensors[head].rows, tensors[head].dtype) != (placed.rows, placed.dtype):
                 problems.append(f"{head} and {placed.name} are tied, but differ in shape or dtype")
             both = Placed(placed.name, placed.dtype, placed.rows, placed.columns, placed.copies + tensors[head].copies)
-            found[embedding.megatron, None] = (both,)
+            found[embedding] = (both,)
     unexpected = {
         name: f"the source has a tensor {name} that a {architecture.family} model does not have"
         for name in sorted(tensors)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk
 from weights_conversion.formats.dist_items import Items
 from weights_conversion.formats.torch_dist import DistCheckpoint
-from weights_conversion.layouts.placement import Block, Located, Placed, TensorRef, two_dimensional
-from weights_conversion.mapping.parameters import Architecture, ParamMapping, is_buffer
+from weights_conversion.layouts.placement import Block, Located, Placed, TensorRef, dist_key, two_dimensional
+from weights_conversion.mapping.parameters import Architecture, Index, Instance, is_buffer
 from weights_conversion.sources import naming
 
 
@@ -23,11 +24,11 @@ def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: Mod
         raise ConversionError(f"{files.folder} has fewer tensors than the {config.num_layers} layers of its args need")
     placed: Located = {}
     with Items(files.folder) as items:
-        search = _Search(files, config.num_layers, _Parts(files.stored, items))
-        for row, layer in architecture.instances(config):
-            found = search.find(row, layer, row.megatron_shape(config, files.vocabulary))
+        search = _Search(files, config, _Parts(files.stored, items))
+        for instance in architecture.instances(config):
+            found = search.find(instance, instance.row.megatron_shape(config, files.vocabulary))
             if found:
-                placed[row.megatron, layer] = (found,)
+                placed[instance.key] = (found,)
     unexpected = {
         key: f"{files.folder.name} has a tensor {key} that a {config.family} model does not have"
         for key in sorted(files.names - search.used)
@@ -41,11 +42,14 @@ def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: Mod
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Where a parameter may be: the keys that hold it, the row at which each begins, and the shape of each."""
+    """Where a parameter may be: the keys that hold it, the row at which each begins, and the shape of each.
+
+    `lead` are indices along leading axes, whose sizes `shape` begins with.
+    """
 
     keys: tuple[tuple[str, int], ...]
     shape: tuple[int, ...]
-    stacked: bool = False
+    lead: Index = ()
 
 
 @dataclass(frozen=True)
@@ -53,41 +57,67 @@ class _Search:
     """Looks for the parameters of a torch_dist checkpoint one by one; collects what is wrong, missing and used."""
 
     files: DistCheckpoint
-    layers: int
+    config: ModelConfig
     parts: _Parts
     used: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def _candidates(self, row: ParamMapping, layer: int | None, shape: tuple[int, ...]) -> list[_Candidate]:
-        """In a stacked tensor, in one of its own (layers that differ), or in a GLU's two halves."""
-        name = self.files.dialect.spell(row.megatron)
-        if layer is None:
-            return [_Candidate(((name, 0),), shape)]
-        own = name.format(layer)
-        stacked = _Candidate(((name.replace("layers.{}.", "layers."), 0),), (self.layers, *shape), stacked=True)
-        candidates = [stacked, _Candidate(((own, 0),), shape)]
-        if row.shard and row.shard.blocks == 2:
-            half = shape[0] // 2
-            candidates.append(_Candidate(((f"{own}_w", 0), (f"{own}_v", half)), (half, *shape[1:])))
-        return candidates
+    def _candidates(self, instance: Instance, shape: tuple[int, ...]) -> list[list[_Candidate]]:
+        """For each spelling: in a stacked tensor, in one of its own (layers that differ), or in a GLU's two halves."""
+        dialect, row = self.files.dialect, instance.row
+        experts = self.config.moe.num_experts if self.config.moe is not None else 0
+        sizes = {0: (), 1: (self.config.num_layers,), 2: (self.config.num_layers, experts)}
+        several = []
+        for spelled in dialect.spellings(row.megatron):
+            found = []
+            for stacked in (True, False) if instance.index else (False,):
+                key, lead = dist_key(instance, spelled, stacked=stacked)
+                leading = sizes[len(instance.index)][len(instance.index) - len(lead) :]
+                found.append(_Candidate(((key, 0),), (*leading, *shape), lead))
+            own = [instance.megatron(spelled)]
+            if instance.expert is not None:  # by its number in the name, as singletons and Megatron-FSDP have it
+                name, end = own[0].rsplit(".", 1)
+                before, module = name.rsplit(".", 1)
+                kind = end.rstrip("0123456789")
+                own += [f"{before}.{inner}.{instance.expert}.{module}.{kind}" for inner in ("experts", "local_experts")]
+                own.append(f"{name}.{end}")
+            for name in dict.fromkeys(own):
+                if instance.expert is not None:
+                    found.append(_Candidate(((name, 0),), shape))
+                if row.shard and row.shard.blocks == 2:
+                    half = shape[0] // 2
+                    found.append(_Candidate(((f"{name}_w", 0), (f"{name}_v", half)), (half, *shape[1:])))
+            several.append(found)
+        return several
 
-    def find(self, row: ParamMapping, layer: int | None, shape: tuple[int, ...]) -> Placed | None:
+    def find(self, instance: Instance, shape: tuple[int, ...]) -> Placed | None:
         """The parameter of full `shape`, or None and a problem."""
         stored, where = self.files.stored, self.files.folder.name
-        full = row.megatron if layer is None else row.megatron.format(layer)
-        candidates = self._candidates(row, layer, shape)
-        found = [candidate for candidate in candidates if any(key in stored for key, _ in candidate.keys)]
-        if not found:
-            ((key, _),) = candidates[0].keys
-            said = f"{where} has no tensor {key}, which should have shape {list(candidates[0].shape)}"
-            self.missing.setdefault(key, said)
+        full = instance.megatron()
+        spellings = self._candidates(instance, shape)
+        found = [[c for c in candidates if any(key in stored for key, _ in c.keys)] for candidates in spellings]
+        if not any(found):
+            first = spellings[0][0]
+            ((key, _),) = first.keys
+            self.missing.setdefault(key, f"{where} has no tensor {key}, which should have shape {list(first.shape)}")
             return None
-        if len(found) > 1:
-            several = ", ".join(candidate.keys[0][0] for candidate in found)
-            self.problems.append(f"{where} holds {full} several times: {several}")
+        for same in found:
+            if len(same) > 1:
+                several = ", ".join(candidate.keys[0][0] for candidate in same)
+                self.problems.append(f"{where} holds {full} several times: {several}")
+                return None
+        # A norm in the spellings of two layer specs is there twice.
+        copies = [self._blocks(candidate, shape) for same in found for candidate in same]
+        if any(blocks is None for blocks in copies):
             return None
-        (candidate,) = found
+        key, _ = next(candidate for same in found for candidate in same).keys[0]
+        rows, columns = two_dimensional(shape)
+        return Placed(full, stored[key].dtype, rows, columns, tuple(tuple(blocks) for blocks in copies if blocks))
+
+    def _blocks(self, candidate: _Candidate, shape: tuple[int, ...]) -> list[Block] | None:
+        """The blocks of a tensor of `shape` in a place where it is, or None and a problem."""
+        stored, where = self.files.stored, self.files.folder.name
         blocks: list[Block] = []
         for key, first in candidate.keys:
             self.used.add(key)
@@ -95,13 +125,12 @@ class _Search:
                 shown = f"shape {list(stored[key].size)}" if key in stored else "no such tensor"
                 self.problems.append(f"{where}: {key}: {shown}, the args say {list(candidate.shape)}")
                 return None
-            blocks += self.parts.blocks(key, layer if candidate.stacked else None, first)
+            blocks += self.parts.blocks(key, candidate.lead, first)
         key, _ = candidate.keys[0]
-        rows, columns = two_dimensional(shape)
-        if wrong := _uncovered(blocks, rows, columns):
+        if wrong := _uncovered(blocks, *two_dimensional(shape)):
             self.problems.append(f"the parts of {key} {wrong} in its shape {list(candidate.shape)}, by {METADATA}")
             return None
-        return Placed(full, stored[key].dtype, rows, columns, (tuple(blocks),))
+        return blocks
 
 
 class _Parts:
@@ -109,31 +138,34 @@ class _Parts:
 
     def __init__(self, stored: Mapping[str, Stored], items: Items) -> None:
         self._stored, self._items = stored, items
-        self._by_layer: dict[str, dict[int, list[StoredChunk]]] = {}
+        self._by_lead: dict[tuple[str, int], dict[Index, list[StoredChunk]]] = {}
         self._refs: dict[StoredChunk, TensorRef] = {}
 
-    def blocks(self, key: str, layer: int | None, first: int) -> Iterator[Block]:
-        """Chunks of `key` (those that hold stacked `layer`), as blocks of a tensor whose row `first` is their first."""
-        stored = self._stored[key]
-        for chunk in stored.chunks if layer is None else self._stacked(key).get(layer, ()):
-            offsets, sizes, start = chunk.offsets, chunk.sizes, chunk.first
-            if layer is not None:
-                height, width = two_dimensional(sizes[1:])
-                start += (layer - offsets[0]) * height * width
-                offsets, sizes = offsets[1:], sizes[1:]
+    def blocks(self, key: str, lead: Index, first: int) -> Iterator[Block]:
+        """Chunks of `key` (those that hold index `lead`), as blocks of a tensor whose row `first` is their first."""
+        stored, depth = self._stored[key], len(lead)
+        for chunk in self._at(key, depth).get(lead, ()):
+            number = 0  # of the matrix within the chunk
+            for index, offset, size in zip(lead, chunk.offsets, chunk.sizes, strict=False):
+                number = number * size + index - offset
+            offsets, sizes = chunk.offsets[depth:], chunk.sizes[depth:]
             height, width = two_dimensional(sizes)
             row, column = (offsets[0], 0) if len(offsets) == 1 else offsets
             if chunk not in self._refs:
                 self._refs[chunk] = self._items.ref(key, chunk, stored.dtype)
-            yield Block(self._refs[chunk], start, (first + row, first + row + height), (column, column + width))
+            rows = (first + row, first + row + height)
+            start = chunk.first + number * height * width
+            yield Block(self._refs[chunk], start, rows, (column, column + width))
 
-    def _stacked(self, key: str) -> dict[int, list[StoredChunk]]:
-        if key not in self._by_layer:
-            self._by_layer[key] = defaultdict(list)
+    def _at(self, key: str, depth: int) -> dict[Index, list[StoredChunk]]:
+        """The chunks of `key` by the indices of its first `depth` axes that they hold."""
+        if (key, depth) not in self._by_lead:
+            found = self._by_lead[key, depth] = defaultdict(list)
             for chunk in self._stored[key].chunks:
-                for layer in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
-                    self._by_layer[key][layer].append(chunk)
-        return self._by_layer[key]
+                spans = [range(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+                for lead in product(*spans[:depth]):
+                    found[lead].append(chunk)
+        return self._by_lead[key, depth]
 
 
 def _uncovered(blocks: Iterable[Block], rows: int, columns: int) -> str | None:

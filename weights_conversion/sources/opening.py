@@ -15,7 +15,7 @@ from weights_conversion.configs import hf_config, megatron_args, meta_params, se
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, meta
 from weights_conversion.launch import distributed
-from weights_conversion.layouts.placement import Placed
+from weights_conversion.layouts.placement import Located
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
 from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
@@ -34,7 +34,7 @@ class Opened:
     folder: Path
     dialect: Dialect
     config: ModelConfig
-    sources: Callable[[Architecture], dict[tuple[str, int | None], tuple[Placed, ...]]]
+    sources: Callable[[Architecture], Located]
     raw_config: Mapping[str, Any] | None = None
     generation_config: Mapping[str, Any] | None = None
     repository: str | None = None

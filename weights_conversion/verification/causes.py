@@ -7,14 +7,15 @@ being in memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from weights_conversion.engine.streams import Scratch, Source
-from weights_conversion.mapping.parameters import ParamMapping
+from weights_conversion.layouts.placement import Key
+from weights_conversion.mapping.parameters import Instance, ParamMapping, Role
 from weights_conversion.verification import orders
 from weights_conversion.verification.differences import BLOCK_VALUES, INTEGERS, Difference, Exact
 from weights_conversion.verification.exact import Pair, read_hf
@@ -35,42 +36,42 @@ class Prints:
 class Examiner:
     pair: Pair
     files: Source = field(default_factory=Source)
-    known: dict[tuple[bool, str, int | None, bool], list[Prints]] = field(default_factory=dict)
+    known: dict[tuple[bool, Key, bool], list[Prints]] = field(default_factory=dict)
 
-    def prints(self, model: Model, row: ParamMapping, layer: int | None, short: bool = False) -> list[Prints]:
+    def prints(self, model: Model, instance: Instance, short: bool = False) -> list[Prints]:
         """Of each HF tensor of a parameter, rounded to the coarser dtype of the sides; `short`: of its first rows."""
-        key = (model is self.pair.source, row.megatron, layer, short)
+        key = (model is self.pair.source, instance.key, short)
         if key not in self.known:
-            self.known[key] = self._prints(model, row, layer, short)
+            self.known[key] = self._prints(model, instance, short)
         return self.known[key]
 
-    def _prints(self, model: Model, row: ParamMapping, layer: int | None, short: bool) -> list[Prints]:
-        scratch = Scratch()
+    def _prints(self, model: Model, instance: Instance, short: bool) -> list[Prints]:
+        scratch, row = Scratch(), instance.row
         rows: list[list[Tensor]] = [[] for _ in row.hf]
         columns: list[Tensor | None] = [None for _ in row.hf]
-        chunks = self.pair.chunks(row, layer)
+        chunks = self.pair.chunks(instance)
         for units in islice(chunks, 1) if short else chunks:
             scratch.reset()
             starts = [start for start, _ in row.op.hf_rows(*units, self.pair.config)]
-            tensors = read_hf(model, row, layer, units, self.pair.config, self.files, scratch)
+            tensors = read_hf(model, instance, units, self.pair.config, self.files, scratch)
             for index, (tensor, start) in enumerate(zip(tensors, starts, strict=True)):
                 step = max(BLOCK_VALUES // tensor.shape[1], 1)
                 for first in range(0, tensor.shape[0], step):
-                    block = self._integers(tensor[first : first + step], row, layer)
+                    block = self._integers(tensor[first : first + step], instance)
                     rows[index].append((block * _numbers(0, block.shape[1])).sum(1))
                     part = (block * _numbers(start + first, block.shape[0]).unsqueeze(1)).sum(0)
                     before = columns[index]
                     columns[index] = part if before is None else before + part
         return [Prints(torch.cat(r), c if c is not None else r[0]) for r, c in zip(rows, columns, strict=True)]
 
-    def _integers(self, tensor: Tensor, row: ParamMapping, layer: int | None) -> Tensor:
-        dtypes = {m.tensors(row, layer)[0].dtype for m in (self.pair.source, self.pair.checkpoint)}
+    def _integers(self, tensor: Tensor, instance: Instance) -> Tensor:
+        dtypes = {m.tensors(instance)[0].dtype for m in (self.pair.source, self.pair.checkpoint)}
         coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         tensor = tensor.to(coarse)
         return tensor.view(INTEGERS[tensor.element_size()]).to(torch.int64)
 
-    def both(self, row: ParamMapping, layer: int | None) -> tuple[list[Prints], list[Prints]]:
-        return self.prints(self.pair.source, row, layer), self.prints(self.pair.checkpoint, row, layer)
+    def both(self, instance: Instance) -> tuple[list[Prints], list[Prints]]:
+        return self.prints(self.pair.source, instance), self.prints(self.pair.checkpoint, instance)
 
 
 def _numbers(start: int, count: int) -> Tensor:
@@ -91,10 +92,10 @@ def explain(pair: Pair, exact: Exact) -> tuple[list[str], list[str]]:
         layers = sorted({d.layer for d in exact.differences if d.layer is not None})
         found = _layers(examiner, exact, layers)
         examined = {None, *layers[:MAX_LAYERS]}
-        groups: dict[tuple[str, int | None], list[Difference]] = defaultdict(list)
+        groups: dict[Key, list[Difference]] = defaultdict(list)
         for difference in exact.differences:
             if difference.layer in examined:
-                groups[difference.mapping.megatron, difference.layer].append(difference)
+                groups[difference.instance.key].append(difference)
         for group in groups.values():
             _explain(examiner, group)
     finally:
@@ -104,25 +105,26 @@ def explain(pair: Pair, exact: Exact) -> tuple[list[str], list[str]]:
 
 
 def _explain(examiner: Examiner, group: list[Difference]) -> None:
-    row, layer = group[0].mapping, group[0].layer
+    instance = group[0].instance
+    row = instance.row
     if all(d.values == 1 for d in group):
         for d in group:
             d.cause = _single(d)
         return
-    ours, theirs = examiner.both(row, layer)
+    ours, theirs = examiner.both(instance)
     for d in group:
         a, b = ours[d.index], theirs[d.index]
         if len(row.shape) == 1 and len(row.hf) == 1:  # a norm; the biases of q, k and v have rows as their weights do
-            d.cause = _norm(examiner, row, layer, d)
+            d.cause = _norm(examiner, instance, d)
         else:
             d.cause = _order(examiner, d, a, b) or (_bias(examiner, d, b) if len(row.shape) == 1 else None)
     if len(row.hf) > 1 and not all(d.cause for d in group):
         cause = _across(row, ours, theirs)
         for d in group:
             d.cause = d.cause or cause
-    if row.megatron == "lm_head" and group[0].cause is None:
-        embedding = next(r for r, _ in examiner.pair.parameters if r.megatron.startswith("embedding."))
-        if torch.equal(theirs[0].rows, examiner.prints(examiner.pair.source, embedding, None)[0].rows):
+    if row.role is Role.HEAD and group[0].cause is None:
+        embedding = next(each for each in examiner.pair.parameters if each.row.role is Role.EMBEDDING)
+        if torch.equal(theirs[0].rows, examiner.prints(examiner.pair.source, embedding)[0].rows):
             group[0].cause = "it is the embedding: a head tied by mistake"
     for d in group:
         if d.cause is None and d.broken == d.values:
@@ -135,20 +137,20 @@ def _single(d: Difference) -> str:
     return "one bit is flipped" if d.bits == 1 else "one value"
 
 
-def _norm(examiner: Examiner, row: ParamMapping, layer: int | None, d: Difference) -> str | None:
-    (tensor,) = read_hf(
-        examiner.pair.checkpoint, row, layer, (0, d.shape[0]), examiner.pair.config, examiner.files, Scratch()
-    )
+def _norm(examiner: Examiner, instance: Instance, d: Difference) -> str | None:
+    row, pair = instance.row, examiner.pair
+    (tensor,) = read_hf(pair.checkpoint, instance, (0, d.shape[0]), pair.config, examiner.files, Scratch())
     if not row.megatron.endswith("bias") and bool((tensor == 1).all()):
         return "all ones: a norm that was never loaded"
     if row.megatron.endswith("bias") and bool((tensor == 0).all()):
         return "all zeros: a norm's bias that was never loaded"
-    mine = examiner.prints(examiner.pair.checkpoint, row, layer)[0]
-    for other, place in examiner.pair.parameters:
-        if len(other.shape) == 1 and (other, place) != (row, layer) and other.megatron[-4:] == row.megatron[-4:]:
-            theirs = examiner.prints(examiner.pair.source, other, place)[0]
+    mine = examiner.prints(pair.checkpoint, instance)[0]
+    for other in pair.parameters:
+        alike = len(other.row.shape) == 1 and other.row.megatron[-4:] == row.megatron[-4:]
+        if alike and other.key != instance.key:
+            theirs = examiner.prints(pair.source, other)[0]
             if torch.equal(mine.rows, theirs.rows):
-                return f"it holds the source's {other.hf[0].format(place)}"
+                return f"it holds the source's {other.hf_names[0]}"
     return None
 
 
@@ -156,11 +158,11 @@ def _bias(examiner: Examiner, d: Difference, found: Prints) -> str | None:
     """Of q, k or v: never loaded, or another layer's."""
     if not found.rows.any():  # the fingerprint of zero, and of nothing else in a row of one value
         return "all zeros: a bias that was never loaded"
-    for row, place in examiner.pair.parameters:
-        if row == d.mapping and place != d.layer:
-            there = examiner.prints(examiner.pair.source, row, place)[d.index]
+    for other in examiner.pair.parameters:
+        if other.row == d.mapping and other.index != d.instance.index:
+            there = examiner.prints(examiner.pair.source, other)[d.index]
             if torch.equal(found.rows, there.rows):
-                return f"it holds the source's {row.hf[d.index].format(place)}"
+                return f"it holds the source's {other.hf_names[d.index]}"
     return None
 
 
@@ -168,7 +170,7 @@ def _order(examiner: Examiner, d: Difference, a: Prints, b: Prints) -> str | Non
     """The same rows or columns in another order."""
     rows = orders.permutation(a.rows, b.rows)
     if rows is not None:
-        qkv = "query_key_value" in d.mapping.megatron
+        qkv = "linear_qkv" in d.mapping.megatron
         heads = orders.heads(rows, examiner.pair.config.head_dim) if qkv else None
         ranks = orders.blocks(rows, _rank_counts(examiner.pair))
         return ranks or heads or orders.blocks(rows, (2, 4, 8)) or orders.shift(rows) or "its rows are in another order"
@@ -186,7 +188,7 @@ def _order(examiner: Examiner, d: Difference, a: Prints, b: Prints) -> str | Non
 
 def _padded_blocks(pair: Pair, d: Difference, a: Prints, b: Prints) -> str | None:
     """As orders.blocks, for a table of which the last rank's part is partly padding."""
-    (stored,) = pair.checkpoint.tensors(d.mapping, d.layer)[:1]
+    (stored,) = pair.checkpoint.tensors(d.instance)[:1]
     common = pair.config.vocab_size
     for count in _rank_counts(pair):
         size = stored.rows // count
@@ -232,10 +234,12 @@ def _layers(examiner: Examiner, exact: Exact, layers: list[int]) -> list[str]:
     for layer in layers[: 4 * MAX_LAYERS]:
         if not by_layer[layer]:
             continue
-        row = min(by_layer[layer], key=lambda d: d.shape[0] * d.shape[1]).mapping
-        mine = examiner.prints(examiner.pair.checkpoint, row, layer, short=True)[0].rows
+        smallest = min(by_layer[layer], key=lambda d: d.shape[0] * d.shape[1]).instance
+        mine = examiner.prints(examiner.pair.checkpoint, smallest, short=True)[0].rows
         for other in range(examiner.pair.config.num_layers):
-            if other != layer and torch.equal(mine, examiner.prints(pair.source, row, other, short=True)[0].rows):
+            there = replace(smallest, index=(other, *smallest.index[1:]))
+            known = there.key in pair.source.placed
+            if other != layer and known and torch.equal(mine, examiner.prints(pair.source, there, short=True)[0].rows):
                 found[layer] = other
                 break
     return [

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from weights_conversion.mapping.parameters import ParamMapping
+from weights_conversion.mapping.parameters import Instance, ParamMapping
 
 BLOCK_VALUES = 1 << 20  # values that are compared one by one at a time: they need a few float32 copies
 # Of values in a wider type, the part that no narrower type holds: 7/8 for float16 and bfloat16, nearly all for float32.
@@ -22,9 +22,8 @@ class Difference:
     """What differs in one tensor of the HF model. Counts are of values; `row` and `column` are the largest error's."""
 
     tensor: str
-    layer: int | None
-    mapping: ParamMapping = field(repr=False)
-    index: int  # which of the mapping's HF tensors
+    instance: Instance = field(repr=False)
+    index: int  # which of its HF tensors
     dtypes: tuple[torch.dtype, torch.dtype]
     shape: tuple[int, int]
     values: int = 0  # that differ, rounding not counted
@@ -40,6 +39,14 @@ class Difference:
     first: tuple[int, int] | None = None
     files: Counter[str] = field(default_factory=Counter)  # checkpoint files that hold values that differ
     cause: str | None = None
+
+    @property
+    def layer(self) -> int | None:
+        return self.instance.layer
+
+    @property
+    def mapping(self) -> ParamMapping:
+        return self.instance.row
 
     def add(self, other: Difference) -> None:
         """Joins what another chunk of the same tensor found."""

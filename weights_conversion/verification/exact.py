@@ -17,7 +17,7 @@ from weights_conversion.engine.streams import Scratch, Source
 from weights_conversion.layouts.plan import Plan, Step
 from weights_conversion.mapping.dialects import HF, MEGATRON_LLM, META
 from weights_conversion.mapping.ops import Context, Op
-from weights_conversion.mapping.parameters import ParamMapping
+from weights_conversion.mapping.parameters import Instance, ParamMapping
 from weights_conversion.verification.differences import (
     BLOCK_VALUES,
     Difference,
@@ -41,20 +41,21 @@ class Pair:
     config: ModelConfig
 
     @property
-    def parameters(self) -> list[tuple[ParamMapping, int | None]]:
+    def parameters(self) -> list[Instance]:
         return list(FAMILIES[self.config.family].instances(self.config))
 
     def units(self, row: ParamMapping) -> int:
         return row.op.units(row.megatron_shape(self.config)[0], self.config)
 
-    def chunks(self, row: ParamMapping, layer: int | None) -> Iterator[tuple[int, int]]:
+    def chunks(self, instance: Instance) -> Iterator[tuple[int, int]]:
         """Ranges of units that take at most CHUNK_BYTES (or are one unit) on either side."""
+        row = instance.row
         units = self.units(row)
         values = 1
         for size in row.megatron_shape(self.config):
             values *= size
         width = max(
-            placed.dtype.itemsize for model in (self.source, self.checkpoint) for placed in model.tensors(row, layer)
+            placed.dtype.itemsize for model in (self.source, self.checkpoint) for placed in model.tensors(instance)
         )
         step = max(CHUNK_BYTES * units // (values * width), 1)
         yield from ((start, min(start + step, units)) for start in range(0, units, step))
@@ -67,22 +68,22 @@ def pair(source: Model, checkpoint: Model) -> Pair:
 
 
 def read_hf(
-    model: Model, row: ParamMapping, layer: int | None, units: tuple[int, int], config: ModelConfig, files: Source,
-    scratch: Scratch,
-) -> list[Tensor]:  # fmt: skip
+    model: Model, instance: Instance, units: tuple[int, int], config: ModelConfig, files: Source, scratch: Scratch
+) -> list[Tensor]:
     """HF's tensors of some units of a parameter, whatever the side's dialect."""
-    placed, ranges = model.tensors(row, layer), stored_ranges(model, row, layer, units, config)
+    placed, ranges = model.tensors(instance), stored_ranges(model, instance, units, config)
     placed = placed * len(ranges) if model.dialect.megatron else placed
     tensors = [read_rows(one, rows, files, scratch) for one, rows in zip(placed, ranges, strict=True)]
-    return as_huggingface(model, row.op, units[1] - units[0], tensors, config, scratch)
+    return as_huggingface(model, instance.row.op, units[1] - units[0], tensors, config, scratch)
 
 
 def stored_ranges(
-    model: Model, row: ParamMapping, layer: int | None, units: tuple[int, int], config: ModelConfig
+    model: Model, instance: Instance, units: tuple[int, int], config: ModelConfig
 ) -> tuple[tuple[int, int], ...]:
+    row = instance.row
     if not model.dialect.megatron:
         return row.op.hf_rows(*units, config)
-    rows = row.megatron_shape(config)[0] if row.pads_vocabulary else model.tensors(row, layer)[0].rows
+    rows = row.megatron_shape(config)[0] if row.pads_vocabulary else model.tensors(instance)[0].rows
     return row.op.megatron_rows(*units, rows, Context.of(config, model.dialect))
 
 
@@ -97,23 +98,22 @@ def as_huggingface(
     return tensors
 
 
-def stored_rows(
-    model: Model, row: ParamMapping, layer: int | None, units: tuple[int, int], config: ModelConfig
-) -> list[Tensor]:
+def stored_rows(model: Model, instance: Instance, units: tuple[int, int], config: ModelConfig) -> list[Tensor]:
     """For each HF tensor of these units: the row of the stored tensor that each of its rows comes from."""
-    ranges = stored_ranges(model, row, layer, units, config)
+    ranges = stored_ranges(model, instance, units, config)
     numbers = [torch.arange(*rows).unsqueeze(1) for rows in ranges]
-    return [rows[:, 0] for rows in as_huggingface(model, row.op, units[1] - units[0], numbers, config, Scratch())]
+    op, count = instance.row.op, units[1] - units[0]
+    return [rows[:, 0] for rows in as_huggingface(model, op, count, numbers, config, Scratch())]
 
 
 def compare(pair: Pair, workers: int) -> Exact:
     """Compares every tensor on `workers` threads. Memory: a few chunks for each of them."""
     result, files = Exact(), Source()
-    work = [(row, layer, units) for row, layer in pair.parameters for units in pair.chunks(row, layer)]
+    work = [(instance, units) for instance in pair.parameters for units in pair.chunks(instance)]
     found: dict[str, Difference] = {}
     lock, local = threading.Lock(), threading.local()
 
-    def one(item: tuple[ParamMapping, int | None, tuple[int, int]]) -> None:
+    def one(item: tuple[Instance, tuple[int, int]]) -> None:
         scratches = getattr(local, "scratches", None)
         if scratches is None:
             scratches = local.scratches = (Scratch(), Scratch())
@@ -144,7 +144,7 @@ def compare(pair: Pair, workers: int) -> Exact:
     finally:
         torch.set_num_threads(threads)
         files.close()
-    order = [name.format(layer) for row, layer in pair.parameters for name in row.hf]
+    order = [name for instance in pair.parameters for name in instance.hf_names]
     result.tensors = len(order)
     for name in order:
         if name in found:
@@ -155,39 +155,42 @@ def compare(pair: Pair, workers: int) -> Exact:
 
 
 def _whole_shape(pair: Pair, difference: Difference) -> tuple[int, int]:
-    shape = difference.mapping.hf_shapes(pair.config)[difference.index]
+    shape = difference.instance.row.hf_shapes(pair.config)[difference.index]
     return shape[0], shape[1] if len(shape) > 1 else 1
 
 
 def _copies(pair: Pair, model: Model, files: Source) -> list[str]:
     """Parameters whose copies on several ranks differ, and tied heads that differ from the embedding."""
-    steps = [Step(row, layer, model.placed[row.megatron, layer], (), 0)
-             for row, layer in pair.parameters if (row.megatron, layer) in model.placed]  # fmt: skip
+    steps = [
+        Step(instance, model.placed[instance.key], (), 0)
+        for instance in pair.parameters
+        if instance.key in model.placed
+    ]
     plan = Plan(model.config, model.dialect, model.dialect, tuple(steps), {})
     return [sentence.split("; --allow-inconsistent")[0] for sentence in inconsistencies(plan, files)]
 
 
 def _compare_chunk(
-    pair: Pair, row: ParamMapping, layer: int | None, units: tuple[int, int], files: Source,
-    scratches: tuple[Scratch, Scratch],
+    pair: Pair, instance: Instance, units: tuple[int, int], files: Source, scratches: tuple[Scratch, Scratch]
 ) -> Iterator[tuple[Difference, tuple[int, int]]]:  # fmt: skip
+    row = instance.row
     for scratch in scratches:
         scratch.reset()
-    ours = read_hf(pair.source, row, layer, units, pair.config, files, scratches[0])
-    theirs = read_hf(pair.checkpoint, row, layer, units, pair.config, files, scratches[1])
+    ours = read_hf(pair.source, instance, units, pair.config, files, scratches[0])
+    theirs = read_hf(pair.checkpoint, instance, units, pair.config, files, scratches[1])
     starts = [start for start, _ in row.op.hf_rows(*units, pair.config)]
     where: list[Tensor] | None = None
     for index, (a, b, start) in enumerate(zip(ours, theirs, starts, strict=True)):
         shape = (a.shape[0], a.shape[1])
-        found = Difference(row.hf[index].format(layer), layer, row, index, (a.dtype, b.dtype), shape)
+        found = Difference(instance.hf_names[index], instance, index, (a.dtype, b.dtype), shape)
         if same_bits(a, b):
             bad = not is_finite(a)
             nonfinite = (count_nonfinite(a), count_nonfinite(b)) if bad else (0, 0)
         else:
             nonfinite = (0, 0) if is_finite(a) and is_finite(b) else (count_nonfinite(a), count_nonfinite(b))
             if where is None:
-                where = stored_rows(pair.checkpoint, row, layer, units, pair.config)
-            placed = pair.checkpoint.tensors(row, layer)
+                where = stored_rows(pair.checkpoint, instance, units, pair.config)
+            placed = pair.checkpoint.tensors(instance)
             one = placed[0] if pair.checkpoint.dialect.megatron else placed[index]
             step = max(BLOCK_VALUES // a.shape[1], 1)
             for first in range(0, a.shape[0], step):

@@ -21,10 +21,10 @@ def check_padding(pair: Pair, model: Model) -> tuple[list[str], list[str]]:
     problems, notes = [], []
     files, scratch = Source(), Scratch()
     try:
-        for row, layer in pair.parameters:
-            if not (model.dialect.megatron and row.pads_vocabulary and (row.megatron, layer) in model.placed):
+        for instance in pair.parameters:
+            if not (model.dialect.megatron and instance.row.pads_vocabulary and instance.key in model.placed):
                 continue
-            (placed,) = model.placed[row.megatron, layer]
+            (placed,) = model.placed[instance.key]
             common = pair.config.vocab_size
             if placed.rows == common:
                 continue

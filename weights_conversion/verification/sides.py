@@ -16,15 +16,13 @@ from weights_conversion.configs import core_args, hf_config, manifest, megatron_
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, meta
 from weights_conversion.formats.iterations import MODEL_FILES
-from weights_conversion.layouts.placement import Placed, main_dtype
+from weights_conversion.layouts.placement import Key, Placed, main_dtype
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
-from weights_conversion.mapping.parameters import ParamMapping
+from weights_conversion.mapping.parameters import Instance
 from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
 from weights_conversion.sources.detect import Kind, detect
 from weights_conversion.sources.families import decide_family, read_features
 from weights_conversion.sources.locate import in_huggingface, locate
-
-Key = tuple[str, int | None]  # ParamMapping.megatron, layer
 
 # Fields that decide the shapes: models that differ here have no tensors in common.
 SHAPE_FIELDS = (
@@ -80,11 +78,11 @@ class Model:
     def dtype(self) -> torch.dtype:
         return main_dtype([placed for group in self.placed.values() for placed in group])
 
-    def tensors(self, row: ParamMapping, layer: int | None) -> tuple[Placed, ...]:
+    def tensors(self, instance: Instance) -> tuple[Placed, ...]:
         """The placed tensors of a parameter; a tied head is the embedding."""
-        if (row.megatron, layer) in self.placed:
-            return self.placed[row.megatron, layer]
-        return self.placed["embedding.word_embeddings.weight", None]
+        if instance.key in self.placed:
+            return self.placed[instance.key]
+        return self.placed[FAMILIES[self.config.family].embedding.key]
 
     def file_name(self, file: str) -> str:
         """Short: below the checkpoint's folder, and a rank's folder instead of its only file."""

@@ -21,10 +21,10 @@ from weights_conversion.engine.streams import Scratch, Source
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
-from weights_conversion.layouts.placement import Placed, TensorRef
+from weights_conversion.layouts.placement import Key, Placed, Rank, TensorRef
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.verification.forward import Weights
-from weights_conversion.verification.sides import Key, Model
+from weights_conversion.verification.sides import Model
 from weights_conversion.verification.whole import dist_weights, huggingface_weights
 
 BY_ROWS = ("word_embeddings.weight", "word_embeddings_for_head.weight", "lm_head", "output_layer.weight",
@@ -100,7 +100,7 @@ class RankReader:
         found = []
         order = self.order if name.endswith(self.only) else range(parallel.tensor)
         for rank in order:
-            tensors = self.files.ranks[rank, stage]
+            tensors = self.files.ranks[Rank(rank, stage)]
             ref = tensors.get(f"{key}.{name}") or tensors.get(f"{key}.{self.files.dialect.other_spelling(name)}")
             if ref is None:
                 raise ConversionError(f"rank {rank} of stage {stage} of {self.files.folder} has no {key}.{name}")
@@ -115,7 +115,7 @@ class RankReader:
         """
         held: set[tuple[int, int, int]] = set()
         for stage in range(self.files.parallel.pipeline):
-            for name in self.files.ranks[0, stage]:
+            for name in self.files.ranks[Rank(0, stage)]:
                 if match := re.match(r"model(\d*)\..*?\blayers\.(\d+)\.", name):
                     held.add((int(match[1] or 0), stage, int(match[2])))
         return sorted(held)
@@ -158,11 +158,11 @@ def weights_of(
         return huggingface_weights(model.path)
     placed: dict[str, Placed] = {}
     vectors = set()
-    for row, layer in FAMILIES[model.config.family].instances(model.config):
-        for name, tensor in zip(row.hf, model.placed[row.megatron, layer], strict=True):
-            spelled = model.dialect.spell(name).format(layer)
+    for instance in FAMILIES[model.config.family].instances(model.config):
+        for name, tensor in zip(instance.row.hf, model.placed[instance.key], strict=True):
+            spelled = instance.hf(model.dialect.spell(name))
             placed[spelled] = tensor
-            if len(row.shape) == 1:
+            if len(instance.row.shape) == 1:
                 vectors.add(spelled)
     return PlacedReader(placed, frozenset(vectors), source)
 
@@ -179,10 +179,11 @@ def keys_of(model: Model) -> dict[str, Key]:
     """Stored name -> the parameter that it is (a part of)."""
     config, dialect = model.config, model.dialect
     found: dict[str, Key] = {}
-    for row, layer in FAMILIES[config.family].instances(config):
-        for name in (row.megatron,) if model.dialect.megatron else row.hf:
-            spelled = dialect.spell(name).format(layer)
-            found[dialect.rank_name(spelled) if model.dialect.megatron else spelled] = (row.megatron, layer)
+    for instance in FAMILIES[config.family].instances(config):
+        if dialect.megatron:
+            found[dialect.rank_name(instance.megatron(dialect.spell(instance.row.megatron)))] = instance.key
+        else:
+            found |= {instance.hf(dialect.spell(name)): instance.key for name in instance.row.hf}
     return found
 
 
