@@ -167,8 +167,8 @@ def test_a_fault_in_the_converters_reading_of_torch_dist_is_seen(
 ) -> None:
     checkpoint, blocks = imported("llama2", "--target", "megatron-core"), locate_dist._Parts.blocks
 
-    def exchanged(self: Any, key: str, layer: int | None, first: int) -> Any:
-        return blocks(self, key, {0: 1, 1: 0}.get(layer, layer) if "linear_proj" in key else layer, first)
+    def exchanged(self: Any, key: str, lead: Any, first: int) -> Any:
+        return blocks(self, key, {(0,): (1,), (1,): (0,)}.get(lead, lead) if "linear_proj" in key else lead, first)
 
     monkeypatch.setattr(locate_dist._Parts, "blocks", exchanged)
     model = ("--input_dir", checkpoint, "--output_dir", tmp_path / "out", "--model", "llama2")
