@@ -73,10 +73,7 @@ def proof(source: Path, model: str, **settings: Any) -> Callable[[Path], str]:
 
 
 def build_parser() -> arguments.Parser:
-    parser = arguments.Parser(
-        prog="python -m weights_conversion.verify",
-        description=__doc__
-    )
+    parser = arguments.Parser(prog="python -m weights_conversion.verify", description=__doc__)
     parser.add_argument("source", type=arguments.path, metavar="SOURCE", help="the checkpoint that is taken as right")
     parser.add_argument(
         "checkpoint", type=arguments.path, metavar="CHECKPOINT", help="the checkpoint that is to be proven"
