@@ -164,11 +164,11 @@ def parallelism(args: Mapping[str, Any], files: Mapping[Rank, Path], folder: Pat
             "rank's file was written over another's in training; save with --ckpt-format torch_dist"
         )
         cut = tensor
-    parallel = Parallelism(tensor, pipeline, virtual, expert, None if cut == tensor else cut)
+    parallel = Parallelism(tensor, pipeline, virtual, expert=expert, expert_tensor=None if cut == tensor else cut)
     wanted, there = _count(parallel), 0
     if wanted > pipeline * _MOST_RANKS:
         problems.append(f"{folder} holds {len(files)} rank folders; its args say {parallel}, which are {wanted}")
-        return Parallelism(found[0], found[1], 1, found[2])
+        return Parallelism(found[0], found[1], expert=found[2])
     for rank, path in sorted(files.items()):
         if rank.tensor >= tensor or rank.pipeline >= pipeline or rank.expert >= expert:
             problems.append(f"{path.parent} is too many: its args say {parallel}")
