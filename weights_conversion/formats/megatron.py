@@ -102,9 +102,7 @@ def open_rank_files(folder: Path, iteration: int | str, weights: str = "model") 
         problems += strays(of_ranks, {rank: files[numbers] for rank, numbers in where.items()}, parallel)
     if problems:
         raise ConversionError(*problems)
-    ranks = {
-        rank: _model_tensors(opened[numbers], parallel, weights, args[first]) for rank, numbers in where.items()
-    }
+    ranks = {rank: _model_tensors(opened[numbers], parallel, weights, args[first]) for rank, numbers in where.items()}
     core = any(".decoder." in f".{name}" for tensors in ranks.values() for name in tensors)
     lost = left_out(opened[first].content["args"], args[first])
     if core:
