@@ -32,7 +32,7 @@ def open_standard_streams() -> None:
 def log_to_stderr() -> None:
     """Logs of this process go to stderr, a line each; the client libraries' own are left out unless they warn."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    handler.setFormatter(_OneLine("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.raiseExceptions = False  # a log that nobody can read is no reason to say so there
     for name in ("httpx", "httpx2", "huggingface_hub", "urllib3"):
@@ -69,7 +69,8 @@ def printable(text: str, stream: TextIO) -> str:
 
 
 class _OneLine(logging.Formatter):
-    """A record on a line of its own, whatever is in it."""
+    """A record on a line of its own, whatever is in it; a warning says that it is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(one_line(super().format(record)), sys.stderr)
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return printable(one_line(kind + super().format(record)), sys.stderr)

@@ -87,6 +87,15 @@ def _named(value: Any) -> str:
 _SHORT = _Short()
 
 
+def size(nbytes: float) -> str:
+    """Bytes for people: three digits and a unit."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            count = nbytes / scale
+            return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
 def short(value: Any) -> str:
     """A foreign value's repr, in bounded time and length, however its parts are shared or nested."""
     return _SHORT.repr(value)

@@ -23,6 +23,7 @@ from weights_conversion.layouts.placement import main_dtype
 from weights_conversion.layouts.planners import plan_to_hf
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
 from weights_conversion.output import place
+from weights_conversion.sources import described
 from weights_conversion.sources.checkpoint import OpenedCheckpoint, megatron_root, open_checkpoint, trained_from
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating, locate
@@ -71,13 +72,15 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
     report.notes += source_sums.checked(opened.files.folder, options)
+    stored = main_dtype([placed for group in sources.values() for placed in group])
+    report.reads(opened.root, f"{config.family}, {described.of_megatron(opened.root, opened.files)}", stored)
     if options.weights == "master":
         report.notes.append("weights    the optimizer's float32 weights (--weights master), not the model's own")
     files: dict[str, bytes | Path] = {}
     if len(targets) > 1:
         files["model.safetensors.index.json"] = huggingface.Index(targets).text().encode()
 
-    written_dtype = dtype or main_dtype([placed for group in sources.values() for placed in group])
+    written_dtype = dtype or stored
     if dtype is not None and options.dtype not in DTYPES:
         report.notes.append(f"dtype      {dtype}, as trained; the checkpoint holds the optimizer's own (--dtype)")
     base = (opened.manifest or {}).get("config") or (dict(reference.config) if reference else {})
@@ -102,9 +105,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     if generation or not base:
         files["generation_config.json"] = _json(generation or _default_generation(exported))
     report.notes += _differences(base, exported)
-    report.notes.append(
-        "values     " + ", ".join(f"{name} {origin}" for name, origin in sorted(opened.origins.items()))
-    )
+    report.notes.append(f"values     {described.values(opened.origins)}")
     prove = proof(
         opened.root, config.family, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
         source_iters=opened.load_iters, fields=options.fields, true_vocab_size=config.vocab_size,

@@ -97,6 +97,9 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
     if opened.iteration is not None:
         report.notes += source_sums.checked(opened.iteration, options)
+    at = f"; {opened.repository} at {opened.revision}" if opened.repository and not opened.dialect.megatron else ""
+    stored = main_dtype([placed for group in sources.values() for placed in group])
+    report.reads(opened.folder, f"{options.model}, {opened.what}", stored, at)
     report.ignored = [name for name in opened.tensors if is_buffer(name)]
     files, notes = carried(opened.tokenizer)
     report.notes += notes

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from weights_conversion.text import size
+
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0
@@ -44,6 +46,7 @@ def bar(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
             state["said"] = now
             rate = max(state["bytes"] - done, 1) / (now - started)
             left = (total - state["bytes"]) / rate
-            logger.info("%.1f of %.1f GB, %.2f GB/s, %.0f s left", state["bytes"] / 1e9, total / 1e9, rate / 1e9, left)
+            done_of = f"{size(state['bytes'])} of {size(total)}"
+            logger.info("%s, %.2f GB/s, %.0f s left", done_of, rate / 1e9, left)
 
     yield advance

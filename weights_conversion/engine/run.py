@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from weights_conversion.engine.prediction import predictions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.streams import Source, Target
 from weights_conversion.errors import ConversionError
-from weights_conversion.launch import distributed
+from weights_conversion.launch import distributed, signals
 from weights_conversion.layouts.placement import Written
 from weights_conversion.layouts.plan import Chunk
 from weights_conversion.output import finished, finishing, place, space
+from weights_conversion.text import size
 
 BASE_BYTES = 300 << 20  # an interpreter that has imported torch
 
@@ -43,6 +45,8 @@ def run(job: Job, options: RunOptions) -> Report:
     if ranks.size > 1:
         hosts = f"{ranks.hosts} host{'s' * (ranks.hosts > 1)}"
         report.notes.append(f"{ranks.size} ranks on {hosts} share the work; the memory is that of each")
+    if ranks.rank == 0:
+        report.warn()
     if _is_complete(job, options, run_digest):
         return report
     problems = _lacking(job, needed, peak)
@@ -55,6 +59,9 @@ def run(job: Job, options: RunOptions) -> Report:
             if differences and not options.allow_inconsistent:
                 raise ConversionError(*differences)
             report.warnings += differences
+            report.warn()
+            if not options.dry_run:
+                report.begin()
         if options.dry_run:
             report.notes += predictions(needed, options)
             if problems:
@@ -108,12 +115,13 @@ def _write(
     started = time.monotonic()
     ranks = distributed.current()
     output = start.lay_out(job, ranks, run_digest, len(chunks), options.overwrite)
+    before = needed if output.hold.complete else sum(w.length for writes in output.done.values() for w in writes)
     try:
         _convert(job, options, chunks, source, output, needed)
     finally:
         output.hold.close()
     if ranks.rank == 0:
-        job.report.finished(needed, time.monotonic() - started)
+        job.report.finished(needed - before, time.monotonic() - started)
 
 
 def _convert(
@@ -125,10 +133,18 @@ def _convert(
     remaining = [(number, chunk) for number, chunk in enumerate(chunks) if number not in done]
     mine = sharing.share(remaining, [chunk.nbytes for _, chunk in remaining], ranks.size)[ranks.rank]
     target = Target(output.hold.shown, output.offsets, folder=output.hold.checkpoint)
-    before = sum(w.length for writes in done.values() for w in writes)
+    before = counted = sum(w.length for writes in done.values() for w in writes)
     try:
         with progress.bar(needed, before) if ranks.rank == 0 else contextlib.nullcontext(lambda _: None) as advance:
-            ranks.shows(advance)
+
+            def show(count: int) -> None:
+                nonlocal counted
+                counted += count
+                advance(count)
+
+            ranks.shows(show)
+            if ranks.rank == 0:
+                signals.leaves(lambda: _left_behind(output.hold.path, counted, needed))
 
             def finished(number: int, _: object, written: list[Written]) -> None:
                 done[number] = written
@@ -158,7 +174,13 @@ def _convert(
         output.hold, job.targets, output.offsets, written, job.files, job.last, options.overwrite,
         options.workers if options.checksums else 0, _proof(job) if options.verify else None, stands,
     )  # fmt: skip
+    signals.leaves(str)
     ranks.tell("finished")
+
+
+def _left_behind(partial: Path, done: int, needed: int) -> str:
+    drop = shlex.join(["rm", "-r", str(partial)])
+    return f"; {partial} takes the space of all {size(needed)}, of which {size(done)} are done; to drop it: {drop}"
 
 
 def _proof(job: Job) -> Callable[[Path], None]:

@@ -21,6 +21,7 @@ from weights_conversion.hub.checking import Cached, Checker, check, stated_by
 from weights_conversion.hub.choice import MAX_SMALL_BYTES, choices, few, with_shards
 from weights_conversion.hub.errors import explain, masked
 from weights_conversion.hub.fetching import TIMEOUTS, download, patiently
+from weights_conversion.text import size
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -217,10 +218,10 @@ def _check_listing(sizes: dict[str, int | None], repository: str, revision: str,
         raise ConversionError(f"{at} no config.json, which its weights need: name another with --model-path.")
     if not any(name in sizes for name in SMALL_FILES):
         raise ConversionError(f"{at} neither tokenizer files nor a config.json: name another with --model-path.")
-    for name, size in sizes.items():
-        if (name in SMALL_FILES or name.endswith(".index.json")) and (size or 0) > MAX_SMALL_BYTES:
+    for name, stated in sizes.items():
+        if (name in SMALL_FILES or name.endswith(".index.json")) and (stated or 0) > MAX_SMALL_BYTES:
             raise ConversionError(
-                f"{at} a {name} of {size} bytes, which it cannot need: name another with --model-path."
+                f"{at} a {name} of {stated} bytes, which it cannot need: name another with --model-path."
             )
 
 
@@ -247,11 +248,11 @@ def _check_space(info: ModelInfo, files: list[str], folder: Path, repository: st
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConversionError(
-            f"Repository {repository} needs {needed / 1e9:.2f} GB more in the cache {folder.parents[2]}, which has "
-            f"{free / 1e9:.2f} GB free: free some, or name another place with --cache-dir or HF_HOME."
+            f"Repository {repository} needs {size(needed)} more in the cache {folder.parents[2]}, which has "
+            f"{size(free)} free: free some, or name another place with --cache-dir or HF_HOME."
         )
     if needed:
-        logger.info("Fetching %.2f GB of %s at %s", needed / 1e9, repository, info.sha)
+        logger.info("fetching %s of %s at %s", size(needed), repository, info.sha)
 
 
 # Without a network

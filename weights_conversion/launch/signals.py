@@ -27,6 +27,7 @@ class Terminated(BaseException):
 STUCK_SECONDS = 12.0  # after a signal, in which a read or write may still come back
 
 
+_left: Callable[[], str] = str  # what an interrupted run leaves, as the end of its sentence
 _begun = False  # whether `Signals` has been entered in this process
 
 
@@ -42,9 +43,15 @@ def begin() -> None:
             signal.signal(number, _outside)
 
 
+def leaves(what: Callable[[], str]) -> None:
+    """From now on a signal's sentence ends with `what`, which may not touch the disk: it may be what hangs."""
+    global _left
+    _left = what
+
+
 def stopped(code: int) -> int:
-    """Says that a signal has ended the run, whose exit code is `code`."""
-    saying.say(STOPPED[code])
+    """Says that a signal has ended the run, whose exit code is `code`, and what it leaves."""
+    saying.say(STOPPED[code] + _left())
     return code
 
 
@@ -72,6 +79,7 @@ class Signals:
 
     def __enter__(self) -> None:
         global _begun
+        leaves(str)
         if threading.current_thread() is not threading.main_thread():
             return
         _begun = True

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.output import place
+from weights_conversion.text import size
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -19,7 +20,7 @@ def check_space(out: Path, needed: int) -> None:
         raise ConversionError(f"{folder} is not writable; name another place for {out.name}")
     if needed > (free := free_space(out)):
         raise ConversionError(
-            f"{out} needs {needed / 1e9:.3f} GB, but its filesystem has {free / 1e9:.3f} GB free; "
+            f"{out} needs {size(needed)}, but its filesystem has {size(free)} free; "
             "free some space, or name a place elsewhere"
         )
 

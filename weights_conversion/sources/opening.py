@@ -18,6 +18,7 @@ from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
+from weights_conversion.sources import described
 from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.locate import in_huggingface, locate
@@ -49,6 +50,7 @@ class Opened:
     warnings: tuple[str, ...] = ()
     load_iters: int | str | None = None  # of a Megatron source: the iteration, where the user or the path named one
     iteration: Path | None = None  # its folder
+    what: str = ""  # kind and layout, for the report
 
 
 def open_source(
@@ -131,6 +133,7 @@ def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
         folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
         raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
         notes=(*notes, *links([folder / "config.json", *([generation] if generation.is_file() else [])])),
+        what=described.of_files(HF.name, tensors.values()),
     )  # fmt: skip
 
 
@@ -140,6 +143,7 @@ def open_meta(model: str, folder: Path) -> Opened:
     return Opened(
         folder, META, config, lambda architecture: in_huggingface(architecture, config, tensors, META),
         tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
+        what=described.of_files(META.name, tensors.values()),
     )  # fmt: skip
 
 
@@ -180,5 +184,5 @@ def open_megatron(
         said.get("generation_config"), said.get("repository"), said.get("revision"), known, tokenizer, kept,
         opened.files.vocabulary, assumed, notes=opened.notes,
         warnings=(*opened.warnings, *said_of_it),
-        load_iters=opened.load_iters, iteration=opened.files.folder,
+        load_iters=opened.load_iters, iteration=opened.files.folder, what=described.of_megatron(root, opened.files),
     )  # fmt: skip

@@ -1,0 +1,39 @@
+"""What a checkpoint is, in the few words with which a report begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from weights_conversion.formats.iterations import iterations, named, number_of
+from weights_conversion.formats.megatron import RankFiles
+from weights_conversion.formats.torch_dist import DistCheckpoint
+from weights_conversion.layouts.placement import Placed
+
+
+def of_files(kind: str, tensors: Iterable[Placed]) -> str:
+    """A Hugging Face or Meta folder: its kind, and how many files hold its weights."""
+    files = len({block.ref.file for placed in tensors for copy in placed.copies for block in copy})
+    return f"{kind}, {files} file{'s' * (files > 1)}"
+
+
+def of_megatron(root: Path, files: RankFiles | DistCheckpoint) -> str:
+    """A Megatron checkpoint: whose, its layout, and which of its iterations is read."""
+    layout = str(files.parallel) if isinstance(files, RankFiles) else "torch_dist"
+    which = "release" if files.iteration == "release" else f"iteration {files.iteration}"
+    there = [str(number_of(name)) for name in iterations(root)]
+    return f"{files.dialect.name}, {layout}, {which}" + (f" (there are {named(there)})" if len(there) > 1 else "")
+
+
+def values(origins: Mapping[str, str]) -> str:
+    """Where each value of a model comes from: most of them as a number, the others by name."""
+    by_origin: dict[str, list[str]] = {}
+    for name, origin in sorted(origins.items()):
+        by_origin.setdefault(origin, []).append(name)
+    first, *others = sorted(by_origin, key=lambda origin: -len(by_origin[origin]))
+    said = [f"{len(by_origin[first])} from {_FROM.get(first, first)}"]
+    said += [f"from {_FROM.get(origin, origin)}: {', '.join(by_origin[origin])}" for origin in others]
+    return "; ".join(said)
+
+
+_FROM = {"manifest": "the manifest", "args": "the args", "family": "the family's defaults", "flag": "flags"}
