@@ -80,4 +80,4 @@ def test_guesses_stay_guesses(sources, to_megatron, to_hf, tmp_path: Path) -> No
     write_checkpoint(lost, read.tensors, {**vars(read.args), **reset, "rope_theta": 10000.0}, "release")
     assert "rope_theta" in to_megatron("mistral", "--model-path", lost, "--out", again).succeeded().out
     found = to_hf("--input_dir", again, "--output_dir", tmp_path / "hf", "--model", "mistral", "--no_tokenizer")
-    assert "assumed" in found.succeeded().out
+    assert "assumed" in found.succeeded().text

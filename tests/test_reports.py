@@ -57,7 +57,7 @@ def test_warnings_come_before_the_work_on_stderr(imported, to_hf, tmp_path: Path
     lines = found.err.splitlines()
     warned = next(number for number, line in enumerate(lines) if line.startswith("warning: rope_theta"))
     assert warned < next(number for number, line in enumerate(lines) if line.startswith("reading "))
-    assert "warning" not in found.out
+    assert "\nwarning " not in found.out
     assert any("rope_theta" in warning for warning in json.loads(file.read_text())["warnings"])
 
 
