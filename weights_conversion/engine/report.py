@@ -76,9 +76,7 @@ class Report:
         self.seconds = seconds
         rate = nbytes / max(seconds, 1e-9)
         shown = f"{rate / 1e9:.2f} GB/s" if rate >= 1e7 else f"{size(rate)}/s"
-        self._done = [
-            f"done        {size(nbytes)} in {seconds:.1f} s, {shown}, peak memory {size(memory.peak())}"
-        ]
+        self._done = [f"done        {size(nbytes)} in {seconds:.1f} s, {shown}, peak memory {size(memory.peak())}"]
 
     def json(self) -> dict[str, Any]:
         """For --json; these keys stay."""
