@@ -7,9 +7,11 @@ import importlib
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,16 @@ def imported(
 def tokens() -> torch.Tensor:
     """Token ids below every tiny model's vocabulary, far enough apart in position for rotary angles to matter."""
     return torch.arange(1, 250, 6)
+
+
+@pytest.fixture
+def place(sources: Callable[[str], Path], imported: Callable[..., Path]) -> Iterator[Any]:
+    """A folder that two users share (neighbours.Place); needs root."""
+    from neighbours import MODEL, Place
+
+    top = Path(tempfile.mkdtemp())
+    top.chmod(0o755)
+    try:
+        yield Place(top, sources(MODEL), imported(MODEL))
+    finally:
+        shutil.rmtree(top)

@@ -98,6 +98,9 @@ def remove_tree(name: str, within: int) -> None:
     except FileNotFoundError:
         return
     try:
+        if os.fstat(top).st_mode & 0o700 != 0o700:  # of an earlier output, whose folders were made read-only
+            with contextlib.suppress(OSError):
+                os.fchmod(top, 0o700)
         for entry in os.listdir(top):
             if stat.S_ISDIR(os.stat(entry, dir_fd=top, follow_symlinks=False).st_mode):
                 remove_tree(entry, top)

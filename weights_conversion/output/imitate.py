@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import stat
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +62,18 @@ def _change_owner(handle: int, here: os.stat_result, wanted: os.stat_result) -> 
             return
 
 
-def copy_default_list(old: int, new: int) -> None:
-    """What is made in `new` gets the access list that it would get in `old`."""
+def copy_default_list(old: int | Path, new: int) -> None:
+    """What is made in `new` gets the access list that it would get in `old`, or none."""
     _copy_list(_DEFAULT, old, new)
 
 
-def _copy_list(name: str, old: int, new: int) -> None:
-    """An access list, where the filesystem has them."""
+def _copy_list(name: str, old: int | Path, new: int) -> None:
+    """An access list, where the filesystem has them; `new` loses one that `old` has not."""
     with contextlib.suppress(OSError, AttributeError):
-        os.setxattr(new, name, os.getxattr(old, name))
+        try:
+            entries = os.getxattr(old, name)
+        except OSError as error:
+            if error.errno == errno.ENODATA:
+                os.removexattr(new, name)
+            raise
+        os.setxattr(new, name, entries)

@@ -93,6 +93,11 @@ def replaceable(out: Path, overwrite: bool) -> list[str]:
         )
     if found.files and not overwrite:
         raise is_there(out)
+    if found.files and not os.access(out, os.W_OK | os.X_OK):  # a folder that moves gets another parent, "..", in it
+        raise ConversionError(
+            f"{out} may not be written (its mode is {stat.S_IMODE(out.stat().st_mode):o}), so it stays where it is; "
+            f"`chmod u+w {out}` lets --overwrite replace it, or name another folder"
+        )
     return list(found.files)
 
 
