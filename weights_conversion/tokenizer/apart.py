@@ -1,29 +1,102 @@
-"""Tries in a process of its own what another library may not survive: a broken table of characters aborts it."""
+"""sentencepiece and tokenizers, each asked in a process of its own.
+
+They are written in C++ and Rust, and a file that is broken, or made to break them, may abort the process that gives it
+to them: that must not be the one that converts.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import signal
 import subprocess
 import sys
+from typing import Any
 
 from weights_conversion.errors import ConversionError
 
 _SECONDS = 120.0
-_TRY = """
-import sys
+_PROBE = "a \u00e9\uff21\u3000 b"  # a broken table of characters aborts only where it is used
+# Reads a line of JSON and the file's bytes from stdin; answers in JSON, apart from what the libraries print.
+_ASK = """
+import json, os, sys
 sys.path[:] = sys.argv[1:]
-from tokenizers import Tokenizer
-Tokenizer.from_str(sys.stdin.buffer.read().decode()).encode("a \\u00e9\\uff21\\u3000 b")
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+except (ImportError, OSError, ValueError):
+    pass
+answer = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+asked = json.loads(sys.stdin.buffer.readline())
+content = sys.stdin.buffer.read()
+said = {}
+try:
+    if asked["what"] == "sentencepiece":
+        from sentencepiece import SentencePieceProcessor
+        model = SentencePieceProcessor()
+        model.LoadFromSerializedProto(content)
+        special = {name: getattr(model, name + "_id")() for name in ("bos", "eos", "pad", "unk")}
+        said["pieces"] = [model.id_to_piece(i) for i in range(len(model))]
+        said["special"] = {name: model.id_to_piece(i) if i >= 0 else None for name, i in special.items()}
+        said["ids"] = None if asked["text"] is None else model.encode(asked["text"])
+    else:
+        from tokenizers import Tokenizer
+        model = Tokenizer.from_str(content.decode())
+        if asked["probe"]:
+            model.encode(asked["probe"])
+        said["ids"] = None if asked["text"] is None else model.encode(asked["text"], add_special_tokens=False).ids
+        said["vocab"] = model.get_vocab(with_added_tokens=True)
+except BaseException as error:
+    said = {"error": f"{type(error).__name__}: {error}"}
+json.dump(said, answer)
+answer.close()
+os._exit(0)
 """
 
 
-def check_survives(text: str) -> None:
-    """Raises ConversionError where loading a tokenizer.json's `text` ends the process that does it."""
-    line = [sys.executable, "-c", _TRY, *sys.path]
+@functools.lru_cache(maxsize=2)
+def sentencepiece(content: bytes, text: str | None = None) -> dict[str, Any]:
+    """Of a tokenizer.model's bytes: `pieces`, `special` (bos, eos, pad, unk: a piece or None), and the `ids` of `text`.
+
+    Raises ConversionError with what the library says, or how it ended.
+    """
+    return _ask({"what": "sentencepiece", "text": text}, content)
+
+
+def tokenizers(content: str, text: str | None = None) -> dict[str, Any]:
+    """Of a tokenizer.json: its `vocab` (token to id, added ones too), and the `ids` of `text`, as `sentencepiece`."""
+    probe = _PROBE if '"precompiled_charsmap"' in content else None
+    return _ask({"what": "tokenizers", "text": text, "probe": probe}, content.encode())
+
+
+def _ask(asked: dict[str, Any], content: bytes) -> dict[str, Any]:
+    line = [sys.executable, "-c", _ASK, *sys.path]
     try:
-        done = subprocess.run(line, input=text.encode(), capture_output=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(
+            line, input=json.dumps(asked).encode() + b"\n" + content, capture_output=True, timeout=_SECONDS,
+            check=False, start_new_session=True,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise ConversionError("the tokenizer.json takes too long to load; name another --vocab_file") from error
-    if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        why = said[-1] if said else f"signal {-done.returncode}"
-        raise ConversionError(f"the tokenizer.json cannot be loaded ({why}); name another --vocab_file")
+        raise ConversionError(f"{asked['what']} takes more than {_SECONDS:g} s") from error
+    except OSError as error:
+        raise ConversionError(f"no process can be started for {asked['what']} ({error.strerror})") from error
+    try:
+        said = json.loads(done.stdout)
+    except ValueError as error:
+        raise ConversionError(f"{asked['what']} {_end(done)}") from error
+    if "error" in said:
+        raise ConversionError(said["error"])
+    return said
+
+
+def _end(done: subprocess.CompletedProcess[bytes]) -> str:
+    """How the process ended that has not answered, and the last that it said."""
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    how = f"ended with code {done.returncode}"
+    if done.returncode < 0:
+        try:
+            how = f"was ended by {signal.Signals(-done.returncode).name}"
+        except ValueError:
+            how = f"was ended by signal {-done.returncode}"
+    return f"{how}: {lines[-1]}" if lines else how

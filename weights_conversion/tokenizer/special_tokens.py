@@ -9,6 +9,7 @@ from typing import Any
 
 from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.tokenizer import apart
 from weights_conversion.tokenizer.files import is_tiktoken
 
 KEYS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
@@ -59,8 +60,6 @@ class Extension:
 
 def read_sentencepiece(model_file: Path) -> Vocabulary:
     """The pieces of a tokenizer.model. Raises ConversionError where sentencepiece cannot read it."""
-    import sentencepiece
-
     content = fileio.read_whole(model_file, fileio.MAX_TOKENIZER_BYTES)
     if is_tiktoken(model_file):
         raise ConversionError(
@@ -68,20 +67,13 @@ def read_sentencepiece(model_file: Path) -> Vocabulary:
             "model's tokenizer.json with --vocab_file."
         )
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=content)
-    except (OSError, RuntimeError) as error:
+        found = apart.sentencepiece(content)
+    except ConversionError as error:
         raise ConversionError(
             f"{model_file} is not a sentencepiece model ({error}); give the tokenizer.model of training with "
             "--vocab_file."
         ) from error
-
-    def piece(index: int) -> str | None:
-        return model.id_to_piece(index) if index >= 0 else None
-
-    pieces = tuple(model.id_to_piece(i) for i in range(len(model)))
-    return Vocabulary(
-        pieces, piece(model.bos_id()), piece(model.eos_id()), piece(model.pad_id()), piece(model.unk_id())
-    )
+    return Vocabulary(tuple(found["pieces"]), *(found["special"][name] for name in ("bos", "eos", "pad", "unk")))
 
 
 def added_tokens(vocabulary: Vocabulary, extension: Extension) -> tuple[str, ...]:
