@@ -9,8 +9,9 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import foreign_keys, rope
-from weights_conversion.configs.hf_keys import CONFIG_CLASSES, GENERIC, ConfigClass
+from weights_conversion.configs import features, foreign_keys, hf_falcon, hf_parts, rope
+from weights_conversion.configs.features import class_of
+from weights_conversion.configs.hf_keys import GENERIC
 from weights_conversion.errors import ConversionError
 from weights_conversion.mapping.dialects import Dialect
 
@@ -19,12 +20,10 @@ from weights_conversion.mapping.dialects import Dialect
 LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenizer_class", "_commit_hash")
 
 
+# Features that a target has or has not: the others are parts of these.
+_OF_TARGETS = frozenset({"add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary"})
 # Keys that are read here apart from a class's fields, and say how the weights are stored.
 READ = ("rope_parameters", "rope_scaling", "partial_rotary_factor", "layer_types", "n_head_kv")
-
-
-def class_of(family: str) -> ConfigClass:
-    return CONFIG_CLASSES[FAMILIES[family].hf_class]
 
 
 def keys_of(family: str) -> Mapping[str, tuple[str, ...]]:
@@ -69,36 +68,24 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
     ]
     if problems:
         raise ConversionError(*problems)
-    theta, factor = read_rope(raw, where)
+    theta, factor = read_rope(raw, where, full.get("rope_theta"))
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     if family == "falcon":
-        values |= _falcon(raw, full, heads, hidden)
+        values |= hf_falcon.read(raw, full, heads, hidden)
     else:
         groups, head_dim = full["num_key_value_heads"], full.get("head_dim")
         values["num_query_groups"] = heads if groups is None else groups
         values["head_dim"] = hidden // heads if head_dim is None else head_dim
         values["sliding_window"] = _window(full, where) if FAMILIES[family].windowed else None
-        values |= dict.fromkeys(FAMILIES[family].features, True)
+        values |= dict.fromkeys(features.required(family), True)
+        values |= {name: bool(full.get(key)) for name, key in class_of(family).flags.items()}
+        values |= hf_parts.read(class_of(family), raw, full, values, where)
         values["tie_word_embeddings"] = bool(full["tie_word_embeddings"])
-    scaling = rope.read_scaling(raw, where)
+    scaling = rope.read_scaling(raw, where, latent=class_of(family).latent)
     config = ModelConfig(family=family, rope_theta=theta, rope_scaling_factor=factor, rope_scaling=scaling, **values)
-    check_heads(config, full.get("head_dim") is not None and family != "falcon", where)
+    own_head_dim = (full.get("head_dim") is not None and family != "falcon") or config.mla is not None
+    check_heads(config, own_head_dim, where)
     return config
-
-
-def _falcon(raw: Mapping[str, Any], full: Mapping[str, Any], heads: int, hidden: int) -> dict[str, Any]:
-    """`full` is `raw` with the class's defaults; a config of the first release means what its own code made of it."""
-    grouped = bool(raw.get("new_decoder_architecture", raw.get("model_type") == "RefinedWeb"))  # its name of old
-    kv = full["num_kv_heads"] or full.get("n_head_kv") or heads
-    norms = full["num_ln_in_parallel_attn"]
-    return {
-        "ffn_hidden_size": full["ffn_hidden_size"] or 4 * hidden,
-        "num_query_groups": kv if grouped else 1 if full["multi_query"] else heads,
-        "head_dim": hidden // heads,
-        "max_position_embeddings": full["max_position_embeddings"] or 2048,
-        "num_layernorms": 2 if grouped and norms in (2, None) else 1,
-        "tie_word_embeddings": bool(full["tie_word_embeddings"]),
-    }
 
 
 def _kinds(layer_types: Any) -> set[str]:
@@ -129,8 +116,9 @@ def check_heads(config: ModelConfig, own_head_dim: bool, where: str) -> None:
         problems.append(f"{where}: {heads} attention heads cannot be divided among {groups} key/value heads")
     if not own_head_dim and config.hidden_size % heads:
         problems.append(f"{where}: hidden size {config.hidden_size} cannot be divided among {heads} attention heads")
-    if not problems and config.head_dim % 2:
-        problems.append(f"{where}: heads of {config.head_dim} rows have no rotary pairs; an even number was expected")
+    turning = config.head_dim * config.rotary_percent
+    if not problems and (turning != int(turning) or turning % 2 or not turning):
+        problems.append(f"{where}: heads of {turning:g} rows have no rotary pairs; an even number was expected")
     if problems:
         raise ConversionError(*problems)
 
@@ -144,11 +132,11 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str
         if not (raw.get("parallel_attn", True) or raw.get("new_decoder_architecture", False)):
             found.append("attention before the MLP instead of beside it (parallel_attn false)")
     else:
-        lacking = FAMILIES[family].features.difference(target.features)
+        lacking = features.of(family).intersection(_OF_TARGETS).difference(target.features)
         found += [f"{feature}, which {family} has" for feature in sorted(lacking)]
         if raw.get("tie_word_embeddings") and not target.ties_heads:
             found.append("a head tied to the embedding (tie_word_embeddings)")
-    malformed = []
+    malformed, partial = [], "partial_rotary" not in features.of(family)
     for key in ("rope_parameters", "rope_scaling"):
         stated = raw.get(key) or {}
         if not isinstance(stated, Mapping):
@@ -157,10 +145,10 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str
         kind = stated.get("rope_type", stated.get("type"))
         if kind is not None and kind not in (ropes := [k for k in FAMILIES[family].ropes if k in target.ropes]):
             found.append(f"rope scaling of type {kind!r} (only {', '.join(ropes[1:])})")
-        if (stated.get("partial_rotary_factor") or 1.0) != 1.0:
+        if partial and (stated.get("partial_rotary_factor") or 1.0) != 1.0:
             found.append("rotary embedding on a part of each head (partial_rotary_factor)")
         malformed += rope.contradictions(stated, f"{key} of {where}")
-    if (raw.get("partial_rotary_factor") or 1.0) != 1.0:
+    if partial and (raw.get("partial_rotary_factor") or 1.0) != 1.0:
         found.append("rotary embedding on a part of each head (partial_rotary_factor)")
     sentences = [f"{where} asks for {what}, which {target.name} cannot express" for what in dict.fromkeys(found)]
     return sentences + foreign(family, raw, where) + malformed
@@ -189,7 +177,7 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
     kinds = raw.get("layer_types")
     if kinds is not None and not FAMILIES[family].windowed and _kinds(kinds) - {"full_attention"}:
         problems.append(f"{where} has layer_types {sorted(_kinds(kinds))}, where all layers are full_attention")
-    read = {*known.defaults, *known.plain, *READ, *(key for keys in known.fields.values() for key in keys)}
+    read = {*known.plain, *READ, *(key for key in raw if known.knows(key))}
     return problems + foreign_keys.refusals(raw, read, where, reader)
 
 
@@ -204,8 +192,11 @@ def unread(family: str, raw: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, float]:
-    """(theta, linear scaling factor) in either spelling. Two that disagree are an error, which names `where`."""
+def read_rope(raw: Mapping[str, Any], where: str, default: float | None = None) -> tuple[float, float]:
+    """(theta, linear scaling factor) in either spelling. Two that disagree are an error, which names `where`.
+
+    `default`: the theta of the config class.
+    """
     ropes = [raw.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
     for stated, key in zip(ropes, ("rope_parameters", "rope_scaling"), strict=True):
         if not isinstance(stated, Mapping):
@@ -227,7 +218,7 @@ def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, float]:
             raise ConversionError(f"{where} has two values of {name}, {sorted(set(values))}; remove the wrong one")
         found.append(values[0] if values else None)
     theta, factor = found
-    return float(theta or 10000.0), float(factor or 1.0)
+    return float(theta or default or 10000.0), float(factor or 1.0)
 
 
 def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -236,20 +227,18 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     `dtype` is the name of the written weights' type ("bfloat16"). Rope theta and scaling are written in both
     spellings, since each release ignores the other's.
     """
-    result = _renamed(base) if config.family == "falcon" else dict(base)
+    result = hf_falcon.renamed(base) if config.family == "falcon" else dict(base)
     result = {key: value for key, value in result.items() if key not in LEFT_BEHIND}
     result["architectures"] = [FAMILIES[config.family].hf_class]
     result.setdefault("model_type", FAMILIES[config.family].model_types[0])
     for name, keys in keys_of(config.family).items():
         result |= dict.fromkeys([key for key in keys if key in result] or keys[:1], getattr(config, name))
     if config.family == "falcon":
-        _write_falcon(config, result)
+        hf_falcon.write(config, result)
     else:
         result.setdefault("hidden_act", "silu")
         result["num_key_value_heads"] = config.num_query_groups
-        implied = class_of(config.family).defaults.get("head_dim") is None
-        if "head_dim" in result or not implied or config.head_dim * config.num_attention_heads != config.hidden_size:
-            result["head_dim"] = config.head_dim
+        hf_parts.write(class_of(config.family), config, result)
         result["tie_word_embeddings"] = config.tie_word_embeddings
         if FAMILIES[config.family].windowed:
             result.pop("layer_types", None)  # the window of before, should training have dropped it
@@ -257,34 +246,10 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     linear = config.rope_scaling_factor != 1.0
     kind = {"rope_type": "linear", "factor": config.rope_scaling_factor} if linear else {"rope_type": "default"}
     if config.rope_scaling is not None:
-        linear, kind = True, rope.write_scaling(config.rope_scaling)
+        linear, kind = True, rope.write_scaling(config.rope_scaling, latent=config.mla is not None)
+    partial = {"partial_rotary_factor": config.rotary_percent} if class_of(config.family).rotary_percent != 1.0 else {}
     result["rope_theta"] = config.rope_theta
     result["rope_scaling"] = {"type": kind["rope_type"], **kind} if linear else None
-    result["rope_parameters"] = {"rope_theta": config.rope_theta, **kind}
+    result |= {"rope_parameters": {"rope_theta": config.rope_theta, **kind, **partial}, **partial}
     result["torch_dtype"] = result["dtype"] = dtype
     return result
-
-
-def _renamed(base: Mapping[str, Any]) -> dict[str, Any]:
-    """A falcon config without the names of its first release (RefinedWeb), which needed code of its own."""
-    if base.get("model_type", "falcon") == "falcon":
-        return dict(base)
-    gone = ("model_type", "n_layer", "n_head", "n_head_kv")
-    result = {key: value for key, value in base.items() if key not in gone}
-    result.setdefault("new_decoder_architecture", base["model_type"] == "RefinedWeb")
-    return result
-
-
-def _write_falcon(config: ModelConfig, result: dict[str, Any]) -> None:
-    base = dict(result)
-    grouped = base.get("new_decoder_architecture", config.num_query_groups > 1)
-    result["new_decoder_architecture"] = grouped
-    result["ffn_hidden_size"] = config.ffn_hidden_size
-    result["max_position_embeddings"] = config.max_position_embeddings
-    result["num_ln_in_parallel_attn"] = config.num_layernorms if grouped else base.get("num_ln_in_parallel_attn")
-    if "num_kv_heads" not in base:
-        result["num_kv_heads"] = config.num_query_groups if grouped else config.num_attention_heads
-    result.setdefault("multi_query", config.num_query_groups == 1 or grouped)
-    for key, value in (("parallel_attn", True), ("alibi", False), ("bias", False)):
-        result.setdefault(key, value)
-    result["tie_word_embeddings"] = config.tie_word_embeddings

@@ -6,35 +6,8 @@ installed release: where a key is absent, transformers' default is what the mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-
-@dataclass(frozen=True)
-class ConfigClass:
-    """One config class.
-
-    `fields`: ModelConfig field -> its keys; the first is the class's own, the others are those of older releases.
-    `defaults`: key -> what the class takes where the key is absent. `plain`: key -> the values that our models have;
-    any other one asks for a forward pass that no model of ours computes.
-    """
-
-    fields: Mapping[str, tuple[str, ...]]
-    defaults: Mapping[str, Any]
-    plain: Mapping[str, tuple[Any, ...]]
-
-    def knows(self, key: str) -> bool:
-        return key in self.defaults or any(key in keys for keys in self.fields.values())
-
-    def completed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """`raw` with the class's defaults for the keys that are absent under each of their spellings."""
-        stated = set(raw)
-        for keys in self.fields.values():
-            if stated & set(keys):
-                stated |= set(keys)
-        return {**{key: value for key, value in self.defaults.items() if key not in stated}, **raw}
-
+from weights_conversion.configs.config_class import ConfigClass
+from weights_conversion.configs.hf_moe_keys import MOE_CLASSES
 
 _LLAMA_FIELDS: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers",),
@@ -78,7 +51,7 @@ _QWEN2 = {key: value for key, value in _LLAMA.items() if key not in ("attention_
 }
 _SILU = ("silu", "swish")  # two names of one function
 
-CONFIG_CLASSES = {
+CONFIG_CLASSES: dict[str, ConfigClass] = {
     "LlamaForCausalLM": ConfigClass(
         _LLAMA_FIELDS, _LLAMA, {"hidden_act": _SILU, "attention_bias": (False, None), "mlp_bias": (False, None)}
     ),
@@ -118,6 +91,7 @@ CONFIG_CLASSES = {
         },
         {"activation": ("gelu",), "hidden_act": ("gelu", None), "alibi": (False, None), "bias": (False, None)},
     ),
+    **MOE_CLASSES,
 }
 # What every config may state beside: token ids, how to load and to sample, training. None of it is of the forward pass.
 _GENERIC = """architectures model_type dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id

@@ -13,6 +13,7 @@ from reprlib import repr as short
 from typing import Any
 
 from weights_conversion.config import ModelConfig, RopeScaling
+from weights_conversion.configs import rope_latent
 from weights_conversion.configs.foreign_keys import is_plain
 from weights_conversion.errors import ConversionError
 
@@ -21,6 +22,7 @@ SCALED = ("llama3", "yarn")
 # What Megatron-Core applies under --use-rope-scaling: constants in its code.
 CORE_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 CORE_LLAMA3_FACTOR = 8.0
+_MSCALES = ("mscale", "mscale_all_dim")
 _IDLE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
 
 
@@ -44,19 +46,34 @@ def contradictions(rope: Mapping[str, Any], where: str) -> list[str]:
     ]
 
 
-def read_scaling(raw: Mapping[str, Any], where: str) -> RopeScaling | None:
-    """Llama 3's or yarn's scaling of a config.json, None where it has neither. Two that disagree are an error."""
+def read_percent(raw: Mapping[str, Any], where: str, default: float) -> float:
+    """The part of each head that turns (partial_rotary_factor), wherever it stands; `default` is the class's."""
+    places = [raw, *(stated for key in KEYS if isinstance(stated := raw.get(key), Mapping))]
+    found = {place["partial_rotary_factor"] for place in places if place.get("partial_rotary_factor") is not None}
+    if len(found) > 1:
+        raise ConversionError(f"{where} has two values of partial_rotary_factor, {sorted(found)}; remove the wrong one")
+    value = next(iter(found), default)
+    if type(value) not in (int, float) or not 0 < value <= 1:
+        raise ConversionError(f"{where} has partial_rotary_factor {value!r}, where a number up to 1 was expected")
+    return float(value)
+
+
+def read_scaling(raw: Mapping[str, Any], where: str, *, latent: bool = False) -> RopeScaling | None:
+    """Llama 3's or yarn's scaling of a config.json, None where it has neither. Two that disagree are an error.
+
+    `latent`: of a model with latent attention, whose softmax yarn scales too.
+    """
     found = []
     for key in KEYS:
         rope = raw.get(key)
         if isinstance(rope, Mapping):
-            found.append(_scaling(rope, raw, f"{key} of {where}") if kind_of(rope) in SCALED else None)
+            found.append(_scaling(rope, raw, f"{key} of {where}", latent) if kind_of(rope) in SCALED else None)
     if len(set(found)) > 1:
         raise ConversionError(f"{where} has two kinds of rope scaling, in rope_parameters and rope_scaling; remove one")
     return found[0] if found else None
 
 
-def _scaling(rope: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> RopeScaling:
+def _scaling(rope: Mapping[str, Any], raw: Mapping[str, Any], where: str, latent: bool) -> RopeScaling:
     kind = kind_of(rope)
     allowed = {
         "llama3": ("low_freq_factor", "high_freq_factor"),
@@ -83,6 +100,8 @@ def _scaling(rope: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> Rop
         raise ConversionError(*problems)
     # transformers: the context of before, where it is not stated, is the model's own
     values.setdefault("original_max_position_embeddings", int(raw.get("max_position_embeddings") or 0))
+    if latent:
+        return rope_latent.canonical(RopeScaling(**values))
     mscale, all_dim = values.pop("mscale", None), values.pop("mscale_all_dim", None)
     if mscale and all_dim and "attention_factor" not in values:
         values["attention_factor"] = _mscale(values["factor"], mscale) / _mscale(values["factor"], all_dim)
@@ -94,7 +113,7 @@ def _mscale(factor: float, scale: float = 1.0) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def write_scaling(scaling: RopeScaling) -> dict[str, Any]:
+def write_scaling(scaling: RopeScaling, *, latent: bool = False) -> dict[str, Any]:
     """The object of config.json, in the keys that transformers 4 and 5 both read."""
     result: dict[str, Any] = {
         "rope_type": scaling.kind,
@@ -103,6 +122,8 @@ def write_scaling(scaling: RopeScaling) -> dict[str, Any]:
     }
     if scaling.kind == "llama3":
         return result | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if latent:
+        return result | rope_latent.write_hf(scaling)
     defaults = {field.name: field.default for field in dataclasses.fields(RopeScaling)}
     for name in ("attention_factor", "beta_fast", "beta_slow", "truncate"):
         if getattr(scaling, name) != defaults[name]:
@@ -119,6 +140,8 @@ def write_core(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling_factor": CORE_LLAMA3_FACTOR,
         "rotary_scaling_factor": 1.0,
     }
+    if config.mla is not None:
+        return args | rope_latent.write_core(scaling)
     if scaling is None:
         return args
     if scaling.kind == "llama3":
@@ -162,6 +185,8 @@ def _check_core(args: Mapping[str, Any], where: str) -> None:
 
 def read_core(args: Mapping[str, Any], where: str) -> RopeScaling | None:
     """The scaling that Megatron-Core's args (or Megatron-Bridge's run_config.yaml) state. Raises ConversionError."""
+    if args.get("multi_latent_attention"):
+        return rope_latent.read_core(args, where)
     if args.get("position_embedding_type") == "yarn" or args.get("rope_scaling") is True or args.get("scale_factor"):
         _check_core(args, where)
     if args.get("position_embedding_type") == "yarn":
@@ -189,10 +214,12 @@ def read_core(args: Mapping[str, Any], where: str) -> RopeScaling | None:
     return None
 
 
-def completed(stated: RopeScaling | None, imported: RopeScaling | None) -> RopeScaling | None:
+def completed(stated: RopeScaling | None, imported: RopeScaling | None, *, latent: bool = False) -> RopeScaling | None:
     """What args state, with what they cannot carry from the import: Llama 3's constants, the last digit of a factor."""
     if stated is None or imported is None or stated.kind != imported.kind:
         return stated
+    if latent:
+        return rope_latent.completed(stated, imported)
     if stated.kind == "llama3":
         constants = all(getattr(stated, name) == value for name, value in CORE_LLAMA3.items())
         return dataclasses.replace(imported, factor=stated.factor) if constants else stated
@@ -204,6 +231,8 @@ def completed(stated: RopeScaling | None, imported: RopeScaling | None) -> RopeS
 def core_flags(config: ModelConfig) -> list[str]:
     """Flags of Megatron-LM that --use-checkpoint-args does not restore."""
     scaling = config.rope_scaling
+    if config.mla is not None:
+        return rope_latent.core_flags(scaling)
     if scaling is None:
         return []
     if scaling.kind == "llama3":
@@ -228,7 +257,7 @@ def core_warnings(config: ModelConfig) -> list[str]:
     """What stock Megatron-LM does with the scaling, whatever flags it is given."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind != "llama3":
-        return []
+        return rope_latent.core_warnings(config)
     warnings = []
     if scaling.factor != CORE_LLAMA3_FACTOR:
         warnings.append(

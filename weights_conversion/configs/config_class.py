@@ -1,0 +1,75 @@
+"""The type of a transformers config class: what it reads from a config.json. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ExpertKeys:
+    """How a class spells experts and their router, and what its code computes whatever a config says.
+
+    `experts`: keys of their number, each of which is written. `layers`: "first" (first_k_dense_replace dense ones),
+    "step" (decoder_sparse_step and mlp_only_layers), or "" (every layer has experts). `norm`: whether the scores of the
+    chosen experts are made to sum up to 1; None: as norm_topk_prob says. `groups`: "always" (n_group and topk_group),
+    "method" (they count where topk_method is group_limited_greedy), or "". `shared` is the key of their number
+    (n_shared_experts) or of their size; "": there are none.
+    """
+
+    experts: tuple[str, ...]
+    ffn: str = "moe_intermediate_size"
+    layers: str = ""
+    score: str = "softmax"
+    norm: bool | None = None
+    scaled: bool = False
+    groups: str = ""
+    shared: str = ""
+    gate: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class ConfigClass:
+    """One config class.
+
+    `fields`: ModelConfig field -> its keys; the first is the class's own, the others are those of older releases.
+    `defaults`: key -> what the class takes where the key is absent. `plain`: key -> the values that our models have;
+    any other one asks for a forward pass that no model of ours computes.
+
+    `flags`: ModelConfig's switch -> the key that decides it; a family's switch without a key is always on. `aliases`:
+    keys of one value beside those of `fields`, the class's own first. `idle`: keys that change nothing (losses, code of
+    the source's own). `written`: what a config made from nothing says for the source's own code. `rotary_percent` is
+    what the class takes where partial_rotary_factor is absent. `latent`: its attention is MLA.
+    """
+
+    fields: Mapping[str, tuple[str, ...]]
+    defaults: Mapping[str, Any]
+    plain: Mapping[str, tuple[Any, ...]]
+    flags: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[tuple[str, ...], ...] = ()
+    idle: frozenset[str] = frozenset()
+    written: Mapping[str, Any] = field(default_factory=dict)
+    experts: ExpertKeys | None = None
+    latent: bool = False
+    rotary_percent: float = 1.0
+
+    def knows(self, key: str) -> bool:
+        return key in self.defaults or key in self.idle or any(key in keys for keys in self._groups())
+
+    def _groups(self) -> tuple[tuple[str, ...], ...]:
+        return (*self.fields.values(), *self.aliases)
+
+    def spellings(self, key: str) -> tuple[str, ...]:
+        """All keys of the value that `key` states, that one first."""
+        group = next((keys for keys in self._groups() if key in keys), ())
+        return (key, *(other for other in group if other != key))
+
+    def completed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """`raw` with the class's defaults for the keys that are absent under each of their spellings."""
+        stated = set(raw)
+        for keys in self._groups():
+            if stated & set(keys):
+                stated |= set(keys)
+        return {**{key: value for key, value in self.defaults.items() if key not in stated}, **raw}

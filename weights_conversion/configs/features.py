@@ -1,0 +1,53 @@
+"""What the models of a family have: what its file states, and what its config class of transformers is known by.
+
+A switch that the class has a key of (ConfigClass.flags) is stated by the family too: its models may have it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from weights_conversion.architectures import FAMILIES
+from weights_conversion.configs import mla, moe
+from weights_conversion.configs.config_class import ConfigClass
+from weights_conversion.configs.hf_keys import CONFIG_CLASSES
+
+SWITCHES = ("add_qkv_bias", "qk_layernorm")  # ModelConfig's, true or false
+# Feature -> args of Megatron-Core that families with it may have; their values are looked at where they are read.
+ARGS: dict[str, frozenset[str]] = {
+    "moe": moe.READ,
+    "mla": mla.READ | {"qk_layernorm"},
+    "mtp": frozenset({"mtp_num_layers"}),
+    "partial_rotary": frozenset({"rotary_percent"}),
+}
+
+
+def class_of(family: str) -> ConfigClass:
+    return CONFIG_CLASSES[FAMILIES[family].hf_class]
+
+
+@functools.cache
+def of(family: str) -> frozenset[str]:
+    known = class_of(family)
+    by_class = {
+        "moe": known.experts is not None,
+        "mla": known.latent,
+        "mtp": any("num_nextn_predict_layers" in keys for keys in known.aliases),
+        "partial_rotary": known.rotary_percent != 1.0,
+    }
+    return FAMILIES[family].features | known.flags.keys() | {name for name, there in by_class.items() if there}
+
+
+def required(family: str) -> frozenset[str]:
+    """Switches that are on in every model of the family."""
+    return frozenset(of(family) & set(SWITCHES)) - class_of(family).flags.keys()
+
+
+def args_of(features: frozenset[str]) -> frozenset[str]:
+    """Names of args (of switches too) that a family with `features` may have set."""
+    return frozenset(features).union(*(ARGS.get(name, frozenset()) for name in features))
+
+
+def everywhere() -> frozenset[str]:
+    """Args that some family may have set."""
+    return args_of(frozenset().union(*(of(family) for family in FAMILIES)))

@@ -1,0 +1,238 @@
+"""Config classes of transformers for models with experts and with latent attention: keys, defaults, plain values.
+
+Sources: configuration_*.py of transformers 4.57 and 5.24, and the configs on the hub, which have keys for code of their
+own. Data only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weights_conversion.configs.config_class import ConfigClass, ExpertKeys
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "num_layers": ("num_hidden_layers",),
+    "hidden_size": ("hidden_size",),
+    "ffn_hidden_size": ("intermediate_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("max_position_embeddings",),
+    "layernorm_epsilon": ("rms_norm_eps",),
+}
+_SILU = ("silu", "swish")  # two names of one function
+_OFF = (False, None)
+_ALL: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "output_router_logits": False,
+}
+_IDLE = frozenset({"aux_loss_alpha", "seq_aux", "ep_size", "max_window_layers", "router_aux_loss_coef"})
+_QWEN = {
+    **_ALL,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "use_sliding_window": False,
+    "sliding_window": 4096,  # read where use_sliding_window is true
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
+    "mlp_only_layers": None,
+}
+_DEEPSEEK = {
+    **_ALL,
+    "rms_norm_eps": 1e-6,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "attention_bias": False,
+}
+
+MIXTRAL = ConfigClass(
+    _FIELDS,
+    {
+        **_ALL,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": None,  # hidden_size / heads
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,  # in training alone
+    },
+    {"hidden_act": _SILU, "sliding_window": (None,)},
+    aliases=(("num_local_experts", "num_experts"),),
+    experts=ExpertKeys(("num_local_experts",), ffn="intermediate_size", norm=True),
+)
+QWEN2_MOE = ConfigClass(
+    _FIELDS,
+    {
+        **_QWEN,
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_window_layers": 28,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+        "qkv_bias": True,
+    },
+    {"hidden_act": _SILU, "use_sliding_window": _OFF, "qkv_bias": (True,)},
+    idle=_IDLE,
+    experts=ExpertKeys(("num_experts",), layers="step", shared="shared_expert_intermediate_size", gate=True),
+)
+QWEN3_MOE = ConfigClass(
+    _FIELDS,
+    {
+        **_QWEN,
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "attention_bias": False,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+    },
+    {"hidden_act": _SILU, "use_sliding_window": _OFF, "attention_bias": _OFF},
+    # 5.24 writes the second alone, which 4.57 does not know
+    aliases=(("num_experts", "num_local_experts"),),
+    idle=_IDLE,
+    experts=ExpertKeys(("num_experts", "num_local_experts"), layers="step"),
+)
+_SIGMOID = {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)}
+_COUNTED = (("n_routed_experts", "num_local_experts"), ("num_nextn_predict_layers", "num_mtp_layers"))
+GLM4_MOE = ConfigClass(
+    _FIELDS,
+    {
+        **_ALL,
+        "vocab_size": 151552,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,  # of q, k and v alone
+        "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "n_routed_experts": 128,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "use_qk_norm": False,
+    },
+    {"hidden_act": _SILU, **_SIGMOID},
+    flags={"add_qkv_bias": "attention_bias", "qk_layernorm": "use_qk_norm"},
+    aliases=_COUNTED,
+    idle=_IDLE,
+    experts=ExpertKeys(
+        ("n_routed_experts",), layers="first", score="sigmoid", scaled=True, groups="always", shared="n_shared_experts",
+        bias=True,
+    ),
+    rotary_percent=0.5,
+)  # fmt: skip
+DEEPSEEK_V2 = ConfigClass(
+    _FIELDS,
+    {
+        **_DEEPSEEK,
+        "vocab_size": 102400,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,  # as many as heads
+        "max_position_embeddings": 2048,
+        "mlp_bias": False,
+        "head_dim": None,  # qk_rope_head_dim
+        "first_k_dense_replace": 0,
+        "n_group": None,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.0,
+        "topk_group": None,
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "num_experts_per_tok": None,
+        "moe_intermediate_size": 1407,
+    },
+    {
+        "hidden_act": _SILU,
+        "attention_bias": _OFF,
+        "mlp_bias": _OFF,
+        "norm_topk_prob": _OFF,  # not read by transformers, and by the source's own code
+        "scoring_func": ("softmax", None),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "moe_layer_freq": (1, None),
+    },
+    aliases=(("n_routed_experts", "num_experts"),),
+    idle=_IDLE | {"qk_head_dim"},
+    written={"scoring_func": "softmax", "moe_layer_freq": 1},
+    experts=ExpertKeys(
+        ("n_routed_experts",), layers="first", norm=False, scaled=True, groups="method", shared="n_shared_experts",
+    ),
+    latent=True,
+)  # fmt: skip
+DEEPSEEK_V3 = ConfigClass(
+    _FIELDS,
+    {
+        **_DEEPSEEK,
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "max_position_embeddings": 4096,
+        "moe_intermediate_size": 2048,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+        "rope_interleave": True,
+    },
+    {
+        "hidden_act": _SILU,
+        "attention_bias": _OFF,
+        "rope_interleave": (True, None),
+        "moe_layer_freq": (1, None),
+        **_SIGMOID,
+    },
+    aliases=_COUNTED,
+    idle=_IDLE | {"qk_head_dim", "head_dim"},
+    written={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+    experts=ExpertKeys(
+        ("n_routed_experts",), layers="first", score="sigmoid", scaled=True, groups="always", shared="n_shared_experts",
+        bias=True,
+    ),
+    latent=True,
+)  # fmt: skip
+MOE_CLASSES = {
+    "MixtralForCausalLM": MIXTRAL,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Glm4MoeForCausalLM": GLM4_MOE,
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
+}

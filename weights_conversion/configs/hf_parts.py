@@ -1,0 +1,48 @@
+"""Parts of a config.json that not every class has: experts, latent attention, a part of each head, further layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weights_conversion.config import Mla, ModelConfig
+from weights_conversion.configs import mla, moe, rope
+from weights_conversion.configs.config_class import ConfigClass
+from weights_conversion.errors import ConversionError
+
+
+def read(
+    known: ConfigClass, raw: Mapping[str, Any], full: Mapping[str, Any], values: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Experts, latent attention, the part of each head that turns, and layers that predict further tokens."""
+    found: dict[str, Any] = {"rotary_percent": rope.read_percent(raw, where, known.rotary_percent)}
+    if known.experts is not None:
+        found["moe"] = moe.read_hf(known, full, values["num_layers"])
+    if known.latent:
+        found["mla"] = sizes = mla.read_hf(full)
+        if isinstance(sizes, Mla):  # the part of a head that turns is a head of its own
+            found |= {"head_dim": sizes.qk_pos_emb_head_dim, "num_query_groups": values["num_attention_heads"]}
+    if problems := [f"{where} has {what}" for part in found.values() if isinstance(part, list) for what in part]:
+        raise ConversionError(*problems)
+    further = {full[key] for key in known.spellings("num_nextn_predict_layers") if full.get(key) is not None}
+    if len(further) > 1 or not all(type(number) is int and number >= 0 for number in further):
+        raise ConversionError(f"{where} has num_nextn_predict_layers {sorted(map(repr, further))}, where one number "
+                              "of layers was expected")  # fmt: skip
+    return found | {"mtp_num_layers": next(iter(further), 0)}
+
+
+def write(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) -> None:
+    """The size of a head, switches, experts, latent attention and further layers."""
+    usual = config.head_dim * config.num_attention_heads == config.hidden_size or config.mla is not None
+    if "head_dim" in result or known.defaults.get("head_dim") is not None or not usual:
+        result["head_dim"] = config.head_dim
+    result.update({key: getattr(config, name) for name, key in known.flags.items()})
+    for key, value in known.written.items():
+        result.setdefault(key, value)
+    if config.moe is not None:
+        moe.write_hf(known, config.moe, result)
+    if config.mla is not None:
+        mla.write_hf(config.mla, result)
+    further = known.spellings("num_nextn_predict_layers")
+    if len(further) > 1:
+        result.update(dict.fromkeys([further[0], *(key for key in further if key in result)], config.mtp_num_layers))
