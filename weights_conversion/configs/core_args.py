@@ -3,52 +3,39 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weights_conversion.architectures import FAMILIES
-from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import core_table, megatron_args, rope
+from weights_conversion.config import Mla, ModelConfig, Parallelism
+from weights_conversion.configs import core_table, features, megatron_args, mla, moe, rope
 from weights_conversion.errors import ConversionError
 
 # Megatron-Core's name -> Megatron-LLM's, where they differ and the value is the same.
 _RESPELLED = {"num_query_groups": "num_attention_heads_kv", "rotary_base": "rope_theta"}
-# ModelConfig field of a family's feature -> what it is, and the end of a tensor's name that shows it.
-_FEATURES = {
-    "add_qkv_bias": ("biases of q, k and v", ".linear_qkv.bias"),
-    "qk_layernorm": ("norms of q and k", ".q_layernorm.weight"),
-}
 # Args that Megatron-LM has since 0.19, where the factor reaches the model.
 _SINCE_019 = ("yarn_original_max_position_embeddings", "logits_load_dir")
-_SHOWN = 24  # unknown args in the report
 _FACTORS = ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
 _PLACES = {
     "rope_scaling_factor": _FACTORS,
     "rope_scaling": ("use_rope_scaling", "rope_scaling", "scale_factor", "position_embedding_type"),
     "sliding_window_size": ("window_size",),
+    "moe": ("num_experts", "num_moe_experts"),
+    "mla": ("multi_latent_attention",),
+    "mtp_num_layers": ("mtp_num_layers",),
 }
-# What the names of tensors betray, where args are silent.
-_FOREIGN_TENSORS = (
-    (re.compile(r"\.(experts|shared_experts|router)\."), "mixture of experts"),
-    (re.compile(r"\.linear_(q|kv)_(down|up)_proj\.|self_attention\.linear_q_proj\."), "multi-latent attention"),
-    (re.compile(r"\.mixer\."), "state-space layers"),
-    (re.compile(r"^mtp\."), "multi-token prediction"),
-    (re.compile(r"\.(adapter|lora_[ab])\.", re.IGNORECASE), "LoRA adapters, which are merged before an export,"),
-    (re.compile(r"position_embeddings\.weight$"), "learned position embeddings"),
-    (re.compile(r"layer_?norm(_|\.)bias$"), "LayerNorm"),
-    (re.compile(r"(?<!linear_qkv)\.bias$"), "biases of linear layers"),
-)
 
 
 def write_args(
     config: ModelConfig, parallel: Parallelism, *, dtype: torch.dtype, divisible_by: int, ckpt_format: str,
-    vocabulary: int | None,
+    vocabulary: int | None, layer_freq: int | list[int] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Args of plain types, for Megatron-LM's --use-checkpoint-args. `vocabulary` None: each run pads for its own TP."""
+    """Args of plain types, for Megatron-LM's --use-checkpoint-args. `vocabulary` None: each run pads for its own TP.
+
+    `layer_freq` is --moe-layer-freq, by default as core_layer_freq chooses it.
+    """
     grouped = config.num_query_groups != config.num_attention_heads
     args: dict[str, Any] = {
         "num_layers": config.num_layers,
@@ -65,7 +52,7 @@ def write_args(
         "add_position_embedding": True,
         "use_rotary_position_embeddings": True,
         "rotary_base": _whole(config.rope_theta),
-        "rotary_percent": 1.0,
+        "rotary_percent": config.rotary_percent,
         "rotary_interleaved": False,
         "rotary_seq_len_interpolation_factor": factor if (factor := _whole(config.rope_scaling_factor)) != 1 else None,
         "add_bias_linear": False,
@@ -88,7 +75,9 @@ def write_args(
         "pipeline_model_parallel_size": parallel.pipeline,
         "expert_model_parallel_size": 1,
         **megatron_args.virtual_stages(config, parallel),
-        "num_experts": None,
+        **moe.write_core(config, layer_freq),
+        **mla.write_core(config),
+        "mtp_num_layers": config.mtp_num_layers or None,
         "ckpt_format": ckpt_format,
         "no_save_optim": True,
         "no_save_rng": True,
@@ -121,7 +110,11 @@ def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
         flags.append(f"--window-size {config.sliding_window - 1},0")
     if config.rope_scaling_factor != 1.0:
         flags.append(f"--rotary-seq-len-interpolation-factor {_whole(config.rope_scaling_factor)}")
-    flags += rope.core_flags(config)
+    if config.rotary_percent != 1.0:
+        flags.append(f"--rotary-percent {config.rotary_percent:g}")  # restored, not by every release
+    flags += [*mla.core_flags(config), *rope.core_flags(config), *moe.core_flags(config)]
+    if config.mtp_num_layers:
+        flags.append(f"--mtp-num-layers {config.mtp_num_layers}")
     if config.qk_layernorm:
         flags.append("--qk-layernorm")
     if dtype in (torch.bfloat16, torch.float16):
@@ -133,7 +126,7 @@ def training_warnings(config: ModelConfig) -> list[str]:
     """What no flag of training can be given."""
     factor = config.rope_scaling_factor
     if factor == 1.0:
-        return rope.core_warnings(config)
+        return [*rope.core_warnings(config), *mla.core_warnings(config), *moe.core_warnings(config)]
     if factor != int(factor):
         return [
             "Megatron-LM reads --rotary-seq-len-interpolation-factor as a whole number, this model needs "
@@ -160,81 +153,17 @@ def unused_factor(args: Mapping[str, Any], iteration: int | str, folder: Path) -
     ]
 
 
-def foreign_tensors(names: Iterable[str], folder: Path) -> list[str]:
-    """Sentences on tensors that none of the five families has, one for each kind."""
-    kinds: dict[str, str] = {}
-    for name in sorted(names):
-        what = next((what for pattern, what in _FOREIGN_TENSORS if pattern.search(name)), None)
-        if what is not None:
-            kinds.setdefault(what, name)
-    return [
-        f"{folder} holds a model with {what} (it has a tensor {name}), which is none of the supported families"
-        for what, name in kinds.items()
-    ]
-
-
-def features(names: Iterable[str]) -> dict[str, bool]:
-    """Features that tensors show, whatever args say: not every wrapper stores args."""
-    names = tuple(names)
-    return {feature: any(name.endswith(end) for name in names) for feature, (_, end) in _FEATURES.items()}
-
-
-def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> list[str]:
-    """Sentences on normalised args that `family` cannot have, and that no shape would betray."""
-    problems = [
-        f"{folder} holds a model with {what}, which {family} does not have; --model names another"
-        for name, (what, _) in _FEATURES.items()
-        if args.get(name) and not FAMILIES[family].has(name)
-    ]
-    problems += [
-        f"{folder} holds a model without {what}, which {family} has; --model names another"
-        for name, (what, _) in _FEATURES.items()
-        if not args.get(name) and FAMILIES[family].has(name)
-    ]
-    problems += [
-        f"{folder} holds a model with {what} ({name} is {args[name]!r}), which {family} does not have"
-        for name, what in core_table.foreign(args, FAMILIES[family].features).items()
-        if name not in _FEATURES
-    ]
-    scaling = args.get("rope_scaling")
-    if scaling is not None and scaling.kind not in FAMILIES[family].ropes:
-        problems.append(f"{folder} holds a model with rope scaling of kind {scaling.kind}, which {family} lacks")
-    window = args.get("sliding_window_size")
-    if FAMILIES[family].windowed or window is None:
-        return problems
-    return [
-        *problems,
-        f"{folder} holds a model with a sliding window of {window} tokens, which {family} does not have; if it is a "
-        "mistral, say --model mistral",
-    ]
-
-
-def unknown(args: Mapping[str, Any]) -> list[str]:
-    """A note on args that are set and that no release is known to have: what a fork adds may change the model."""
-    found = core_table.unknown(args)
-    if not found:
-        return []
-    shown = ", ".join(f"{name} {str(value)[:40]!r}" for name, value in sorted(found.items())[:_SHOWN])
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return [f"args       not known here, and taken to be of no consequence: {shown}{more}"]
-
-
-def unreadable(left_out: Mapping[str, str], folder: Path) -> list[str]:
-    """Sentences on args that decide what model it is, but are no plain values: `left_out` names the type of each."""
-    return [
-        f"the args of {folder} have {name} of type {left_out[name]}, which is not understood"
-        for name in core_table.unreadable(left_out)
-    ]
-
-
 def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Plain args in Megatron-LLM's names. A model that is none of the five families is refused by name."""
-    somewhere = {feature for family in FAMILIES.values() for feature in family.features}
     problems = [
         f"{folder} holds a model with {what} ({name} is {args[name]!r}), which is none of the supported families"
-        for name, what in core_table.foreign(args, somewhere).items()
+        for name, what in core_table.foreign(args, features.everywhere()).items()
     ]
     factor, window = _factor(args, folder, problems), _left(args, folder, problems)
+    experts, latents = moe.read_core(args), mla.read_core(args)
+    for part in (experts, latents):
+        if isinstance(part, list):
+            problems += [f"the args of {folder} have {what}" for what in part]
     if problems:
         raise ConversionError(*dict.fromkeys(problems))
     result = dict(args)
@@ -252,6 +181,10 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     result["rope_scaling_factor"] = factor  # linear; Megatron-Core's arg of this name is Llama 3's
     result["rope_scaling"] = rope.read_core(args, f"the args of {folder}")
     result["sliding_window_size"] = None if window is None else window + 1
+    result |= {"moe": experts, "mla": latents, "mtp_num_layers": args.get("mtp_num_layers") or 0}
+    if isinstance(latents, Mla):  # a head is what turns; its norms of latents are not those of heads
+        result |= {"kv_channels": latents.qk_pos_emb_head_dim, "qk_layernorm": False}
+        result["num_attention_heads_kv"] = args.get("num_attention_heads")
     # Not every wrapper stores every arg: what has no place in them is not said to be absent.
     for name, places in _PLACES.items():
         if not any(place in args for place in places):

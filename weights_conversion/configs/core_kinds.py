@@ -70,6 +70,9 @@ IDLE |= {
     *("moe_permute_fusion", "moe_permute_fusion_into_hybridep", "moe_router_bias_update_rate", "moe_router_dtype"),
     *("moe_router_fusion", "moe_router_padding_for_fp8", "moe_router_padding_for_quantization", "moe_z_loss_coeff"),
     *("moe_shared_expert_overlap", "moe_single_grouped_bias", "moe_single_grouped_weight"),
+    *("moe_expert_capacity_factor", "moe_expert_rank_capacity_factor", "moe_pad_expert_input_to_capacity"),
+    *("moe_token_drop_policy", "moe_token_dropping", "moe_input_jitter_eps"),
+    "moe_pad_experts_for_cuda_graph_inference",
     *("moe_token_dispatcher_type", "moe_use_legacy_grouped_gemm", "mla_down_proj_fusion", "mtp_detach_heads"),
     *("mtp_grad_scale_func", "mtp_loss_scaling_factor", "mtp_standalone", "use_grouped_gemm_for_shared_expert"),
 }  # fmt: skip
@@ -113,6 +116,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "num_experts": (0, 1),  # what such a layer has, its tensors show
     "num_moe_experts": (0, 1),
     "mtp_num_layers": (0,),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),  # losses alone
     "apply_layernorm_1p": (False,),
     "use_legacy_models": (False,),
     "heterogeneous_layers_config_path": (),
@@ -217,6 +221,6 @@ TRAINING_NAMES = frozenset({
     "start_weight_decay", "end_weight_decay", "data_parallel_size", "model_name", "use_dist_ckpt", "rope_theta",
     "num_attention_heads_kv", "sliding_window_size", "tie_embed_logits", "decoder_num_layers", "old_context_len",
     "scale_factor", "low_freq_factor", "high_freq_factor", "yarn_attention_factor", "yarn_rotary_scaling_factor",
-    "yarn_mscale", "yarn_mscale_all_dim", "moe_use_legacy_grouped_gemm", "padded_vocab_size", "_target_",
+    "yarn_mscale", "yarn_mscale_all_dim", "moe_use_legacy_grouped_gemm", "padded_vocab_size", "_target_", "moe", "mla",
     "use_transformer_engine_full_layer_spec", "forward_step_fn", "generation_config", "tp_comm_overlap_cfg",
 })  # fmt: skip

@@ -43,6 +43,12 @@ def required(family: str) -> frozenset[str]:
     return frozenset(of(family) & set(SWITCHES)) - class_of(family).flags.keys()
 
 
+def has_one_size(family: str) -> bool:
+    """Whether a config has one size of MLPs, that of experts (Mixtral): args may say anything of dense ones."""
+    experts = class_of(family).experts
+    return experts is not None and experts.ffn == "intermediate_size"
+
+
 def args_of(features: frozenset[str]) -> frozenset[str]:
     """Names of args (of switches too) that a family with `features` may have set."""
     return frozenset(features).union(*(ARGS.get(name, frozenset()) for name in features))

@@ -15,7 +15,7 @@ from typing import Any
 
 from weights_conversion import __version__
 from weights_conversion.config import Mla, ModelConfig, Moe, RopeScaling
-from weights_conversion.configs import secrets
+from weights_conversion.configs import parts, secrets
 from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import read_json, sha256
 
@@ -84,13 +84,10 @@ def _malformed(content: Mapping[str, Any]) -> list[str]:
             RopeScaling(**scaling)
     except TypeError:
         problems.append(f"rope_scaling {scaling!r}, where a kind with its numbers was expected")
-    for name, type_ in (("moe", Moe), ("mla", Mla)):
+    for name, kind in (("moe", Moe), ("mla", Mla)):
         stated = content["model"].get(name)
-        try:
-            if stated is not None:
-                type_(**stated)
-        except TypeError:
-            problems.append(f"{name} {stated!r}, where its sizes were expected")
+        if stated is not None and (problem := parts.malformed(kind, stated)):
+            problems.append(problem)
     for name, value in content["model"].items():
         default = ModelConfig.__dataclass_fields__[name].type if name in ModelConfig.__dataclass_fields__ else None
         allowed = {"int": (int,), "float": (float, int), "bool": (bool,), "int | None": (int, type(None))}.get(

@@ -10,7 +10,7 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import rope
+from weights_conversion.configs import features, parts, rope
 from weights_conversion.errors import ConversionError
 
 # ModelConfig field -> Megatron-LLM's name in args.
@@ -39,18 +39,12 @@ NAMES = {
 _CORE_ONLY = ("rope_scaling", "add_qkv_bias", "qk_layernorm", "rotary_percent", "moe", "mla", "mtp_num_layers")
 _DEFAULTS = {field.name: field.default for field in fields(ModelConfig)}
 _MAY_BE_NONE = ("sliding_window", "rope_scaling", "moe", "mla")
-FEATURES = ("add_qkv_bias", "qk_layernorm")
 # Fields that the original's resharding tool re-creates, and its defaults: another value cannot have been reset.
-RESET_BY_RESHARDING: dict[str, Any] = {
-    "layernorm_epsilon": 1e-5,
-    "rope_theta": 1e4,
-    "rope_scaling_factor": 1.0,
-    "sliding_window": None,
-}
-# What a family uses where nothing that can be trusted says otherwise.
-FAMILY_DEFAULTS = {name: family.defaults for name, family in FAMILIES.items()}
-# Values of the forward pass that no weight's shape would betray.
-SILENT = ("max_position_embeddings", "rope_scaling", *RESET_BY_RESHARDING)
+_RESET = {"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "rope_scaling_factor": 1.0, "sliding_window": None}
+RESET_BY_RESHARDING: dict[str, Any] = _RESET
+# What no weight's shape would betray.
+SILENT = ("max_position_embeddings", "rope_scaling", "rotary_percent", *RESET_BY_RESHARDING)
+_NO_FLAG = ("rope_scaling", "rotary_percent", "moe")
 # What --use_checkpoint_args does not restore, by ModelConfig field.
 NOT_RESTORED = ("rope_theta", "rope_scaling_factor", "layernorm_epsilon")
 
@@ -133,7 +127,10 @@ def _stated(family: str, args: Mapping[str, Any], manifest: Mapping[str, Any]) -
     if FAMILIES[family].windowed and "sliding_window_size" in args:
         stated["sliding_window"] = args["sliding_window_size"]
     if "rope_scaling" in args:
-        stated["rope_scaling"] = rope.completed(args["rope_scaling"], manifest.get("rope_scaling"))
+        latent = args.get("mla") is not None
+        stated["rope_scaling"] = rope.completed(args["rope_scaling"], manifest.get("rope_scaling"), latent=latent)
+    if "moe" in stated:
+        stated["moe"] = parts.completed(stated["moe"], manifest.get("moe"), args)
     if was_reset(args):
         lost = [name for name, default in RESET_BY_RESHARDING.items() if stated.get(name, default) == default]
     return {name: value for name, value in stated.items() if name not in lost}, lost
@@ -142,9 +139,10 @@ def _stated(family: str, args: Mapping[str, Any], manifest: Mapping[str, Any]) -
 def _family_says(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: _DEFAULTS[name] for name in RESET_BY_RESHARDING},
-        **FAMILY_DEFAULTS[family],
-        **{name: FAMILIES[family].has(name) for name in FEATURES},
-        **{name: _DEFAULTS[name] for name in ("rope_scaling", "rotary_percent", "moe", "mla", "mtp_num_layers")},
+        **FAMILIES[family].defaults,
+        **{name: name in features.required(family) for name in features.SWITCHES},
+        **{name: _DEFAULTS[name] for name in ("rope_scaling", "moe", "mla", "mtp_num_layers")},
+        "rotary_percent": features.class_of(family).rotary_percent,
         "max_position_embeddings": args.get("seq_length"),
     }
 
@@ -155,17 +153,24 @@ def _disagreement(name: str, said: Sequence[tuple[str, Any]]) -> str | None:
     rivals = [(other, stated) for other, stated in others if other != "family" and stated != value]
     if not rivals:
         return None
-    shown = NAMES.get(name, name)
-    rest = " and ".join(f"{stated} in the {other}" for other, stated in rivals)
+    shown, silent = NAMES.get(name, name), _is_silent(name, said)
+    rest = " and ".join(f"{parts.shown(name, stated, value)} in the {other}" for other, stated in rivals)
+    value = parts.shown(name, value, rivals[0][1])
     if origin == "flag":
         return f"{shown} is {value} by --{shown}, over {rest}"
-    if name not in SILENT:
+    if not silent:
         return (
             f"{shown} is {value} in the {origin} and {rest}, so the manifest belongs to another model; "
             "remove conversion_manifest.json"
         )
-    override = f", --{shown} overrides it" if name != "rope_scaling" else ""
+    override = "" if name in _NO_FLAG else f", --{shown} overrides it"
     return f"{shown} is {value} in the {origin} and {rest}; {value} is used{override}"
+
+
+def _is_silent(name: str, said: Sequence[tuple[str, Any]]) -> bool:
+    """Whether no shape betrays in what the values differ that were stated."""
+    first, *others = [value for origin, value in said if origin != "family"] or [None]
+    return name in SILENT or all(value == first or parts.is_silent(first, value) for value in others)
 
 
 def _lost(family: str, name: str, stated: Any, origin: str, value: Any) -> list[str]:
@@ -174,7 +179,7 @@ def _lost(family: str, name: str, stated: Any, origin: str, value: Any) -> list[
     if origin == "manifest" and stated != value:
         return [f"{shown} is {stated} in the args, which the resharding tool has reset, and {value} in the manifest, "
                 "which is used"]  # fmt: skip
-    if origin == "family" and (name in FAMILY_DEFAULTS[family] or stated not in (value, None)):
+    if origin == "family" and (name in FAMILIES[family].defaults or stated not in (value, None)):
         return [f"{shown} is lost: the args say {stated}, but the resharding tool has reset them; {value}, as usual "
                 f"for {family}, is used, --{shown} overrides it"]  # fmt: skip
     return []
@@ -203,6 +208,8 @@ def from_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
     values.setdefault("tie_word_embeddings", family == "falcon")
     if not FAMILIES[family].windowed:
         values.pop("sliding_window", None)
+    if "moe" in values and features.has_one_size(family):
+        values["ffn_hidden_size"] = values["moe"].ffn_hidden_size
     values["num_layernorms"] = 2 if args.get("parallel_layernorm") else 1
     return values
 
@@ -279,9 +286,11 @@ def resolve(
             continue
         origins[name], values[name] = said[0]
         if sentence := _disagreement(name, said):
-            (warnings if name in SILENT or origins[name] == "flag" else problems).append(sentence)
+            (warnings if _is_silent(name, said) or origins[name] == "flag" else problems).append(sentence)
         if name in lost:
             warnings += _lost(family, name, args.get(NAMES[name]), origins[name], values[name])
+    lacking = [name for name in ("moe", "mla") if values.get(name) is None and name in features.of(family)]
+    problems += [f"nothing says what {name} is; the checkpoint's args lack it" for name in lacking]
     if problems:
         raise ConversionError(*problems)
     return Resolved(ModelConfig(**values), origins, tuple(warnings))

@@ -255,11 +255,9 @@ def write_core(config: ModelConfig, layer_freq: int | list[int] | None = None) -
 
 def shown_by(moe: Moe, names: Iterable[str]) -> dict[str, bool]:
     """Fields that tensors decide, whatever args say: not every release and wrapper stores each arg."""
-    names = tuple(names)
-    return {
-        "expert_bias": any(name.endswith(".router.expert_bias") for name in names),
-        "shared_gate": any(name.endswith(".shared_experts.gate_weight") for name in names),
-    }
+    ends = {"expert_bias": ".router.expert_bias", "shared_gate": ".shared_experts.gate_weight"}
+    found = {field: any(name.endswith(end) for name in names) for field, end in ends.items()}
+    return found | ({} if moe.shared_ffn_hidden_size else {"shared_gate": False})
 
 
 def core_flags(config: ModelConfig) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import core_args, manifest, megatron_args, rope
+from weights_conversion.configs import core_args, core_foreign, manifest, megatron_args, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.dist_index import METADATA
 from weights_conversion.formats.iterations import TRACKER, find_iteration, number_of
@@ -56,7 +56,7 @@ def open_files(
     dist = (folder / METADATA).is_file()
     files = open_dist(folder, iteration, weights) if dist else open_rank_files(folder, iteration, weights)
     core = files.dialect is MEGATRON_CORE
-    if problems := (core_args if core else megatron_args).unreadable(files.left_out, folder):
+    if problems := (core_foreign if core else megatron_args).unreadable(files.left_out, folder):
         raise ConversionError(*problems)
     if not core:
         return files
@@ -116,15 +116,15 @@ def open_checkpoint(
     notes = here.notes
     model = _family(model, files, said, root, true_vocab_size, notes)
     if files.dialect is MEGATRON_CORE:
-        files = dataclasses.replace(files, args={**files.args, **core_args.features(files.names)})
-        problems = core_args.foreign_tensors(files.names, files.folder)
-        problems += core_args.foreign_to_family(files.args, model, files.folder)
+        files = dataclasses.replace(files, args={**files.args, **core_foreign.shown(files.names, files.args)})
+        problems = core_foreign.foreign_tensors(files.names, model, files.folder)
+        problems += core_foreign.foreign_to_family(files.args, model, files.folder)
         unused = core_args.unused_factor(files.args, files.iteration, files.folder)
         if unused and compared:
             files = dataclasses.replace(files, args={**files.args, "rope_scaling_factor": None})
         elif "rope_scaling_factor" not in (flags or {}):
             problems += unused
-        notes += core_args.unknown(files.args)
+        notes += core_foreign.unknown(files.args)
     else:
         problems = megatron_args.foreign(model, files.args)
     if isinstance(files, DistCheckpoint) and files.said_by is not None:

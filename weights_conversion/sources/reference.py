@@ -16,7 +16,7 @@ import torch
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import core_args, hf_config
+from weights_conversion.configs import core_args, hf_config, parts
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.errors import ConversionError
 from weights_conversion.launch import distributed
@@ -92,8 +92,9 @@ def disagreements(reference: Reference, config: ModelConfig) -> list[str]:
         mine, its = getattr(config, name), getattr(stated, name)
         if mine == its or name == "family":
             continue
-        shown = NAMES.get(name, name)
-        if name in SILENT:
+        shown, silent = NAMES.get(name, name), name in SILENT or parts.is_silent(mine, its)
+        mine, its = parts.shown(name, mine, its), parts.shown(name, its, mine)
+        if silent:
             warnings.append(
                 f"{shown} is {mine} in the checkpoint, which is used, and {its} in --reference {reference.name}"
             )

@@ -209,8 +209,9 @@ def _open_megatron(
         stated = megatron_args.from_args(family, files.args)
         contradicted += [
             f"{name} is {said[name]} in its manifest and {stated[name]} in its args"
-            for name in megatron_args.SILENT
-            if name in stated and name in said and name not in fields and not _agree(name, stated[name], said[name])
+            for name in (*megatron_args.SILENT, "moe")
+            if name in stated and name in said and name not in fields
+            and not _agree(stated[name], said[name], latent=config.mla is not None)
         ]
     if family == "falcon" and files.args.get("tie_embed_logits") not in (None, config.tie_word_embeddings):
         stored = "stored" if files.has_head() else "not stored"
@@ -224,10 +225,10 @@ def _open_megatron(
     )  # fmt: skip
 
 
-def _agree(name: str, stated: object, said: object) -> bool:
+def _agree(stated: object, said: object, *, latent: bool) -> bool:
     """Args say it, as far as they can: not Llama 3's constants, nor the last digit of yarn's factor."""
     if isinstance(stated, RopeScaling) and isinstance(said, RopeScaling):
-        return rope.completed(stated, said) == said
+        return rope.completed(stated, said, latent=latent) == said
     return stated == said
 
 

@@ -1,0 +1,125 @@
+"""What a Megatron-Core checkpoint holds that a family does not have, by its args and by the names of its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from weights_conversion.architectures import FAMILIES
+from weights_conversion.configs import core_table, moe
+from weights_conversion.configs import features as families
+
+# ModelConfig's switch -> what it is, and the end of a tensor's name that shows it.
+_SWITCHES = {
+    "add_qkv_bias": ("biases of q, k and v", ".linear_qkv.bias"),
+    "qk_layernorm": ("norms of q and k", ".q_layernorm.weight"),
+}
+_SHOWN = 24  # unknown args in the report
+# What the names of tensors betray, where args are silent; and the feature of families that have it.
+_FOREIGN_TENSORS: tuple[tuple[re.Pattern[str], str, str | None], ...] = (
+    (re.compile(r"\.(experts|shared_experts|router)\."), "mixture of experts", "moe"),
+    (
+        re.compile(r"\.linear_(q|kv|qkv)_(down|up)_proj\.|self_attention\.linear_q_proj\."),
+        "multi-latent attention",
+        "mla",
+    ),
+    (re.compile(r"\.mixer\."), "state-space layers", None),
+    (re.compile(r"^mtp\."), "multi-token prediction", "mtp"),
+    (re.compile(r"\.(adapter|lora_[ab])\.", re.IGNORECASE), "LoRA adapters, which are merged before an export,", None),
+    (re.compile(r"position_embeddings\.weight$"), "learned position embeddings", None),
+    (re.compile(r"layer_?norm(_|\.)bias$"), "LayerNorm", None),
+    (re.compile(r"(?<!linear_qkv)\.bias$"), "biases of linear layers", None),
+)
+
+
+def foreign_tensors(names: Iterable[str], family: str, folder: Path) -> list[str]:
+    """Sentences on tensors that `family` does not have, one for each kind."""
+    has, kinds = families.of(family), {}
+    for name in sorted(names):
+        fits = (what for pattern, what, feature in _FOREIGN_TENSORS if feature not in has and pattern.search(name))
+        what = next(fits, None)
+        if what is not None:
+            kinds.setdefault(what, name)
+    everywhere = frozenset().union(*(families.of(name) for name in FAMILIES))
+    known = {what for _, what, feature in _FOREIGN_TENSORS if feature in everywhere}
+    return [
+        f"{folder} holds a model with {what} (it has a tensor {name}), which "
+        + (f"{family} does not have; --model names another" if what in known else "is none of the supported families")
+        for what, name in kinds.items()
+    ]
+
+
+def shown(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, Any]:
+    """What tensors show, whatever args say: not every wrapper stores args, and not every release each of them."""
+    names = tuple(names)
+    latent = any(".linear_kv_up_proj." in name for name in names)  # its norms of latents may have the name of heads'
+    found: dict[str, Any] = {
+        switch: any(name.endswith(end) for name in names) and not (latent and switch == "qk_layernorm")
+        for switch, (_, end) in _SWITCHES.items()
+    }
+    experts = args.get("moe")
+    return found if experts is None else found | {"moe": dataclasses.replace(experts, **moe.shown_by(experts, names))}
+
+
+def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> list[str]:
+    """Sentences on normalised args that `family` cannot have, and that no shape would betray."""
+    has, required = families.of(family), families.required(family)
+    problems = [
+        f"{folder} holds a model with {what}, which {family} does not have; --model names another"
+        for name, (what, _) in _SWITCHES.items()
+        if args.get(name) and name not in has
+    ]
+    problems += [
+        f"{folder} holds a model without {what}, which {family} has; --model names another"
+        for name, (what, _) in _SWITCHES.items()
+        if not args.get(name) and name in required
+    ]
+    problems += [
+        f"{folder} holds a model with {what} ({name} is {args[name]!r}), which {family} does not have"
+        for name, what in core_table.foreign(args, families.args_of(has)).items()
+        if name not in _SWITCHES
+    ]
+    problems += _experts_and_latents(args, family, folder, has)
+    scaling = args.get("rope_scaling")
+    if scaling is not None and scaling.kind not in FAMILIES[family].ropes:
+        problems.append(f"{folder} holds a model with rope scaling of kind {scaling.kind}, which {family} lacks")
+    window = args.get("sliding_window_size")
+    if FAMILIES[family].windowed or window is None:
+        return problems
+    return [
+        *problems,
+        f"{folder} holds a model with a sliding window of {window} tokens, which {family} does not have; if it is a "
+        "mistral, say --model mistral",
+    ]
+
+
+def _experts_and_latents(args: Mapping[str, Any], family: str, folder: Path, has: Collection[str]) -> list[str]:
+    problems = []
+    if args.get("moe") is not None and "moe" in has:  # without the feature, num_experts has been named
+        problems += moe.misfits(families.class_of(family), args["moe"], family)
+    elif "moe" in has and "moe" in args:
+        problems.append(f"without a mixture of experts (num_experts is None), which {family} has")
+    if "mla" in has and "mla" in args and args["mla"] is None:
+        problems.append(f"without latent attention (multi_latent_attention is not set), which {family} has")
+    return [f"{folder} holds a model {problem}; --model names another" for problem in problems]
+
+
+def unknown(args: Mapping[str, Any]) -> list[str]:
+    """A note on args that are set and that no release is known to have: what a fork adds may change the model."""
+    found = core_table.unknown(args)
+    if not found:
+        return []
+    shown = ", ".join(f"{name} {str(value)[:40]!r}" for name, value in sorted(found.items())[:_SHOWN])
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return [f"args       not known here, and taken to be of no consequence: {shown}{more}"]
+
+
+def unreadable(left_out: Mapping[str, str], folder: Path) -> list[str]:
+    """Sentences on args that decide what model it is, but are no plain values: `left_out` names the type of each."""
+    return [
+        f"the args of {folder} have {name} of type {left_out[name]}, which is not understood"
+        for name in core_table.unreadable(left_out)
+    ]
