@@ -47,6 +47,10 @@ def build_parser() -> arguments.Parser:
         "--load_iters", type=cli.iteration, metavar="N",
         help="where --model-path is a Megatron checkpoint: another iteration than its tracker's, or release",
     )  # fmt: skip
+    parser.add_argument(
+        "--adapter", type=arguments.path, metavar="DIR",
+        help="a LoRA adapter of PEFT's for the model, merged into it in float32 and rounded once",
+    )  # fmt: skip
     layout = parser.add_argument_group("layout of the checkpoint")
     layout.add_argument(
         "--tensor-model-parallel-size", type=cli.positive, default=1, metavar="N",
@@ -115,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             true_vocab_size=args.true_vocab_size,
             new_rows=args.new_rows,
             load_iters=args.load_iters,
+            adapter=args.adapter,
             target=args.target,
             ckpt_format=args.ckpt_format,
             fields=fields,

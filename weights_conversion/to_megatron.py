@@ -56,6 +56,7 @@ class ImportOptions(RunOptions):
     new_rows: str = "last"
     target: str | None = None  # the family's own
     ckpt_format: str | None = None
+    adapter: Path | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -74,7 +75,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     opened = open_source(
         options.model, options.model_path, dialect, cache=options.cache_dir, size=options.size,
         revision=options.revision, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
-        fields=options.fields, recheck=options.verify,
+        fields=options.fields, recheck=options.verify, adapter=options.adapter,
     )  # fmt: skip
     config = opened.config
     if options.size is not None:
@@ -150,7 +151,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     prove = proof(
         opened.folder, options.model, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
         source_iters=opened.load_iters, fields=options.fields,
-        true_vocab_size=config.vocab_size if opened.dialect.megatron else None,
+        true_vocab_size=config.vocab_size if opened.dialect.megatron else None, adapter=options.adapter,
     )  # fmt: skip
     copied = [content for content in files.values() if isinstance(content, Path)]
     place.check_apart(out, [*map(Path, plan.source_files()), opened.folder, *copied])

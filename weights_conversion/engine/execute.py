@@ -39,6 +39,20 @@ def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, cop
             stored = scratch.take(part.shape, block.ref.dtype)
             source.read(block.ref, block.byte(start), stored)
             part.copy_(stored)
+    return _adapted(placed, rows, full, source, scratch) if placed.deltas else full
+
+
+def _adapted(placed: Placed, rows: Range, stored: Tensor, source: Source, scratch: Scratch) -> Tensor:
+    """`stored` rows of a tensor and what adapters add to them, in float32; whoever writes it rounds it, once."""
+    first, _ = rows
+    full = scratch.take(stored.shape, torch.float32).copy_(stored)
+    for delta in placed.deltas:
+        below = read_rows(delta.below, (0, delta.below.rows), source, scratch).to(torch.float32)
+        for _, start, stop in overlaps(delta.above.copies[0], rows):
+            above = read_rows(delta.above, (start, stop), source, scratch).to(torch.float32)
+            added = scratch.take((stop - start, placed.columns), torch.float32)
+            torch.mm(above, below, out=added)
+            full[start - first : stop - first].add_(added.mul_(delta.scale))
     return full
 
 
@@ -54,7 +68,10 @@ def _turned(block: Block, rows: Range, source: Source, scratch: Scratch) -> Tens
 def read_source(plan: Plan, step: Step, start: int, stop: int, source: Source, scratch: Scratch) -> list[Tensor]:
     """The source tensors of units start..stop: one per HF tensor, or one per row range of the Megatron tensor."""
     pieces = plan.source_pieces(step, start, stop)
-    return [read_rows(placed, rows, source, scratch) for placed, rows in pieces]
+    tensors = [read_rows(placed, rows, source, scratch) for placed, rows in pieces]
+    if any(placed.deltas for placed, _ in pieces):  # those beside an adapted one are fused with it
+        return [scratch.take(tensor.shape, torch.float32).copy_(tensor) for tensor in tensors]
+    return tensors
 
 
 def prefetch_chunk(plan: Plan, chunk: Chunk, source: Source) -> None:
@@ -132,7 +149,7 @@ def added_rows(plan: Plan, step: Step, count: int, source: Source, scratch: Scra
         row = (total / step.units).to(placed.dtype).unsqueeze(0)
     else:
         row = read_rows(placed, (step.units - 1, step.units), source, scratch)
-    return scratch.take((count, placed.columns), placed.dtype).copy_(row)
+    return scratch.take((count, placed.columns), row.dtype).copy_(row)
 
 
 def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Target, scratch: Scratch) -> list[Written]:

@@ -67,7 +67,7 @@ class Block:
 class Placed:
     """A full tensor and its blocks. Every copy holds the whole tensor (replicated parameters have several).
 
-    `rows` x `columns` is its shape; a vector has one column.
+    `rows` x `columns` is its shape; a vector has one column. `deltas` are added to what is stored (adapters).
     """
 
     name: str
@@ -75,6 +75,7 @@ class Placed:
     rows: int
     columns: int
     copies: tuple[tuple[Block, ...], ...]
+    deltas: tuple[Delta, ...] = ()
 
     @property
     def row_bytes(self) -> int:
@@ -84,6 +85,25 @@ class Placed:
 Key = tuple[str, Index]  # Instance.key
 # Where a parameter's source tensors are: several where HF keeps apart what Megatron fuses.
 Located = dict[Key, tuple[Placed, ...]]
+
+
+def with_factors(placed: Placed) -> Iterator[Placed]:
+    """A tensor, and the factors of what is added to it."""
+    yield placed
+    for delta in placed.deltas:
+        yield from (delta.below, delta.above)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """`scale` x `above` @ `below`, in float32: what an adapter of low rank r adds to a tensor.
+
+    `below` is (r, columns); `above` is (rows, r), and its blocks may hold some of the rows only, the others stay.
+    """
+
+    below: Placed
+    above: Placed
+    scale: float
 
 
 def overlaps(copy: Sequence[Block], rows: tuple[int, int]) -> Iterator[tuple[Block, int, int]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import gcd
 
 from weights_conversion.config import ModelConfig
-from weights_conversion.layouts.placement import PAGE, Placed, TensorRef
+from weights_conversion.layouts.placement import PAGE, Placed, TensorRef, with_factors
 from weights_conversion.mapping.dialects import Dialect
 from weights_conversion.mapping.ops import Context, Op, Range
 from weights_conversion.mapping.parameters import Instance
@@ -67,7 +67,8 @@ class Plan:
 
     def source_files(self) -> list[str]:
         """Every file that tensors are read from."""
-        return sorted({b.ref.file for s in self.steps for p in s.source for copy in p.copies for b in copy})
+        placed = [each for step in self.steps for one in step.source for each in with_factors(one)]
+        return sorted({block.ref.file for each in placed for copy in each.copies for block in copy})
 
     def _pieces(
         self, dialect: Dialect, tensors: tuple[Placed, ...], step: Step, start: int, stop: int
@@ -83,6 +84,8 @@ class Plan:
         chunks = []
         for index, step in enumerate(self.steps):
             unit = sum((stop - start) * placed.row_bytes for placed, (start, stop) in self.source_pieces(step, 0, 1))
+            if any(placed.deltas for placed in step.source):  # they are added in float32, beside what is read
+                unit *= 4
             targets = self.target_pieces(step, 0, 1)
             align = max(_aligned_units(placed, stop - start) for placed, (start, stop) in targets)
             size = max(limit // unit, 1)

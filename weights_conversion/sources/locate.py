@@ -120,6 +120,8 @@ def in_huggingface(
             used.add(head)
             if (tensors[head].rows, tensors[head].dtype) != (placed.rows, placed.dtype):
                 problems.append(f"{head} and {placed.name} are tied, but differ in shape or dtype")
+            if tensors[head].deltas:
+                problems.append(f"an adapter is for {head}, which is tied to {placed.name}: no single table is both")
             both = Placed(placed.name, placed.dtype, placed.rows, placed.columns, placed.copies + tensors[head].copies)
             found[embedding] = (both,)
     unexpected = {

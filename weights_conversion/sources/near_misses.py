@@ -111,8 +111,8 @@ def _adapter(folder: Path) -> str | None:
     base = (_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
     named = f" of {str(base)[:200]}" if base else ""
     return (
-        f"{folder} is an adapter alone (LoRA, by PEFT){named}, not a model; merge it into its base model "
-        "(peft's merge_and_unload), save that, and give the merged folder"
+        f"{folder} is an adapter alone (LoRA, by PEFT){named}, not a model; give its base model, and this folder with "
+        "--adapter (hf_to_megatron.py merges the two)"
     )
 
 

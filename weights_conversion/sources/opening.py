@@ -18,7 +18,7 @@ from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
-from weights_conversion.sources import described
+from weights_conversion.sources import described, peft
 from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.locate import in_huggingface, locate
@@ -56,24 +56,30 @@ class Opened:
 def open_source(
     model: str, path: str | None, target: Dialect, *, cache: Path | None = None, size: str | None = None,
     revision: str | None = None, load_iters: int | str | None = None, true_vocab_size: int | None = None,
-    fields: Mapping[str, Any] | None = None, recheck: bool = False,
+    fields: Mapping[str, Any] | None = None, recheck: bool = False, adapter: Path | None = None,
 ) -> Opened:  # fmt: skip
     """What `path` (a folder or a repository) names, or else `model` and `size`. `target` decides what is refused.
 
     `fields` are ModelConfig fields that the user states about a Megatron checkpoint. `recheck`: hold what the hub's
-    cache has against the hub's sums, also where that was done before.
+    cache has against the hub's sums, also where that was done before. `adapter`: PEFT's, to be merged into the source.
     """
     here = find_local(path, model, size, load_iters)
     if fields and (here is None or here.kind is not Kind.MEGATRON):
         names = ", ".join(f"--{megatron_args.NAMES[name]}" for name in fields)
         raise ConversionError(f"{names} is for Megatron sources; a Hugging Face or Meta source has a config of its own")
+    if adapter is not None and here is not None and here.kind is not Kind.HUGGINGFACE:
+        raise ConversionError(
+            f"--adapter {adapter} is for a Hugging Face model, but {here.root} is a folder of {here.kind.value}; "
+            "export that first (megatron_to_hf.py merges Megatron's own adapters)"
+        )
     if here is not None:
         if revision is not None:
             raise ConversionError(f"--revision {revision} is for repositories, but {path} is a local folder")
         if here.kind is Kind.MEGATRON:
             opened = open_megatron(model, here.root, target, here.iteration, true_vocab_size, fields)
         else:
-            opened = open_hf(model, here.root, target) if here.kind is Kind.HUGGINGFACE else open_meta(model, here.root)
+            hf = here.kind is Kind.HUGGINGFACE
+            opened = open_hf(model, here.root, target, adapter) if hf else open_meta(model, here.root)
         return dataclasses.replace(opened, notes=(*here.notes, *opened.notes))
     if path is None and cache is not None and cache.is_dir() and model in ("llama", "llama2"):
         folder = meta.find_meta(cache, model, size or FAMILIES[model].default_size)
@@ -93,7 +99,7 @@ def open_source(
     with distributed.rank_zero_first("hub"):
         again = {"recheck": True} if recheck and distributed.current().rank == 0 else {}
         snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache, accept=accept, **again)
-    opened = open_hf(model, snapshot.folder, target)
+    opened = open_hf(model, snapshot.folder, target, adapter)
     return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision)
 
 
@@ -115,12 +121,15 @@ def _found(path: Path, model: str, size: str | None, load_iters: int | str | Non
     return found
 
 
-def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
+def open_hf(model: str, folder: Path, target: Dialect, adapter: Path | None = None) -> Opened:
     raw = fileio.read_json(folder / "config.json")
     config = hf_config.read_config(model, raw, target, str(folder / "config.json"))
     generation = folder / "generation_config.json"
     generation_config = fileio.read_json(generation) if generation.is_file() else None
     tensors = huggingface.read_hf(folder)
+    merged = [] if adapter is None else [f"adapter    {adapter}, merged in float32, rounded once"]
+    if adapter is not None:
+        tensors = peft.merged(tensors, peft.open_adapter(adapter))
     unread = hf_config.unread(model, raw)
     shown = ", ".join(map(short, unread[:10])) + (f" and {len(unread) - 10} more" if len(unread) > 10 else "")
     notes = [f"keys of config.json that are not known here are kept as they are: {shown}"] if unread else []
@@ -132,7 +141,7 @@ def open_hf(model: str, folder: Path, target: Dialect) -> Opened:
     return Opened(
         folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
         raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
-        notes=(*notes, *links([folder / "config.json", *([generation] if generation.is_file() else [])])),
+        notes=(*merged, *notes, *links([folder / "config.json", *([generation] if generation.is_file() else [])])),
         what=described.of_files(HF.name, tensors.values()),
     )  # fmt: skip
 

@@ -35,13 +35,14 @@ def prove(
     source: Path, checkpoint: Path, model: str | None, *, workers: int, exact_only: bool,
     source_iters: int | str | None, checkpoint_iters: int | str | None, allow_inconsistent: bool,
     fields: Mapping[str, Any] | None, true_vocab_size: int | None, weights: str,
+    adapter: Path | None,
 ) -> Verification:  # fmt: skip
     """See weights_conversion.verify.verify."""
     started = time.monotonic()
     with watching() as seen:
         result = _prove(
             source, checkpoint, model, workers, exact_only, source_iters, checkpoint_iters, allow_inconsistent, fields,
-            true_vocab_size, weights,
+            true_vocab_size, weights, adapter,
         )  # fmt: skip
         seen.check()  # what has changed meanwhile is neither the same nor different
     result.seconds = time.monotonic() - started
@@ -51,14 +52,17 @@ def prove(
 def _prove(
     source: Path, checkpoint: Path, model: str | None, workers: int, exact_only: bool, source_iters: int | str | None,
     checkpoint_iters: int | str | None, allow_inconsistent: bool, fields: Mapping[str, Any] | None,
-    true_vocab_size: int | None, weights: str,
+    true_vocab_size: int | None, weights: str, adapter: Path | None,
 ) -> Verification:  # fmt: skip
     one_side, other_side = detect(source, source_iters), detect(checkpoint, checkpoint_iters)
     source, source_iters = one_side.root, one_side.iteration
     checkpoint, checkpoint_iters = other_side.root, other_side.iteration
     family = model or choose_family(source, checkpoint, source_iters, checkpoint_iters)
     one, two = common_vocabulary(
-        open_model(source, family, source_iters, fields=fields, true_vocab_size=true_vocab_size, weights=weights),
+        open_model(
+            source, family, source_iters, fields=fields, true_vocab_size=true_vocab_size, weights=weights,
+            adapter=adapter,
+        ),
         open_model(checkpoint, family, checkpoint_iters),
     )
     ours, theirs = adopt_assumed(one, two), adopt_assumed(two, one)

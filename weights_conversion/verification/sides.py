@@ -19,6 +19,7 @@ from weights_conversion.formats.iterations import MODEL_FILES
 from weights_conversion.layouts.placement import Key, Placed, main_dtype
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
 from weights_conversion.mapping.parameters import Instance
+from weights_conversion.sources import peft
 from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
 from weights_conversion.sources.detect import Kind, detect
 from weights_conversion.sources.families import decide_family, read_features
@@ -142,14 +143,14 @@ def choose_family(
 
 def open_model(
     path: Path, family: str, load_iters: int | str | None = None, *, fields: Mapping[str, Any] | None = None,
-    true_vocab_size: int | None = None, weights: str = "model",
+    true_vocab_size: int | None = None, weights: str = "model", adapter: Path | None = None,
 ) -> Model:  # fmt: skip
     """Opens one side: headers, configs and args are read and checked, no data.
 
     `fields` and `true_vocab_size` are what the user has stated about a Megatron side, over what its files say;
-    `weights` is "master" for its optimizer's weights.
+    `weights` is "master" for its optimizer's weights, `adapter` is one of PEFT's for a Hugging Face side.
     """
-    model = _open(path, family, load_iters, fields, true_vocab_size, weights)
+    model = _open(path, family, load_iters, fields, true_vocab_size, weights, adapter)
     integers = [placed for group in model.placed.values() for placed in group if not placed.dtype.is_floating_point]
     if integers:
         raise ConversionError(
@@ -160,7 +161,7 @@ def open_model(
 
 def _open(
     path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any] | None,
-    true_vocab_size: int | None, weights: str,
+    true_vocab_size: int | None, weights: str, adapter: Path | None,
 ) -> Model:  # fmt: skip
     here = detect(path, load_iters)
     path, load_iters = here.root, here.iteration
@@ -171,6 +172,8 @@ def _open(
             family, raw, MEGATRON_LLM if family == "falcon" else MEGATRON_CORE, str(path / "config.json")
         )
         tensors = huggingface.read_hf(path)
+        if adapter is not None:
+            tensors = peft.merged(tensors, peft.open_adapter(adapter))
         return _apart(path, HF, config, tensors, frozenset())  # an absent key is stated: transformers has a default
     if here.kind is Kind.META:
         tensors, raw = meta.read_meta(path), meta.read_params(path)

@@ -23,6 +23,7 @@ from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Key, Placed, Rank, TensorRef
 from weights_conversion.mapping.dialects import HF
+from weights_conversion.verification.adapted import with_deltas
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.sides import Model
 from weights_conversion.verification.whole import dist_weights, huggingface_weights
@@ -149,6 +150,10 @@ def weights_of(
     model: Model, source: Source, order: Sequence[int] | None = None, only: str = "", halves: bool = True
 ) -> Weights:
     """`forward.Weights` of one side; `order` of its tensor ranks, where they are to be joined in another one."""
+    return with_deltas(_stored(model, source, order, only, halves), model, source)
+
+
+def _stored(model: Model, source: Source, order: Sequence[int] | None, only: str, halves: bool) -> Weights:
     if isinstance(model.files, RankFiles):
         order = order or range(model.files.parallel.tensor)
         return RankReader(model.files, model.config, source, tuple(order), only, halves)

@@ -1,0 +1,49 @@
+"""Weights of a side with an adapter: what is stored and, beside it, the product of the adapter's factors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from weights_conversion.architectures import FAMILIES
+from weights_conversion.engine.execute import read_rows
+from weights_conversion.engine.streams import Scratch, Source
+from weights_conversion.layouts.placement import Delta, overlaps
+from weights_conversion.verification.forward import Weights
+from weights_conversion.verification.sides import Model
+
+
+def with_deltas(weights: Weights, model: Model, source: Source) -> Weights:
+    """`weights`, in float32 where an adapter changes them; the same where the side has none."""
+    found = _deltas(model)
+    if not found:
+        return weights
+
+    def read(name: str, rows: slice | None) -> Tensor:
+        stored = weights(name, rows)
+        if name not in found:
+            return stored
+        result = stored.float()
+        first = 0 if rows is None else rows.start
+        for delta in found[name]:
+            below = read_rows(delta.below, (0, delta.below.rows), source, Scratch()).float()
+            for _, start, stop in overlaps(delta.above.copies[0], (first, first + len(result))):
+                above = read_rows(delta.above, (start, stop), source, Scratch()).float()
+                result[start - first : stop - first] += delta.scale * (above @ below)
+        return result
+
+    return read
+
+
+def _deltas(model: Model) -> dict[str, tuple[Delta, ...]]:
+    """Of each stored tensor by its name."""
+    found: dict[str, tuple[Delta, ...]] = {}
+    for instance in FAMILIES[model.config.family].instances(model.config):
+        group = model.placed.get(instance.key, ())
+        if not any(placed.deltas for placed in group):
+            continue
+        for name, placed in zip((instance.row.megatron,) if model.dialect.megatron else instance.row.hf, group,
+                                strict=True):  # fmt: skip
+            spelled = model.dialect.spell(name)
+            stored = model.dialect.rank_name(instance.megatron(spelled)) if model.dialect.megatron else None
+            found[stored or instance.hf(spelled)] = placed.deltas
+    return found
