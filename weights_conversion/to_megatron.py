@@ -265,7 +265,7 @@ def _tokenizer_flags(names: Collection[str], dialect: Dialect, out: Path) -> lis
         return []
     if "tokenizer.model" in names:
         return [f"--tokenizer-model {shlex.quote(str(out / 'tokenizer.model'))}"]
-    if names & {"tokenizer.json", "tekken.json"}:
+    if {"tokenizer.json", "tekken.json"} & set(names):
         return [f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {shlex.quote(str(out))}"]
     return []
 
