@@ -6,7 +6,7 @@ CODELLAMA = dense(
     "codellama",
     repositories={size: f"codellama/CodeLlama-{size}b-hf" for size in ("7", "13", "34", "70")},
     defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e6},
-    ropes=("default", "linear"),
+    ropes=("default", "linear", "yarn"),
     meta_context=16384,
     target="megatron-llm",
     megatron_llm=True,

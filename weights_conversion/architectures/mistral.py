@@ -13,7 +13,7 @@ MISTRAL = dense(
         "24": "mistralai/Mistral-Small-24B-Base-2501",
     },
     defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "sliding_window": 4096},
-    ropes=("default", "linear"),
+    ropes=("default", "linear", "yarn"),
     windowed=True,
     target="megatron-llm",
     megatron_llm=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _PLAIN = {  # ModelConfig's field: names in transformers' classes, of which a cl
     "num_attention_heads": ("num_attention_heads",),
     "vocab_size": ("vocab_size",),
 }
+_ROPE = {*inspect.signature(frequencies).parameters, "partial_rotary_factor"}
 _SEQUENTIAL = {"ffn_hidden_size": ("intermediate_size",), "num_query_groups": ("num_key_value_heads",)}
 
 
@@ -75,7 +77,10 @@ def rope_values(stated: Any) -> dict[str, Any]:
     values.pop("type", None)
     theta = values.pop("rope_theta", None)
     theta = theta if theta is not None else getattr(stated, "rope_theta", 10000.0)
-    return {"kind": kind, "theta": theta, **{name: value for name, value in values.items() if value is not None}}
+    values.pop("finetuned", None)  # a note of old configs of yarn, which no rope reads
+    known = {name for name in values if name in _ROPE}
+    said = {name: value for name, value in values.items() if (value is not None if name in known else value)}
+    return {"kind": kind, "theta": theta, **said}
 
 
 def _rope_problems(stated: Any, config: ModelConfig) -> list[str]:
