@@ -287,12 +287,9 @@ def resolve(
         origins[name], values[name] = said[0]
         if sentence := _disagreement(name, said):
             (warnings if _is_silent(name, said) or origins[name] == "flag" else problems).append(sentence)
-        if origins[name] == "family" and name in FAMILY_DEFAULTS[family] and name not in lost:
-            flag = NAMES[name]
-            warnings.append(
-                f"nothing says what {flag} is: {values[name]}, as usual for {family}, is used; --{flag} or --reference "
-                "gives another"
-            )
+        elif origins[name] == "family" and name in FAMILIES[family].defaults and name not in lost:
+            usual = f"{NAMES[name]} is: {values[name]}, as usual for {family}, is used"
+            warnings.append(f"nothing says what {usual}; --{NAMES[name]} or --reference gives another")
         if name in lost:
             warnings += _lost(family, name, args.get(NAMES[name]), origins[name], values[name])
     lacking = [name for name in ("moe", "mla") if values.get(name) is None and name in features.of(family)]
