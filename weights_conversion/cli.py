@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from weights_conversion import arguments, saying
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.errors import ConversionError
 from weights_conversion.fileio import failed
 from weights_conversion.launch import signals
@@ -74,8 +75,9 @@ def stated_fields(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     """The ModelConfig fields that the user has stated."""
     fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     if args.sliding_window_size is not None:
-        if args.model != "mistral":
-            parser.error(f"--sliding_window_size is mistral's, {args.model} has none")
+        if args.model is None or not FAMILIES[args.model].windowed:
+            windowed = " and ".join(name for name, family in FAMILIES.items() if family.windowed)
+            parser.error(f"--sliding_window_size is {windowed}'s, {args.model} has none")
         fields["sliding_window"] = args.sliding_window_size or None
     return fields
 

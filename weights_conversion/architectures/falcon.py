@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weights_conversion.architectures.family import Family
+from weights_conversion.architectures.family import Family, Signs
 from weights_conversion.mapping.ops import GroupedQKV
 from weights_conversion.mapping.parameters import COLUMN, ROW, Role, same
 
@@ -66,7 +66,13 @@ FALCON = Family(
     repositories={"7": "tiiuae/falcon-7b", "40": "tiiuae/falcon-40b", "180": "tiiuae/falcon-180B"},
     defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e4},
     ropes=("default", "linear"),
+    norm="layer",
+    gated=False,
     parallel_attention=True,
+    ties_in_megatron_llm=True,
+    tokenizer_type="FalconTokenizer",
+    tokenizer_repository="tiiuae/falcon-40b",  # which Megatron-LLM itself always uses
     target="megatron-llm",
     megatron_llm=True,
+    signs=(Signs(parallel_attention=True),),
 )

@@ -10,13 +10,36 @@ from weights_conversion.mapping.parameters import Architecture
 
 
 @dataclass(frozen=True)
+class Signs:
+    """One way in which a family's models look. None: any value fits; features that the files do not state fit too.
+
+    `rows` is a number of rows that no other family has: a checkpoint with so many is of this one. `rows_needed`: only
+    such a checkpoint is meant. `ratio` and `least_positions`: one of the two is enough.
+    """
+
+    theta: float | None = None
+    epsilon: float | None = None
+    window: bool = False
+    rows: int | None = None
+    rows_needed: bool = False
+    grouped: bool | None = None
+    least_positions: int | None = None
+    ratio: float | None = None
+    parallel_attention: bool = False
+    qkv_bias: bool = False
+    qk_norms: bool = False
+    llama3_rope: bool = False
+
+
+@dataclass(frozen=True)
 class Family(Architecture):
     """`repositories` are the default ones by size, whose keys are --size's choices; the first is the default.
 
     `defaults` are ModelConfig fields that a family uses where nothing that can be trusted says otherwise.
     `ropes` are the kinds of rope scaling that its transformers class computes. `features` name ModelConfig fields
-    (add_qkv_bias, qk_layernorm) that every model of the family has. `meta_context` is the context of a release in
-    Meta's files, whose params.json does not state it. What a config.json says: configs/hf_keys.py, by `hf_class`.
+    (add_qkv_bias, qk_layernorm) that every model of the family has. What a config.json says: configs/hf_keys.py, by
+    `hf_class`. By `signs` a Megatron checkpoint that names no family is known; where it fits this one and `otherwise`
+    too, it is that one's.
     """
 
     model_types: tuple[str, ...] = ("llama",)
@@ -25,9 +48,20 @@ class Family(Architecture):
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     features: frozenset[str] = frozenset()
+    norm: str = "rms"  # or "layer", with biases
+    gated: bool = True  # the MLP has a gate
     windowed: bool = False
     parallel_attention: bool = False
-    meta_context: int | None = None
+    ties_in_megatron_llm: bool = False  # heads are tied there too, which the original's release files do not say
+    tokenizer_type: str = "SentencePieceTokenizer"  # Megatron-LLM's class
+    tokenizer_repository: str | None = None  # asked where no tokenizer is at hand
+    infills: bool = False  # the tokenizer has a fill token
+    meta_context: int | None = None  # context of a release in Meta's files, which do not state it
+    meta_folders: tuple[str, ...] = ("llama-2-{}b", "{}B")  # Meta's names of a download, by size
+    meta_in_cache_dir: bool = False  # --cache-dir may hold one
+    meta_states_theta: bool = False  # models differ in theta, so that params.json has to say it
+    signs: tuple[Signs, ...] = ()
+    otherwise: str | None = None
     target: str = "megatron-core"
     megatron_llm: bool = False  # Megatron-LLM trains it, and its tokenizer's rule for new ids holds
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from weights_conversion.architectures.family import Family
+from weights_conversion.architectures.family import Family, Signs
 from weights_conversion.mapping.parameters import COLUMN, ROW, Role, glu, qkv, same
 
 EMBEDDING = same(
@@ -95,8 +95,13 @@ LLAMA = dense(
     defaults={"layernorm_epsilon": 1e-6, "rope_theta": 1e4},
     ropes=("default", "linear", "yarn"),
     meta_context=2048,
+    meta_folders=("{}B",),
+    meta_in_cache_dir=True,
+    tokenizer_repository="huggyllama/llama-7b",
     target="megatron-llm",
     megatron_llm=True,
+    signs=(Signs(theta=1e4, epsilon=1e-6),),
+    otherwise="llama2",  # they differ in the epsilon and the default context alone: where neither is said, it is that
 )
 LLAMA2 = dense(
     "llama2",
@@ -104,6 +109,9 @@ LLAMA2 = dense(
     defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e4},
     ropes=("default", "linear", "yarn"),
     meta_context=4096,
+    meta_in_cache_dir=True,
+    tokenizer_repository="meta-llama/Llama-2-7b-hf",
     target="megatron-llm",
     megatron_llm=True,
+    signs=(Signs(theta=1e4, epsilon=1e-5),),
 )

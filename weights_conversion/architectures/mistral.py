@@ -1,5 +1,6 @@
 """Mistral 7B, Nemo 12B, Small 22B and 24B: Llama's parameters; window and size of a head are in its config."""
 
+from weights_conversion.architectures.family import Signs
 from weights_conversion.architectures.llama import dense
 
 MISTRAL = dense(
@@ -15,6 +16,14 @@ MISTRAL = dense(
     defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "sliding_window": 4096},
     ropes=("default", "linear", "yarn"),
     windowed=True,
+    tokenizer_repository="mistralai/Mistral-7B-v0.1",
     target="megatron-llm",
     megatron_llm=True,
+    # Since 0.2 Mistral has no window, and Code Llama's theta.
+    signs=(
+        Signs(window=True),
+        Signs(theta=1e6, grouped=True, least_positions=32768, ratio=3.5),
+        Signs(theta=1e6, grouped=True, rows=32768, rows_needed=True),
+        Signs(theta=1e6, grouped=True, rows=131072, rows_needed=True),  # Nemo
+    ),
 )

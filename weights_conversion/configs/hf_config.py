@@ -70,7 +70,7 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
         raise ConversionError(*problems)
     theta, factor = read_rope(raw, where, full.get("rope_theta"))
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    if family == "falcon":
+    if class_of(family) is hf_falcon.CLASS:
         values |= hf_falcon.read(raw, full, heads, hidden)
     else:
         groups, head_dim = full["num_key_value_heads"], full.get("head_dim")
@@ -83,7 +83,9 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
         values["tie_word_embeddings"] = bool(full["tie_word_embeddings"])
     scaling = rope.read_scaling(raw, where, latent=class_of(family).latent)
     config = ModelConfig(family=family, rope_theta=theta, rope_scaling_factor=factor, rope_scaling=scaling, **values)
-    own_head_dim = (full.get("head_dim") is not None and family != "falcon") or config.mla is not None
+    own_head_dim = (
+        full.get("head_dim") is not None and class_of(family) is not hf_falcon.CLASS
+    ) or config.mla is not None
     check_heads(config, own_head_dim, where)
     return config
 
@@ -228,13 +230,13 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     `dtype` is the name of the written weights' type ("bfloat16"). Rope theta and scaling are written in both
     spellings, since each release ignores the other's.
     """
-    result = hf_falcon.renamed(base) if config.family == "falcon" else dict(base)
+    result = hf_falcon.renamed(base) if class_of(config.family) is hf_falcon.CLASS else dict(base)
     result = {key: value for key, value in result.items() if key not in LEFT_BEHIND}
     result["architectures"] = [FAMILIES[config.family].hf_class]
     result.setdefault("model_type", FAMILIES[config.family].model_types[0])
     for name, keys in keys_of(config.family).items():
         result |= dict.fromkeys([key for key in keys if key in result] or keys[:1], getattr(config, name))
-    if config.family == "falcon":
+    if class_of(config.family) is hf_falcon.CLASS:
         hf_falcon.write(config, result)
     else:
         result.setdefault("hidden_act", "silu")

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from weights_conversion.config import ModelConfig
+from weights_conversion.configs.hf_keys import CONFIG_CLASSES
+
+CLASS = CONFIG_CLASSES["FalconForCausalLM"]  # whose heads and norms these keys say
+_TYPE = "falcon"  # model_type, since transformers has the class
 
 
 def read(raw: Mapping[str, Any], full: Mapping[str, Any], heads: int, hidden: int) -> dict[str, Any]:
@@ -25,7 +29,7 @@ def read(raw: Mapping[str, Any], full: Mapping[str, Any], heads: int, hidden: in
 
 def renamed(base: Mapping[str, Any]) -> dict[str, Any]:
     """A falcon config without the names of its first release (RefinedWeb), which needed code of its own."""
-    if base.get("model_type", "falcon") == "falcon":
+    if base.get("model_type", _TYPE) == _TYPE:
         return dict(base)
     gone = ("model_type", "n_layer", "n_head", "n_head_kv")
     result = {key: value for key, value in base.items() if key not in gone}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from weights_conversion.architectures import FAMILIES
+from weights_conversion.architectures.family import Family
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import features, parts, rope
 from weights_conversion.errors import ConversionError
@@ -53,20 +54,20 @@ def write_args(
     config: ModelConfig, parallel: Parallelism, *, vocabulary: int, dtype: torch.dtype, divisible_by: int
 ) -> dict[str, Any]:
     """The args of a rank file: plain values, everything that Megatron-LLM reads when it loads or resumes."""
-    falcon = config.family == "falcon"
+    family = FAMILIES[config.family]
     return {
         **{name: getattr(config, field) for field, name in NAMES.items() if field not in _CORE_ONLY},
         "encoder_num_layers": config.num_layers,
         "seq_length": config.max_position_embeddings,
         "make_vocab_size_divisible_by": divisible_by,
         "padded_vocab_size": vocabulary,
-        "tokenizer_type": "FalconTokenizer" if falcon else "SentencePieceTokenizer",
+        "tokenizer_type": family.tokenizer_type,
         "position_embedding_type": "rotary",
-        "parallel_attn": falcon,
+        "parallel_attn": family.parallel_attention,
         "parallel_layernorm": config.num_layernorms == 2,
         "use_flash_attn": True,
-        "use_rms_norm": not falcon,
-        "glu_activation": None if falcon else "swiglu",
+        "use_rms_norm": family.norm == "rms",
+        "glu_activation": "swiglu" if family.gated else None,
         "use_bias": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -205,7 +206,7 @@ def from_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
     values.setdefault("num_query_groups", values["num_attention_heads"])
     values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
     values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
-    values.setdefault("tie_word_embeddings", family == "falcon")
+    values.setdefault("tie_word_embeddings", FAMILIES[family].ties_in_megatron_llm)
     if not FAMILIES[family].windowed:
         values.pop("sliding_window", None)
     if "moe" in values and features.has_one_size(family):
@@ -214,13 +215,12 @@ def from_args(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _forward_pass(family: str) -> dict[str, Any]:
+def _forward_pass(family: Family) -> dict[str, Any]:
     """Args that decide the forward pass, with the one value that a family's models have."""
-    falcon = family == "falcon"
     return {
-        "glu_activation": None if falcon else "swiglu",
-        "use_rms_norm": not falcon,
-        "parallel_attn": falcon,
+        "glu_activation": "swiglu" if family.gated else None,
+        "use_rms_norm": family.norm == "rms",
+        "parallel_attn": family.parallel_attention,
         "use_bias": False,
         "use_post_ln": False,
         "apply_residual_connection_post_layernorm": False,
@@ -231,14 +231,14 @@ def unreadable(left_out: Mapping[str, str], folder: object) -> list[str]:
     """Sentences on args that decide the model, but are no plain values: `left_out` names the type of each."""
     return [
         f"the args of {folder} have {name} of type {left_out[name]}, which is not understood"
-        for name in (*NAMES.values(), *_forward_pass("llama2"), "position_embedding_type")
+        for name in (*NAMES.values(), *_forward_pass(next(iter(FAMILIES.values()))), "position_embedding_type")
         if name in left_out
     ]
 
 
 def foreign(family: str, args: Mapping[str, Any]) -> list[str]:
     """Args that ask for a forward pass that no model of `family` has, and that no weight's shape betrays: sentences."""
-    expected = _forward_pass(family)
+    expected = _forward_pass(FAMILIES[family])
     problems = [
         f"the checkpoint's args say {name} {args[name]!r}, but {family} models have {value!r}"
         for name, value in expected.items()

@@ -28,7 +28,7 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
     context = FAMILIES[family].meta_context
     if context is None:
         raise ConversionError(f"{where} is of Meta's Llama files, and no {family} model was published in them")
-    if family == "codellama" and not raw.get("rope_theta"):
+    if FAMILIES[family].meta_states_theta and not raw.get("rope_theta"):
         raise ConversionError(f"{where} has no rope_theta, which differs among the Code Llama models; add it")
     if problems := foreign_keys.refusals(raw, KNOWN, where, f"{family} of Meta's files"):
         raise ConversionError(*problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ _CUT = {
 }
 
 
-def find_meta(folder: Path, model: str, size: str) -> Path | None:
-    """The folder with consolidated.00.pth: `folder` itself, or its child named as Meta names its downloads."""
-    names = (f"{size}B",) if model == "llama" else (f"llama-2-{size}b", f"{size}B")
+def find_meta(folder: Path, names: Iterable[str]) -> Path | None:
+    """The folder with consolidated.00.pth: `folder` itself, or one of its children `names`, as Meta names downloads."""
     for candidate in (folder, *(folder / name for name in names)):
         if (candidate / "consolidated.00.pth").is_file():
             return candidate

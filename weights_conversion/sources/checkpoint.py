@@ -139,7 +139,7 @@ def open_checkpoint(
     warnings += kept.warnings
     fields = manifest.model_fields(said) if said else None
     args = dict(files.args)
-    if model == "falcon":  # the original's release files leave it out
+    if FAMILIES[model].ties_in_megatron_llm:  # the original's release files leave it out
         args["tie_embed_logits"] = not files.has_head()
     elif not files.has_head() and not args.get("tie_embed_logits"):
         raise ConversionError(f"{files.folder} has no output layer (lm_head) on its last stage, which {model} needs")
@@ -209,7 +209,7 @@ def claimed_families(args: Mapping[str, Any], said: Mapping[str, Any] | None) ->
 
 def _check_family(model: str, args: Mapping[str, Any], said: Mapping[str, Any] | None, root: Path) -> None:
     claims = claimed_families(args, said)
-    if model == "falcon" and args.get("use_rms_norm") and "args (parallel_attn)" not in claims:
+    if FAMILIES[model].norm != "rms" and args.get("use_rms_norm") and "args (parallel_attn)" not in claims:
         claims["args (use_rms_norm)"] = "llama2"
     for origin, family in claims.items():
         if family != model:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from weights_conversion.architectures import FAMILIES
+from weights_conversion.architectures.family import Signs
 from weights_conversion.configs.megatron_args import was_reset
 from weights_conversion.errors import ConversionError
 
@@ -46,46 +48,7 @@ class Features:
         return ", ".join([*(name for name, there in shown.items() if there), *parts, *rows])
 
 
-@dataclass(frozen=True)
-class Signs:
-    """One way in which a family's models look. None: any value fits; features that the files do not state fit too.
-
-    `rows` is a number of rows that no other family has: a checkpoint with so many is of this one. `rows_needed`: only
-    such a checkpoint is meant. `ratio` and `least_positions`: one of the two is enough.
-    """
-
-    theta: float | None = None
-    epsilon: float | None = None
-    window: bool = False
-    rows: int | None = None
-    rows_needed: bool = False
-    grouped: bool | None = None
-    least_positions: int | None = None
-    ratio: float | None = None
-    parallel_attention: bool = False
-    qkv_bias: bool = False
-    qk_norms: bool = False
-    llama3_rope: bool = False
-
-
-SIGNS: dict[str, tuple[Signs, ...]] = {
-    # Code Llama 70B has the usual theta; only its rows tell it from Llama 2.
-    "codellama": (Signs(theta=1e6, rows=32016), Signs(theta=1e4, rows=32016, rows_needed=True)),
-    "falcon": (Signs(parallel_attention=True),),
-    "llama": (Signs(theta=1e4, epsilon=1e-6),),
-    "llama2": (Signs(theta=1e4, epsilon=1e-5),),
-    # 3.1 and later have rope scaling of their own; 3 has not.
-    "llama3": (Signs(llama3_rope=True), Signs(theta=5e5), Signs(rows=128256, rows_needed=True)),
-    # Since 0.2 Mistral has no window, and Code Llama's theta.
-    "mistral": (
-        Signs(window=True),
-        Signs(theta=1e6, grouped=True, least_positions=32768, ratio=3.5),
-        Signs(theta=1e6, grouped=True, rows=32768, rows_needed=True),
-        Signs(theta=1e6, grouped=True, rows=131072, rows_needed=True),  # Nemo
-    ),
-    "qwen2": (Signs(qkv_bias=True),),
-    "qwen3": (Signs(qk_norms=True),),
-}
+_SIGNS = {name: family.signs for name, family in FAMILIES.items()}
 _STRUCTURE = ("parallel_attention", "qkv_bias", "qk_norms", "llama3_rope")
 
 
@@ -125,12 +88,12 @@ def decide_family(claims: Mapping[str, str], features: Features) -> tuple[str, .
     """
     if claims:
         return tuple(dict.fromkeys(claims.values()))
-    fits = [family for family, ways in SIGNS.items() if any(_fits(features, signs) for signs in ways)]
-    stated = [family for family in fits if features.rows in {signs.rows for signs in SIGNS[family]} - {None}]
+    fits = [family for family, ways in _SIGNS.items() if any(_fits(features, signs) for signs in ways)]
+    stated = [family for family in fits if features.rows in {signs.rows for signs in _SIGNS[family]} - {None}]
     fits = stated or fits
-    # The two differ in the epsilon that a config states and in the default context alone: where neither is said,
-    # they are the same model.
-    return ("llama2",) if set(fits) == {"llama", "llama2"} else tuple(fits)
+    if len(fits) == 2:
+        fits = [family for family in fits if FAMILIES[family].otherwise not in fits]
+    return tuple(fits)
 
 
 def _fits(features: Features, signs: Signs) -> bool:
@@ -169,10 +132,10 @@ def chosen_family(claims: Mapping[str, str], features: Features, root: object) -
         )
     near = [
         family
-        for family, ways in SIGNS.items()
+        for family, ways in _SIGNS.items()
         if any(all(getattr(features, name) == getattr(signs, name) for name in _STRUCTURE) for signs in ways)
     ]
     raise ConversionError(
         f"{root} does not say which model it holds, and no family is known by what it shows ({features}); "
-        f"--model names it ({', '.join(near or SIGNS)})"
+        f"--model names it ({', '.join(near or FAMILIES)})"
     )

@@ -81,8 +81,8 @@ def open_source(
             hf = here.kind is Kind.HUGGINGFACE
             opened = open_hf(model, here.root, target, adapter) if hf else open_meta(model, here.root)
         return dataclasses.replace(opened, notes=(*here.notes, *opened.notes))
-    if path is None and cache is not None and cache.is_dir() and model in ("llama", "llama2"):
-        folder = meta.find_meta(cache, model, size or FAMILIES[model].default_size)
+    if path is None and cache is not None and cache.is_dir() and FAMILIES[model].meta_in_cache_dir:
+        folder = meta.find_meta(cache, _meta_names(model, size))
         if folder is not None:
             return open_meta(model, folder)
     from weights_conversion.hub import repositories as hub
@@ -111,8 +111,14 @@ def find_local(
     return _found(local, model, size, load_iters) if local is not None and local.exists() else None
 
 
+def _meta_names(model: str, size: str | None) -> list[str]:
+    """What Meta calls the folder of a download."""
+    family = FAMILIES[model]
+    return [name.format(size or family.default_size) for name in family.meta_folders]
+
+
 def _found(path: Path, model: str, size: str | None, load_iters: int | str | None) -> Found:
-    consolidated = meta.find_meta(path, model, size or FAMILIES[model].default_size)
+    consolidated = meta.find_meta(path, _meta_names(model, size))
     found = detect(path, load_iters) if consolidated in (None, path) else detect(consolidated)
     if load_iters is not None and found.kind is not Kind.MEGATRON:
         raise ConversionError(
@@ -163,15 +169,15 @@ def open_megatron(
     """A Megatron checkpoint as the source of another; its manifest, tokenizer and training args go along."""
     opened = open_checkpoint(root, model, load_iters=load_iters, flags=fields)
     root = opened.root
-    if model == "falcon" and not target.parallel_attention:
-        raise ConversionError(f"{target.name} cannot express falcon: it has no attention in parallel with the MLP")
+    if FAMILIES[model].parallel_attention and not target.parallel_attention:
+        raise ConversionError(f"{target.name} cannot express {model}: it has no attention in parallel with the MLP")
     if opened.config.rope_scaling and opened.config.rope_scaling.kind not in target.ropes:
         raise ConversionError(
             f"{root} has rope scaling of kind {opened.config.rope_scaling.kind}, which {target.name} cannot express"
         )
     if lacking := [name for name in sorted(FAMILIES[model].features) if name not in target.features]:
         raise ConversionError(f"{target.name} cannot express {model}: it has no {', '.join(lacking)}")
-    if model != "falcon" and not target.ties_heads and opened.config.tie_word_embeddings:
+    if not FAMILIES[model].ties_in_megatron_llm and not target.ties_heads and opened.config.tie_word_embeddings:
         raise ConversionError(f"{root} has a head tied to the embedding, which {target.name} cannot express")
     config, known = opened.config, opened.true_rows_known
     stored = true_vocab_size is not None and true_vocab_size <= opened.files.vocabulary

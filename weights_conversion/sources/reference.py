@@ -35,7 +35,7 @@ class Reference:
     def model(self, family: str) -> ModelConfig:
         """The model that it states, in the dialect that can express most."""
         where = f"config.json of {self.name}"
-        target = MEGATRON_CORE if family != "falcon" else MEGATRON_LLM
+        target = MEGATRON_LLM if FAMILIES[family].parallel_attention else MEGATRON_CORE
         return hf_config.read_config(family, self.config, target, where)
 
 

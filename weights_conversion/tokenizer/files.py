@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from weights_conversion import fileio
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.errors import ConversionError
+from weights_conversion.tokenizer import tokenizer_json
+from weights_conversion.tokenizer.vocabulary import is_tiktoken, read_sentencepiece
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 SPECIAL_MAP, ADDED, CHAT_TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
@@ -17,14 +19,11 @@ VOCAB, MERGES = "vocab.json", "merges.txt"  # of byte-level tokenizers, for read
 TEKKEN = "tekken.json"  # Mistral's own since Nemo, for its own packages and vLLM
 TOKENIZER_FILES = (MODEL, JSON, CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE, VOCAB, MERGES, TEKKEN)
 
-# Asked only where no file is at hand. Falcon's is the one that Megatron-LLM itself always uses.
-REPOSITORIES = {
-    "codellama": "codellama/CodeLlama-7b-hf",
-    "falcon": "tiiuae/falcon-40b",
-    "llama": "huggyllama/llama-7b",
-    "llama2": "meta-llama/Llama-2-7b-hf",
-    "mistral": "mistralai/Mistral-7B-v0.1",
-}
+
+def json_alone(family: str) -> bool:
+    """Whether training reads tokenizer.json, and no tokenizer.model."""
+    return FAMILIES[family].tokenizer_type != "SentencePieceTokenizer"
+
 
 Fetch = Callable[[str, "Path | None"], Path]
 
@@ -59,7 +58,7 @@ class Source:
 
         Llama 3's file of that name is of tiktoken, which holds the same ids again.
         """
-        return family != "falcon" and self.has(JSON) and (MODEL not in self.files or is_tiktoken(self.files[MODEL]))
+        return not json_alone(family) and self.has(JSON) and (MODEL not in self.files or is_tiktoken(self.files[MODEL]))
 
     def vocabulary_file(self) -> Path:
         return self.files.get(MODEL) or self.files.get(JSON) or self.files[TEKKEN]
@@ -74,24 +73,16 @@ class Source:
 
     def ids(self) -> dict[str, int]:
         """The ids of all tokens: tokenizer.json's, else tokenizer.model's pieces; with those of added_tokens.json."""
-        from weights_conversion.tokenizer import special_tokens, tokenizer_json
-
         if self.has(JSON):
             found = tokenizer_json.all_ids(self.json(JSON))
         else:
-            found = {piece: i for i, piece in enumerate(special_tokens.read_sentencepiece(self.files[MODEL]).pieces)}
+            found = {piece: i for i, piece in enumerate(read_sentencepiece(self.files[MODEL]).pieces)}
         return {**self.json(ADDED), **found}
 
     def same_model(self, other: Source) -> bool:
         """Whether both hold a tokenizer.model, equal byte for byte."""
         mine, theirs = self.files.get(MODEL), other.files.get(MODEL)
         return mine is not None and theirs is not None and fileio.sha256(mine) == fileio.sha256(theirs)
-
-
-def is_tiktoken(path: Path) -> bool:
-    """Whether a file begins as tiktoken's do: a token in base64, and its rank."""
-    with fileio.open_file(path) as file:
-        return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", file.read(4096)) is not None
 
 
 def source_tokenizer_files(folder: Path) -> tuple[Path, ...]:
@@ -112,7 +103,7 @@ def open_source(path: Path, origin: str, family: str) -> Source | None:
         source = Source(origin, {file.name: file for file in source_tokenizer_files(folder)})
     if TEKKEN in source.files and not {JSON, MODEL} & set(source.files):
         return _with_built(source)
-    return source if JSON in source.files or (MODEL in source.files and family != "falcon") else None
+    return source if JSON in source.files or (MODEL in source.files and not json_alone(family)) else None
 
 
 def _with_built(source: Source) -> Source:

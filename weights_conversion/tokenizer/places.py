@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.errors import ConversionError
 from weights_conversion.owners import stranger
 from weights_conversion.tokenizer.files import (
     JSON,
     MODEL,
-    REPOSITORIES,
     Fetch,
     Source,
+    json_alone,
     open_source,
     source_tokenizer_files,
     with_settings,
@@ -54,7 +55,7 @@ def stated_places(
     repository = None
     for name in ("vocab_file", "tokenizer_model"):
         value = args.get(name)
-        if not isinstance(value, str) or not value or (name == "vocab_file" and family == "falcon"):
+        if not isinstance(value, str) or not value or (name == "vocab_file" and json_alone(family)):
             continue
         path = _existing(value, checkpoint, iteration)
         if path is not None and (owner := stranger(path)) is not None:
@@ -129,13 +130,14 @@ def locate(
 
     looked = [*(str(path) for path, _ in places.stated), *map(str, places.search), *gone]
     # What training named was its own choice: the family's usual tokenizer would be a guess.
-    if fetch is not None and family in REPOSITORIES and not gone and not warnings:
-        looked.append(REPOSITORIES[family])
-        fetched = _fetched(REPOSITORIES[family], family, fetch, cache_dir, reasons)
+    repository = FAMILIES[family].tokenizer_repository
+    if fetch is not None and repository is not None and not gone and not warnings:
+        looked.append(repository)
+        fetched = _fetched(repository, family, fetch, cache_dir, reasons)
         if fetched is not None:
-            origin = f"{REPOSITORIES[family]}, {family}'s usual one, since the checkpoint names none; downloaded"
+            origin = f"{repository}, {family}'s usual one, since the checkpoint names none; downloaded"
             return replace(fetched, origin=origin, default=True), warnings
-    wanted = JSON if family == "falcon" else f"{MODEL} or {JSON}"
+    wanted = JSON if json_alone(family) else f"{MODEL} or {JSON}"
     raise ConversionError(
         f"no tokenizer for {family} found; looked for {wanted} in {', '.join(looked)}. Name the file or its "
         "folder with --vocab_file, or export the weights alone with --no_tokenizer.",
@@ -161,7 +163,7 @@ def _opened(path: Path, origin: str, family: str, places: Places, notes: list[st
 def _by_flag(vocab_file: Path, family: str) -> Source:
     source = open_source(vocab_file, f"--vocab_file {vocab_file}", family)
     if source is None:
-        wanted = JSON if family == "falcon" else f"{MODEL} or {JSON}"
+        wanted = JSON if json_alone(family) else f"{MODEL} or {JSON}"
         what = "a folder without" if vocab_file.is_dir() else "not there; expected a vocabulary file or a folder with"
         raise ConversionError(f"--vocab_file {vocab_file} is {what} {wanted}; name the tokenizer of training.")
     return source

@@ -24,9 +24,11 @@ from weights_conversion.tokenizer.files import (
     VOCAB,
     Fetch,
     Source,
+    json_alone,
 )
 from weights_conversion.tokenizer.places import locate, stated_places
-from weights_conversion.tokenizer.special_tokens import CONFIG_KEYS, NEW_TOKENS, Extension, Vocabulary
+from weights_conversion.tokenizer.special_tokens import CONFIG_KEYS, NEW_TOKENS, Extension
+from weights_conversion.tokenizer.vocabulary import Vocabulary, read_sentencepiece
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def plan_tokenizer(
 
     extras = [token for token in extension.extras if token in ids]
     named = tokenizer_config.named_tokens({**source.json(SPECIAL_MAP), **config} if own_json else config)
-    if extension.new_tokens and family != "falcon":
+    if extension.new_tokens and not json_alone(family):
         named |= {key: token for key, token in NEW_TOKENS.items() if key != "eod"}
         named["pad"] = vocabulary.pad or "<PAD>"
     allowed = [*cut, *named.values(), *tokenizer_config.extra_tokens(config)]
@@ -169,7 +171,7 @@ def _ids(
     """(number of ids of the vocabulary file, id of every token that training had, tokens that it cut out of text)."""
     ids = vocabulary.ids
     base = max(ids.values(), default=-1) + 1
-    if family == "falcon":
+    if json_alone(family):
         ids = special_tokens.falcon_token_ids(ids, extension)
         return base, ids, tuple(token for token in extension.extras if token in ids)
     if own_json:
@@ -181,8 +183,8 @@ def _ids(
 
 def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension: Extension, rule: bool) -> Vocabulary:
     """What training had before it added tokens: tokenizer.model, else tokenizer.json. `rule`: Megatron-LLM's holds."""
-    if MODEL in source.files and family != "falcon" and not source.own_json(family):
-        vocabulary = special_tokens.read_sentencepiece(source.files[MODEL])
+    if MODEL in source.files and not json_alone(family) and not source.own_json(family):
+        vocabulary = read_sentencepiece(source.files[MODEL])
         if rule and not extension.new_tokens and None in (vocabulary.bos, vocabulary.eos):
             raise ConversionError(
                 f"{source.files[MODEL]} lacks a begin or an end token; without new tokens, versions of "
@@ -191,13 +193,13 @@ def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension:
                 "--new_tokens."
             )
         return vocabulary
-    if extension.new_tokens and family != "falcon":
+    if extension.new_tokens and not json_alone(family):
         raise ConversionError(
             f"{source.origin} has no {MODEL}, on whose pad token the ids of the new tokens depend; name the {MODEL} of "
             "training with --vocab_file, or say --no_new_tokens."
         )
     ids = {**source.json(ADDED), **tokenizer_json.all_ids(data)}
-    if sorted(ids.values()) != list(range(len(ids))) and (extension.extras or family == "falcon"):
+    if sorted(ids.values()) != list(range(len(ids))) and (extension.extras or json_alone(family)):
         raise ConversionError(
             f"the ids in {source.vocabulary_file()} have gaps, so those of added tokens are unknown; name another "
             "--vocab_file."
@@ -206,7 +208,7 @@ def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension:
         **tokenizer_config.named_tokens(source.json(SPECIAL_MAP)),
         **tokenizer_config.named_tokens(source.json(CONFIG)),
     }
-    if family == "falcon" and "<|endoftext|>" in ids:
+    if json_alone(family) and "<|endoftext|>" in ids:
         named.setdefault("eos", "<|endoftext|>")
     pieces = tuple(sorted(ids, key=lambda token: ids[token]))
     return Vocabulary(pieces, named.get("bos"), named.get("eos"), unk=named.get("unk"), own=ids)

@@ -7,34 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
-from weights_conversion.tokenizer import apart
-from weights_conversion.tokenizer.files import is_tiktoken
+from weights_conversion.tokenizer.files import json_alone
+from weights_conversion.tokenizer.vocabulary import Vocabulary, read_sentencepiece
 
 KEYS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 CONFIG_KEYS = ("bos", "eos", "pad")  # those that config.json and generation_config.json hold the id of
 OTHER_TYPES = ("BertWordPieceCase", "BertWordPieceLowerCase", "FalconTokenizer", "GPT2BPETokenizer")
 NEW_TOKENS = {"cls": "<CLS>", "sep": "<SEP>", "eod": "<EOD>", "mask": "<MASK>"}
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokens of a vocabulary file in id order, and the names of its special ones (None: it has none).
-
-    `own` are the ids where the file states them (tokenizer.json), since they may have gaps; else they count up.
-    """
-
-    pieces: tuple[str, ...]
-    bos: str | None = None
-    eos: str | None = None
-    pad: str | None = None
-    unk: str | None = None
-    own: Mapping[str, int] | None = None
-
-    @property
-    def ids(self) -> dict[str, int]:
-        return dict(self.own) if self.own is not None else {piece: i for i, piece in enumerate(self.pieces)}
 
 
 @dataclass(frozen=True)
@@ -56,24 +36,6 @@ class Extension:
                 "give --vocab_extra_ids_list tokens separated by single commas, without one at the end."
             )
         return tuple(dict.fromkeys([*numbered, *listed]))
-
-
-def read_sentencepiece(model_file: Path) -> Vocabulary:
-    """The pieces of a tokenizer.model. Raises ConversionError where sentencepiece cannot read it."""
-    content = fileio.read_whole(model_file, fileio.MAX_TOKENIZER_BYTES)
-    if is_tiktoken(model_file):
-        raise ConversionError(
-            f"{model_file} is of tiktoken, as Llama 3's, not a sentencepiece model; name a folder that also holds the "
-            "model's tokenizer.json with --vocab_file."
-        )
-    try:
-        found = apart.sentencepiece(content)
-    except ConversionError as error:
-        raise ConversionError(
-            f"{model_file} is not a sentencepiece model ({error}); give the tokenizer.model of training with "
-            "--vocab_file."
-        ) from error
-    return Vocabulary(tuple(found["pieces"]), *(found["special"][name] for name in ("bos", "eos", "pad", "unk")))
 
 
 def added_tokens(vocabulary: Vocabulary, extension: Extension) -> tuple[str, ...]:
@@ -127,7 +89,7 @@ def trusted_args(family: str, args: Mapping[str, Any], chosen: bool = False) -> 
     from weights_conversion.configs.megatron_args import was_reset
 
     kind = args.get("tokenizer_type")
-    wrong = kind == "SentencePieceTokenizer" if family == "falcon" else kind in OTHER_TYPES
+    wrong = kind == "SentencePieceTokenizer" if json_alone(family) else kind in OTHER_TYPES
     if wrong and not chosen:
         raise ConversionError(
             f"the checkpoint's args name tokenizer_type {kind}, which is not {family}'s; give the right --model, name "
@@ -159,10 +121,11 @@ def resolve_extension(family: str, stated: Extension, new_tokens: bool | None, l
         stated.vocab_extra_ids,
         stated.vocab_extra_ids_list if listed is None else listed,
     )
-    if family == "falcon" and listed and not extension.new_tokens:
+    if json_alone(family) and listed and not extension.new_tokens:
         raise ConversionError(
-            f"--vocab_extra_ids_list {listed} names extra tokens, but falcon's tokenizer has them only where training "
-            "ran with new tokens, and neither the checkpoint nor a flag says so; add --new_tokens, or drop the list."
+            f"--vocab_extra_ids_list {listed} names extra tokens, but {family}'s tokenizer has them only where "
+            "training ran with new tokens, and neither the checkpoint nor a flag says so; add --new_tokens, or drop "
+            "the list."
         )
     return extension
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from weights_conversion.tokenizer.files import CONFIG, SPECIAL_MAP, Source
-from weights_conversion.tokenizer.special_tokens import KEYS, Vocabulary
+from weights_conversion.architectures import FAMILIES
+from weights_conversion.tokenizer.files import CONFIG, SPECIAL_MAP, Source, json_alone
+from weights_conversion.tokenizer.special_tokens import KEYS
+from weights_conversion.tokenizer.vocabulary import Vocabulary
 
 EXTRAS, DECODER = "additional_special_tokens", "added_tokens_decoder"
 PLAIN = "PreTrainedTokenizerFast"
@@ -44,7 +46,7 @@ def extra_tokens(config: Mapping[str, Any]) -> list[str]:
 
 def fill_token(family: str, config: Mapping[str, Any]) -> str | None:
     """CodeLlama's fill token: its class gives it an id behind all others, and no text ever becomes that id."""
-    return text_of(config.get("fill_token", FILL)) if family == "codellama" else None
+    return text_of(config.get("fill_token", FILL)) if FAMILIES[family].infills else None
 
 
 def without_fill(config: dict[str, Any], fill: str) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def starting_config(family: str, source: Source, vocabulary: Vocabulary) -> dict
     if CONFIG not in source.files:
         llama = {"add_bos_token": True, "add_eos_token": False, "legacy": True, "padding_side": "left"}
         config = {
-            **({} if family == "falcon" or own_json else llama),
+            **({} if json_alone(family) or own_json else llama),
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": 10**30,
@@ -106,7 +108,7 @@ def starting_config(family: str, source: Source, vocabulary: Vocabulary) -> dict
     for key in ("bos", "eos", "unk"):
         if not config.get(f"{key}_token") and getattr(vocabulary, key) is not None:
             config[f"{key}_token"] = getattr(vocabulary, key)
-    infills = family == "codellama" and set(INFILLING.values()) <= set(vocabulary.pieces)
+    infills = FAMILIES[family].infills and set(INFILLING.values()) <= set(vocabulary.pieces)
     # Not LlamaTokenizer where the choice is ours: version 5 ignores tokenizer.json's normalizer for that class, and a
     # leading space is lost. CodeLlamaTokenizer is needed for infilling.
     config.setdefault("tokenizer_class", "CodeLlamaTokenizer" if infills else PLAIN)

@@ -31,6 +31,22 @@ class Names:
 
 
 @dataclass(frozen=True)
+class Block:
+    """What a layer computes. `parallel`: attention and MLP have the same input; else one follows the other."""
+
+    parallel: bool = False
+    gated: bool = True  # silu(gate) * up; else one matrix and GELU
+    layer_norm: bool = False  # LayerNorm with bias; else RMSNorm
+
+
+BLOCKS = {"falcon": Block(parallel=True, gated=False, layer_norm=True)}  # all others are Llama's
+
+
+def block_of(config: ModelConfig) -> Block:
+    return BLOCKS.get(config.family, Block())
+
+
+@dataclass(frozen=True)
 class Convention:
     """How one side stores a model. `dataclasses.replace` makes a hypothesis about what a writer did wrong."""
 
@@ -38,21 +54,21 @@ class Convention:
     names: Names
     interleaved_rotary: bool  # rotate rows (2i, 2i+1) of a head; otherwise rows (i, i + head_dim/2)
     gate_first: bool  # of the two halves of a GLU, by rows or in the order of `Names.mlp_in`
-    falcon: tuple[Names, ...] = ()  # with one norm in front of the parallel branches, and with two; empty: no falcon
+    parallel: tuple[Names, ...] = ()  # with one norm in front of parallel branches, and with two; empty: cannot hold it
     grouped_qkv: bool = True  # fused QKV is [q .. q, k, v] per group; otherwise all q, all k, all v
     grouped_bias: bool = True  # the same of its bias
 
     def names_for(self, config: ModelConfig) -> Names:
         """Raises ConversionError for a model that this side cannot store."""
-        if config.family != "falcon":
+        if not block_of(config).parallel:
             self._check(config)
             return self.names
-        if not self.falcon:
+        if not self.parallel:
             raise ConversionError(
-                f"{self.title} checkpoints cannot hold a falcon model, whose attention and MLP are parallel; "
+                f"{self.title} checkpoints cannot hold a {config.family} model, whose attention and MLP are parallel; "
                 "compare a Hugging Face or Megatron-LLM checkpoint."
             )
-        return self.falcon[config.num_layernorms - 1]
+        return self.parallel[config.num_layernorms - 1]
 
     def _check(self, config: ModelConfig) -> None:
         for has, name, what in (
@@ -97,7 +113,7 @@ HF = Convention(
     ),
     interleaved_rotary=False,
     gate_first=True,
-    falcon=(_HF_FALCON, replace(_HF_FALCON, attention_norm="ln_attn.weight", mlp_norm="ln_mlp.weight")),
+    parallel=(_HF_FALCON, replace(_HF_FALCON, attention_norm="ln_attn.weight", mlp_norm="ln_mlp.weight")),
 )
 META = Convention(
     "Meta",
@@ -133,7 +149,7 @@ MEGATRON_LLM = Convention(
     _MEGATRON_LLM,
     interleaved_rotary=True,
     gate_first=False,
-    falcon=(
+    parallel=(
         replace(_MEGATRON_LLM, mlp_norm="input_layernorm.weight"),
         replace(_MEGATRON_LLM, mlp_norm="mlp_layernorm.weight"),
     ),

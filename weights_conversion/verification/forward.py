@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
-from weights_conversion.verification.conventions import Convention
+from weights_conversion.verification.conventions import Convention, block_of
 from weights_conversion.verification.rope import frequencies
 
 Weights = Callable[[str, slice | None], Tensor]
@@ -111,7 +111,7 @@ def layer(
     yield "attention", index, attended
 
     residual = hidden + attended
-    mlp_input = hidden if config.family == "falcon" else residual  # falcon's two branches are parallel
+    mlp_input = hidden if block_of(config).parallel else residual
     if names.mlp_norm != names.attention_norm:
         normed = _norm(config, weights, prefix + names.mlp_norm, mlp_input)
         yield "mlp_norm", index, normed
@@ -186,7 +186,7 @@ def _rotate(convention: Convention, x: Tensor, cos: Tensor, sin: Tensor) -> Tens
 
 def _mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Tensor:
     names, ffn = convention.names_for(config), config.ffn_hidden_size
-    if config.family == "falcon":
+    if not block_of(config).gated:
         inner = F.gelu(_linear(weights, prefix + names.mlp_in[0], x, 0, ffn))
     else:
         # Fused: the second half begins at row ffn of the same matrix.
@@ -201,8 +201,7 @@ def _mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: 
 
 
 def _norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
-    """LayerNorm with bias for falcon, RMSNorm for the others."""
-    if config.family != "falcon":
+    if not block_of(config).layer_norm:
         return _rms(config, weights, name, x)
     size = config.hidden_size
     weight, bias = _vector(weights, name, size), _vector(weights, name.removesuffix("weight") + "bias", size)

@@ -11,6 +11,7 @@ import torch
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
+from weights_conversion.verification.conventions import block_of
 from weights_conversion.verification.forward import rope_of
 from weights_conversion.verification.rope import frequencies
 
@@ -35,7 +36,7 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         return [], [f"transformers cannot read config.json ({reason}), so its values are as the converter reads them"]
     problems = []
-    names = _PLAIN if config.family == "falcon" else _PLAIN | _SEQUENTIAL
+    names = _PLAIN if block_of(config).parallel else _PLAIN | _SEQUENTIAL
     for field, spellings in names.items():
         values = [getattr(stated, name) for name in spellings if hasattr(stated, name)]
         if values and values[0] is not None and values[0] != getattr(config, field):

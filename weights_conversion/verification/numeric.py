@@ -13,7 +13,7 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.engine.streams import Source
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.verification import forward
-from weights_conversion.verification.conventions import CONVENTIONS, Convention, Names
+from weights_conversion.verification.conventions import CONVENTIONS, Convention, Names, block_of
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.sides import NUMBER_FIELDS, Model, shown
 from weights_conversion.verification.stored import head_of, rounded, weights_of
@@ -191,7 +191,7 @@ class Causes:
         if not isinstance(model.files, RankFiles) or model.files.parallel.tensor == 1:
             return
         count = model.files.parallel.tensor
-        if self.theirs.config.family != "falcon":
+        if block_of(self.theirs.config).gated:
             weights = rounded(weights_of(model, self.files, halves=False), model, self.source)
             yield "gate and up were cut among the ranks as one block", replace(self.theirs, weights=weights)
         for one, two in list(combinations(range(count), 2))[:MAX_EXCHANGES]:

@@ -123,11 +123,12 @@ def family_of(path: Path, load_iters: int | str | None) -> tuple[str | None, str
 
 
 _LLAMAS = ("codellama", "llama", "llama2")
+_USUAL = "llama2"  # where no number says more
 
 
 def _llama(theta: object, eps: object) -> str:
     """Which of Llama's families the numbers are of; the families differ in their defaults alone."""
-    return "codellama" if theta == 1e6 else "llama" if eps == 1e-6 else "llama2"
+    return "codellama" if theta == 1e6 else "llama" if eps == 1e-6 else _USUAL
 
 
 def choose_family(
@@ -137,8 +138,8 @@ def choose_family(
     (one, first), (two, second) = family_of(source, source_iters), family_of(checkpoint, checkpoint_iters)
     if one and two and one != two:
         raise ConversionError(f"{source} holds a {one} model and {checkpoint} a {two} model; --model decides")
-    guess = first if first != "llama2" else second
-    return one or two or guess or "llama2"
+    guess = second if first == _USUAL else first
+    return one or two or guess or _USUAL
 
 
 def open_model(
@@ -168,9 +169,8 @@ def _open(
     if here.kind is Kind.HUGGINGFACE:
         raw = fileio.read_json(path / "config.json")
         # The dialect that can express most, since nothing is to be written.
-        config = hf_config.read_config(
-            family, raw, MEGATRON_LLM if family == "falcon" else MEGATRON_CORE, str(path / "config.json")
-        )
+        dialect = MEGATRON_LLM if FAMILIES[family].parallel_attention else MEGATRON_CORE
+        config = hf_config.read_config(family, raw, dialect, str(path / "config.json"))
         tensors = huggingface.read_hf(path)
         if adapter is not None:
             tensors = peft.merged(tensors, peft.open_adapter(adapter))
@@ -216,9 +216,10 @@ def _open_megatron(
             if name in stated and name in said and name not in fields
             and not _agree(stated[name], said[name], latent=config.mla is not None)
         ]
-    if family == "falcon" and files.args.get("tie_embed_logits") not in (None, config.tie_word_embeddings):
+    ties = files.args.get("tie_embed_logits")
+    if FAMILIES[family].ties_in_megatron_llm and ties not in (None, config.tie_word_embeddings):
         stored = "stored" if files.has_head() else "not stored"
-        contradicted.append(f"its head is {stored}, but its args say tie_embed_logits {files.args['tie_embed_logits']}")
+        contradicted.append(f"its head is {stored}, but its args say tie_embed_logits {ties}")
     layout = str(files.parallel) if isinstance(files, megatron.RankFiles) else "torch_dist"
     return Model(
         path, files.dialect, config, placed, layout, files.vocabulary,

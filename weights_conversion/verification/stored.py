@@ -24,6 +24,7 @@ from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Key, Placed, Rank, TensorRef
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.verification.adapted import with_deltas
+from weights_conversion.verification.conventions import block_of
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.sides import Model
 from weights_conversion.verification.whole import dist_weights, huggingface_weights
@@ -76,7 +77,7 @@ class RankReader:
             return [Part(0, height, tuple(refs), 0)]
         if not name.endswith(BY_ROWS):
             return [Part(0, height, (refs[0],), 0)]
-        if name.endswith(GATED) and self.config.family != "falcon" and self.halves:
+        if name.endswith(GATED) and block_of(self.config).gated and self.halves:
             half, full = height // 2, height // 2 * len(refs)
             return [
                 Part(block * full + rank * half, block * full + (rank + 1) * half, (ref,), block * half)
