@@ -11,7 +11,6 @@ from typing import Any
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.configs import hf_config, manifest
 from weights_conversion.configs.megatron_args import NAMES, SILENT
-from weights_conversion.engine import source_sums
 from weights_conversion.engine.job import DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
@@ -23,7 +22,7 @@ from weights_conversion.layouts.placement import main_dtype
 from weights_conversion.layouts.planners import plan_to_hf
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
 from weights_conversion.output import place
-from weights_conversion.sources import described
+from weights_conversion.sources import described, sums
 from weights_conversion.sources.checkpoint import OpenedCheckpoint, megatron_root, open_checkpoint, trained_from
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating, locate
@@ -71,7 +70,8 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     )  # fmt: skip
     targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
-    report.notes += source_sums.checked(opened.files.folder, options)
+    if options.checksums or options.verify:
+        report.notes += sums.checked(opened.files.folder, options.workers)
     stored = main_dtype([placed for group in sources.values() for placed in group])
     report.reads(opened.root, f"{config.family}, {described.of_megatron(opened.root, opened.files)}", stored)
     if options.weights == "master":

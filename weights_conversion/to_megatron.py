@@ -14,7 +14,6 @@ import torch
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, manifest, megatron_args
-from weights_conversion.engine import source_sums
 from weights_conversion.engine.job import DIVISIBLE_BY, DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
@@ -28,6 +27,7 @@ from weights_conversion.layouts.planners import check_parallelism, padded_vocabu
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 from weights_conversion.mapping.parameters import is_buffer
 from weights_conversion.output import assembly, place
+from weights_conversion.sources import sums
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating
 from weights_conversion.sources.opening import find_local, open_source
@@ -96,8 +96,8 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     written = dtype or main_dtype([placed for group in sources.values() for placed in group])
     divisible_by = options.divisible_by or DIVISIBLE_BY
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
-    if opened.iteration is not None:
-        report.notes += source_sums.checked(opened.iteration, options)
+    if opened.iteration is not None and (options.checksums or options.verify):
+        report.notes += sums.checked(opened.iteration, options.workers)
     at = f"; {opened.repository} at {opened.revision}" if opened.repository and not opened.dialect.megatron else ""
     stored = main_dtype([placed for group in sources.values() for placed in group])
     report.reads(opened.folder, f"{options.model}, {opened.what}", stored, at)
