@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -181,20 +182,19 @@ def megatron_to_megatron(
 
 
 def _parameter_count(config: ModelConfig) -> int:
-    total = 0
-    for instance in FAMILIES[config.family].instances(config):
-        count = 1
-        for size in instance.row.megatron_shape(config):
-            count *= size
-        total += count
-    return total
+    return sum(prod(each.row.megatron_shape(config)) for each in FAMILIES[config.family].instances(config))
+
+
+def _billions(size: str) -> float:
+    """Of parameters, as a size's name has them: "70", or "8x7" of experts that share the rest."""
+    return prod(float(number) for number in size.split("x"))
 
 
 def _check_size(config: ModelConfig, size: str) -> None:
     """A size in billions is a round name, off by up to a quarter (Llama "1B" has 1.24): the family's nearest."""
     billions = _parameter_count(config) / 1e9
-    nearest = min(FAMILIES[config.family].repositories, key=lambda name: abs(float(name) / billions - 1))
-    if nearest != size or abs(billions - float(size)) > float(size) / 4:
+    nearest = min(FAMILIES[config.family].repositories, key=lambda name: abs(_billions(name) / billions - 1))
+    if nearest != size or abs(billions - _billions(size)) > _billions(size) / 4:
         raise ConversionError(
             f"--size {size} was given, but this checkpoint's config makes a model of {billions:.3g} billion parameters "
             f"({config.num_layers} layers of hidden size {config.hidden_size}); leave --size out or correct it"

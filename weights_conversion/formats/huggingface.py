@@ -167,10 +167,10 @@ def read_hf(folder: Path) -> dict[str, Placed]:
         for name, ref in refs.items():
             if name in placed:
                 problems.append(f"{name} stands in two files, {placed[name].copies[0][0].ref.file} and {file}")
-            if len(ref.shape) in (1, 2) or is_buffer(name):
+            if len(ref.shape) in (1, 2, 3) or is_buffer(name):  # three: all experts of a layer
                 placed[name] = whole(ref)
             else:
-                problems.append(f"{name} in {file} has shape {list(ref.shape)}; weights have one or two dimensions")
+                problems.append(f"{name} in {file} has shape {list(ref.shape)}; weights have one to three dimensions")
     if index is not None:
         names = read_json(index, fileio.MAX_INDEX_BYTES)["weight_map"]
         problems += [

@@ -13,7 +13,7 @@ import torch
 
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
-from weights_conversion.mapping.parameters import Index, Instance, Role, Shard
+from weights_conversion.mapping.parameters import Index, Instance, Packed, Role, Shard
 
 PAGE = 4096  # bytes; direct writes begin and end on one
 ITEM_BYTES = 256 << 20  # of a torch_dist checkpoint: its readers take an item into memory whole
@@ -131,6 +131,14 @@ def whole(ref: TensorRef) -> Placed:
     """A tensor that one file holds whole."""
     rows, columns = two_dimensional(ref.shape)
     return Placed(ref.name, ref.dtype, rows, columns, ((Block(ref, 0, (0, rows), (0, columns)),),))
+
+
+def slab(ref: TensorRef, expert: int, packed: Packed, shape: tuple[int, ...]) -> Placed:
+    """One expert's matrix of `shape` in a tensor of all experts of a layer, where it lies in one piece."""
+    rows, columns = shape
+    start = (expert * packed.parts + packed.part) * rows * columns
+    block = Block(ref, start, (0, rows), (0, columns))
+    return Placed(f"{ref.name}[{expert}]", ref.dtype, rows, columns, ((block,),))
 
 
 def joined(name: str, parts: Sequence[TensorRef], dim: int | None) -> Placed:
@@ -303,7 +311,16 @@ def place_dist(instance: Instance, shape: Sequence[int], dtype: torch.dtype, *, 
     The refs are named KEY@OFFSETS, where OFFSETS begin with the indices that are leading axes of the tensor KEY.
     """
     rows, columns = two_dimensional(shape)
-    key, lead = dist_key(instance, MEGATRON_CORE.spell(instance.row.megatron), stacked=stacked)
+    spellings = MEGATRON_CORE.dist_spellings(instance.row.megatron)
+    copies = [_dist_blocks(instance, spelled, shape, dtype, stacked) for spelled in spellings]
+    return Placed(instance.megatron(), dtype, rows, columns, tuple(copies))
+
+
+def _dist_blocks(
+    instance: Instance, spelled: str, shape: Sequence[int], dtype: torch.dtype, stacked: bool
+) -> tuple[Block, ...]:
+    rows, columns = two_dimensional(shape)
+    key, lead = dist_key(instance, spelled, stacked=stacked)
     shard = instance.row.shard
     parts = shard.blocks if shard else 1
     step = max(min(ITEM_BYTES // (columns * dtype.itemsize), rows // parts), 1)
@@ -315,4 +332,4 @@ def place_dist(instance: Instance, shape: Sequence[int], dtype: torch.dtype, *, 
             local = (*(1 for _ in lead), last - first, *shape[1:])
             ref = TensorRef("", f"{key}@{','.join(map(str, (*lead, first)))}", dtype, local)
             blocks.append(Block(ref, 0, (first, last), (0, columns)))
-    return Placed(instance.megatron(), dtype, rows, columns, (tuple(blocks),))
+    return tuple(blocks)

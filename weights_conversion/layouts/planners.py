@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from weights_conversion.layouts.placement import (
     TensorRef,
     place_dist,
     place_megatron,
+    slab,
     stage_ranks,
     whole,
 )
@@ -106,7 +107,7 @@ def plan_to_dist(
         )
         for each in instances
     ]  # fmt: skip
-    blocks = [block for each in placed for block in each.copies[0]]
+    blocks = [block for each in placed for copy in each.copies for block in copy]
     sizes = [block.ref.nbytes for block in blocks]
     count = min(-(-sum(sizes) // FILE_BYTES), len(sizes))
     moved: dict[TensorRef, TensorRef] = {}
@@ -117,22 +118,19 @@ def plan_to_dist(
         targets[file] = tuple(moved[block.ref] for block in blocks[first:last])
     steps = []
     for each, instance in zip(placed, instances, strict=True):
-        (copy,) = each.copies
-        there = replace(each, copies=(tuple(replace(block, ref=moved[block.ref]) for block in copy),))
+        copies = tuple(tuple(replace(block, ref=moved[block.ref]) for block in copy) for copy in each.copies)
+        there = replace(each, copies=copies)
         steps.append(_step(instance, sources[instance.key], (there,), config))
     return Plan(config, source, target, tuple(steps), targets, new_rows)
 
 
 def plan_to_hf(
     architecture: Architecture, config: ModelConfig, sources: Located,
-    source: Dialect, target: Dialect, shards: int, dtype: torch.dtype | None,
+    source: Dialect, target: Dialect, shards: int, dtype: torch.dtype | None, *, packed: bool = False,
 ) -> Plan:  # fmt: skip
-    """Into `shards` safetensors files, balanced by bytes, tensors in model order."""
-    wanted: list[TensorRef] = []
-    for instance in architecture.instances(config):
-        kept = written_dtype(instance, sources[instance.key], dtype)
-        for name, shape in zip(instance.hf_names, instance.row.hf_shapes(config), strict=True):
-            wanted.append(TensorRef("", name, kept, shape))
+    """Into `shards` safetensors files, balanced by bytes, tensors in model order; `packed`: all experts in one."""
+    instances = list(architecture.instances(config))
+    wanted = list(_hf_tensors(instances, config, sources, dtype, packed))
     if shards > len(wanted):
         raise ConversionError(f"--num_output_shards {shards} is more than the {len(wanted)} tensors of this model")
     targets: dict[str, list[TensorRef]] = {}
@@ -141,12 +139,41 @@ def plan_to_hf(
         targets[file] = [TensorRef(file, ref.name, ref.dtype, ref.shape) for ref in wanted[group[0] : group[1]]]
     refs = {ref.name: ref for group in targets.values() for ref in group}
     steps = [
-        _step(instance, sources[instance.key], tuple(whole(refs[name]) for name in instance.hf_names), config)
-        for instance in architecture.instances(config)
+        _step(instance, sources[instance.key], _hf_places(instance, config, refs, packed), config)
+        for instance in instances
     ]
     # Tensors of whole pages first: then the ones behind them start on a page too, as direct writes need.
     files = {file: tuple(sorted(group, key=lambda ref: ref.nbytes % PAGE != 0)) for file, group in targets.items()}
     return Plan(config, source, target, tuple(steps), files)
+
+
+def _hf_tensors(
+    instances: Sequence[Instance], config: ModelConfig, sources: Located, dtype: torch.dtype | None, packed: bool
+) -> Iterator[TensorRef]:
+    """Every tensor of a Hugging Face model, in model order."""
+    seen = set()
+    for instance in instances:
+        kept = written_dtype(instance, sources[instance.key], dtype)
+        for at, shape in enumerate(instance.row.hf_shapes(config)):
+            if not (packed and instance.row.packed):
+                yield TensorRef("", instance.hf_names[at], kept, shape)
+                continue
+            place = instance.row.packed[at]
+            name = instance.hf(place.name)
+            if name not in seen and config.moe is not None:
+                seen.add(name)
+                yield TensorRef("", name, kept, (config.moe.num_experts, place.parts * shape[0], shape[1]))
+
+
+def _hf_places(
+    instance: Instance, config: ModelConfig, refs: Mapping[str, TensorRef], packed: bool
+) -> tuple[Placed, ...]:
+    if not (packed and instance.row.packed):
+        return tuple(whole(refs[name]) for name in instance.hf_names)
+    return tuple(
+        slab(refs[instance.hf(place.name)], instance.expert or 0, place, shape)
+        for place, shape in zip(instance.row.packed, instance.row.hf_shapes(config), strict=True)
+    )
 
 
 def _step(instance: Instance, source: tuple[Placed, ...], target: tuple[Placed, ...], config: ModelConfig) -> Step:

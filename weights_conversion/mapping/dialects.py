@@ -15,7 +15,7 @@ class Dialect:
 
     `megatron` says that tensors are Megatron's (fused), not HF's (apart). The rest is about the two Megatrons: below
     `model`, a rank file's names begin with `prefix`; `tied_head` is the last stage's copy of a tied embedding;
-    `alternatives` are second spellings of (respelled) names, by the first.
+    `alternatives` are second spellings of (respelled) names, by the first; `dist_alternatives` those of torch_dist.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Dialect:
     prefix: str = ""
     tied_head: str = ""
     alternatives: Mapping[str, str] = field(default_factory=dict, hash=False)
+    dist_alternatives: Mapping[str, str] = field(default_factory=dict, hash=False)
     parallel_attention: bool = True  # beside the MLP, as falcon has it
     ties_heads: bool = True  # of the sequential families
     splits_groups: bool = False  # several tensor ranks may share a query group
@@ -40,6 +41,11 @@ class Dialect:
         """Every name under which a rank file holds it: Megatron-Core's norms have two."""
         spelled = self.spell(name)
         return (spelled, self.alternatives[spelled]) if spelled in self.alternatives else (spelled,)
+
+    def dist_spellings(self, name: str) -> tuple[str, ...]:
+        """Every name under which a torch_dist checkpoint is to have it."""
+        spelled = self.spell(name)
+        return (spelled, self.dist_alternatives[spelled]) if spelled in self.dist_alternatives else (spelled,)
 
     def other_spelling(self, stored: str) -> str:
         """The other name of a tensor (with its layer's number) that has two, of which a file needs but one."""
@@ -109,14 +115,17 @@ MEGATRON_LLM = Dialect(
 )
 
 # Megatron-Core names its layer norms by the module that holds them: Transformer-Engine fuses each into the linear layer
-# behind it, the local layer spec keeps them apart. torch_dist stores the Transformer-Engine spelling for both, but for
-# a layer of experts, whose norm it calls after a linear layer in the local spec alone.
+# behind it, the local layer spec keeps them apart. torch_dist stores the Transformer-Engine spelling for both.
 _CORE_LOCAL_NORMS = {
     "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight":
         "decoder.layers.{layer}.input_layernorm.weight",
     "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight": "decoder.layers.{layer}.pre_mlp_layernorm.weight",
-    "decoder.layers.{layer}.pre_mlp_layernorm.weight": "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
 }  # fmt: skip
+# In torch_dist alone: the local spec calls the norm in front of experts after the linear layer of a dense MLP
+# (gpt_layer_specs.py renames it whatever the layer is), and a run asks for the name of its own spec.
+_CORE_DIST_NORMS = {
+    "decoder.layers.{layer}.pre_mlp_layernorm.weight": "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+}
 
 MEGATRON_CORE = Dialect(
     "Megatron-Core",
@@ -124,8 +133,9 @@ MEGATRON_CORE = Dialect(
     megatron=True,
     tied_head="output_layer.weight",
     alternatives=_CORE_LOCAL_NORMS,
+    dist_alternatives=_CORE_DIST_NORMS,
     parallel_attention=False,
     splits_groups=True,
-    features=("add_qkv_bias", "qk_layernorm", "moe"),
+    features=("add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary"),
     ropes=("default", "linear", "llama3", "yarn"),
 )

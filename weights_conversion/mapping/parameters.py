@@ -61,6 +61,15 @@ def named(template: str, index: Index) -> str:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Where an expert's tensor is, if one tensor holds those of all experts of a layer: (E, parts x rows, columns)."""
+
+    name: str
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True)
 class ParamMapping:
     """One parameter of the architecture; names are whole, so that they can be grepped.
 
@@ -78,6 +87,7 @@ class ParamMapping:
     needs: tuple[str, ...] = ()
     role: Role = Role.PLAIN
     dtype: str | None = None
+    packed: tuple[Packed, ...] = ()  # one for each name in `hf`, where experts may be packed
 
     @property
     def per_layer(self) -> bool:
@@ -108,10 +118,10 @@ class ParamMapping:
 
 def same(
     megatron: str, hf: str, shape: tuple[str, ...], shard: Shard | None = REPLICATED, *needs: str,
-    op: Op = COPY, role: Role = Role.PLAIN, dtype: str | None = None,
+    op: Op = COPY, role: Role = Role.PLAIN, dtype: str | None = None, packed: tuple[Packed, ...] = (),
 ) -> ParamMapping:  # fmt: skip
     """A parameter that is one tensor on both sides."""
-    return ParamMapping(megatron, (hf,), shape, shard, op, needs, role, dtype)
+    return ParamMapping(megatron, (hf,), shape, shard, op, needs, role, dtype, packed)
 
 
 def qkv(megatron: str, *needs: str, q: str, k: str, v: str, shape: tuple[str, ...] = ("qkv", "hidden")) -> ParamMapping:
@@ -119,9 +129,11 @@ def qkv(megatron: str, *needs: str, q: str, k: str, v: str, shape: tuple[str, ..
     return ParamMapping(megatron, (q, k, v), shape, COLUMN, FuseQKV(), needs)
 
 
-def glu(megatron: str, *needs: str, gate: str, up: str, rows: str = "glu") -> ParamMapping:
+def glu(
+    megatron: str, *needs: str, gate: str, up: str, rows: str = "glu", packed: tuple[Packed, ...] = ()
+) -> ParamMapping:
     """Gate and up, one above the other; `rows` is the axis of both."""
-    return ParamMapping(megatron, (gate, up), (rows, "hidden"), GLU, FuseGLU(), needs)
+    return ParamMapping(megatron, (gate, up), (rows, "hidden"), GLU, FuseGLU(), needs, packed=packed)
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,13 @@ them are raised at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
-from weights_conversion.layouts.placement import Located, Placed, Rank, TensorRef, place_megatron, rank_folder
-from weights_conversion.mapping.dialects import Dialect
+from weights_conversion.layouts.placement import Located, Rank, TensorRef, place_megatron, rank_folder
 from weights_conversion.mapping.parameters import Architecture, is_buffer
 from weights_conversion.sources import naming
 from weights_conversion.sources.locate_dist import in_torch_dist
@@ -84,52 +82,3 @@ def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelCon
     if problems := naming.grouped(wrong) + naming.mismatch(str(files.folder), missing, unexpected):
         raise ConversionError(*problems)
     return placed
-
-
-def in_huggingface(
-    architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Placed], dialect: Dialect
-) -> Located:
-    """Finds each parameter among the tensors of an HF or Meta source. Missing, misshapen and unexpected ones: error."""
-    if config.num_layers > len(tensors):  # before a loop over as many layers as a config may claim
-        raise ConversionError(f"the config says {config.num_layers} layers, the source has {len(tensors)} tensors")
-    problems: list[str] = []
-    missing: dict[str, str] = {}
-    wrong: list[tuple[str, str]] = []
-    used, found = set(), {}
-    for instance in architecture.instances(config):
-        placed = []
-        for template, shape in zip(instance.row.hf, instance.row.hf_shapes(config), strict=True):
-            name = instance.hf(dialect.spell(template))
-            used.add(name)
-            tensor = tensors.get(name)
-            if tensor is None:
-                missing[name] = f"the source has no tensor {name}, which its config asks for with shape {list(shape)}"
-                continue
-            expected = (shape[0], shape[1] if len(shape) > 1 else 1)
-            if (tensor.rows, tensor.columns) != expected:
-                shown = [tensor.rows, tensor.columns] if len(shape) > 1 else [tensor.rows]
-                wrong.append((name, f"{name} has shape {shown}, but its config says {list(shape)}"))
-            placed.append(tensor)
-        found[instance.key] = tuple(placed)
-
-    if config.tie_word_embeddings and architecture.tied_head:
-        head = dialect.spell(architecture.tied_head)
-        embedding = architecture.embedding.key
-        if head in tensors and found[embedding]:
-            (placed,) = found[embedding]
-            used.add(head)
-            if (tensors[head].rows, tensors[head].dtype) != (placed.rows, placed.dtype):
-                problems.append(f"{head} and {placed.name} are tied, but differ in shape or dtype")
-            if tensors[head].deltas:
-                problems.append(f"an adapter is for {head}, which is tied to {placed.name}: no single table is both")
-            both = Placed(placed.name, placed.dtype, placed.rows, placed.columns, placed.copies + tensors[head].copies)
-            found[embedding] = (both,)
-    unexpected = {
-        name: f"the source has a tensor {name} that a {architecture.family} model does not have"
-        for name in sorted(tensors)
-        if name not in used and not is_buffer(name)
-    }
-    problems += naming.grouped(wrong) + naming.mismatch("the source", missing, unexpected)
-    if problems:
-        raise ConversionError(*problems)
-    return found

@@ -69,7 +69,7 @@ class _Search:
         experts = self.config.moe.num_experts if self.config.moe is not None else 0
         sizes = {0: (), 1: (self.config.num_layers,), 2: (self.config.num_layers, experts)}
         several = []
-        for spelled in dialect.spellings(row.megatron):
+        for spelled in dict.fromkeys((*dialect.spellings(row.megatron), *dialect.dist_spellings(row.megatron))):
             found = []
             for stacked in (True, False) if instance.index else (False,):
                 key, lead = dist_key(instance, spelled, stacked=stacked)

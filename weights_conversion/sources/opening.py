@@ -21,7 +21,8 @@ from weights_conversion.mapping.parameters import Architecture
 from weights_conversion.sources import described, peft
 from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
 from weights_conversion.sources.detect import Found, Kind, detect
-from weights_conversion.sources.locate import in_huggingface, locate
+from weights_conversion.sources.locate import locate
+from weights_conversion.sources.locate_hf import in_huggingface
 from weights_conversion.text import short
 from weights_conversion.tokenizer.content import links
 from weights_conversion.tokenizer.files import source_tokenizer_files

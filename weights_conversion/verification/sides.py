@@ -23,7 +23,8 @@ from weights_conversion.sources import peft
 from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
 from weights_conversion.sources.detect import Kind, detect
 from weights_conversion.sources.families import decide_family, read_features
-from weights_conversion.sources.locate import in_huggingface, locate
+from weights_conversion.sources.locate import locate
+from weights_conversion.sources.locate_hf import in_huggingface
 
 # Fields that decide the shapes: models that differ here have no tensors in common.
 SHAPE_FIELDS = (

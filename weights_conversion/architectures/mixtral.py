@@ -1,0 +1,27 @@
+"""Mixtral 8x7B and 8x22B: Mistral's attention; every layer has experts, under names of its own."""
+
+from weights_conversion.architectures.experts import NORM, experts, router
+from weights_conversion.architectures.family import Family
+from weights_conversion.architectures.llama import ATTENTION, EMBEDDING, LAST
+
+MIXTRAL = Family(
+    "mixtral",
+    (
+        EMBEDDING,
+        *ATTENTION,
+        NORM,
+        router("model.layers.{layer}.block_sparse_moe.gate.weight"),
+        *experts(
+            gate="model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
+            up="model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
+            down="model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+        ),
+        *LAST,
+    ),
+    tied_head="lm_head.weight",
+    model_types=("mixtral",),
+    hf_class="MixtralForCausalLM",
+    repositories={size: f"mistralai/Mixtral-{size}B-v0.1" for size in ("8x7", "8x22")},
+    defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e6},
+    ropes=("default",),
+)

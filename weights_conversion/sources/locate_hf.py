@@ -1,0 +1,122 @@
+"""Finds every parameter of a model among the tensors of Hugging Face or Meta, experts one by one or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from weights_conversion.config import ModelConfig
+from weights_conversion.errors import ConversionError
+from weights_conversion.layouts.placement import Located, Placed, slab
+from weights_conversion.mapping.dialects import Dialect
+from weights_conversion.mapping.parameters import Architecture, Instance, Packed, is_buffer
+from weights_conversion.sources import naming
+
+
+def in_huggingface(
+    architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Placed], dialect: Dialect
+) -> Located:
+    """Finds each parameter among the tensors of an HF or Meta source. Missing, misshapen and unexpected ones: error."""
+    _check_counts(config, tensors)
+    search = _Search(config, tensors, dialect)
+    found = {instance.key: search.find(instance) for instance in architecture.instances(config)}
+    if config.tie_word_embeddings and architecture.tied_head:
+        search.join_head(dialect.spell(architecture.tied_head), architecture, found)
+    unexpected = {
+        name: f"the source has a tensor {name} that a {architecture.family} model does not have"
+        for name in sorted(tensors)
+        if name not in search.used and not is_buffer(name)
+    }
+    problems = search.problems + naming.grouped(search.wrong)
+    problems += naming.mismatch("the source", search.missing, unexpected)
+    if problems:
+        raise ConversionError(*problems)
+    return found
+
+
+def packs_experts(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Placed]) -> bool:
+    """Whether the source holds all experts of a layer in one tensor."""
+    rows = [row for row in architecture.parameters(config) if row.packed]
+    layers = range(config.num_layers)
+    return any(Instance(row, (layer, 0)).hf(packed.name) in tensors
+               for row in rows for packed in row.packed for layer in layers)  # fmt: skip
+
+
+def _check_counts(config: ModelConfig, tensors: Mapping[str, Placed]) -> None:
+    """Before a loop over as many layers and experts as a config may claim."""
+    if config.num_layers > len(tensors):
+        raise ConversionError(f"the config says {config.num_layers} layers, the source has {len(tensors)} tensors")
+    if config.moe is not None:
+        most = max((each.copies[0][0].ref.shape[0] for each in tensors.values() if each.rows), default=0)
+        if config.moe.num_experts > max(len(tensors), most):
+            raise ConversionError(
+                f"the config says {config.moe.num_experts} experts, the source has {len(tensors)} tensors"
+            )
+
+
+@dataclass
+class _Search:
+    """Looks parameters up one by one; collects what is used, missing and wrong."""
+
+    config: ModelConfig
+    tensors: Mapping[str, Placed]
+    dialect: Dialect
+    used: set[str] = field(default_factory=set)
+    missing: dict[str, str] = field(default_factory=dict)
+    wrong: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def find(self, instance: Instance) -> tuple[Placed, ...]:
+        found = []
+        for at, shape in enumerate(instance.row.hf_shapes(self.config)):
+            name = instance.hf(self.dialect.spell(instance.row.hf[at]))
+            packed = instance.row.packed[at] if instance.row.packed else None
+            if packed is not None and name not in self.tensors and instance.hf(packed.name) in self.tensors:
+                tensor = self._slab(instance, packed, shape)
+            else:
+                tensor = self._whole(name, shape)
+            if tensor is not None:
+                found.append(tensor)
+        return tuple(found)
+
+    def _whole(self, name: str, shape: tuple[int, ...]) -> Placed | None:
+        self.used.add(name)
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            said = f"the source has no tensor {name}, which its config asks for with shape {list(shape)}"
+            self.missing[name] = said
+            return None
+        if (tensor.rows, tensor.columns) != (shape[0], shape[1] if len(shape) > 1 else 1):
+            shown = [tensor.rows, tensor.columns] if len(shape) > 1 else [tensor.rows]
+            self.wrong.append((name, f"{name} has shape {shown}, but its config says {list(shape)}"))
+        return tensor
+
+    def _slab(self, instance: Instance, packed: Packed, shape: tuple[int, ...]) -> Placed | None:
+        """One expert's part of a tensor of all experts, which lies in one piece."""
+        name = instance.hf(packed.name)
+        self.used.add(name)
+        if self.tensors[name].deltas:
+            self.problems.append(f"an adapter is for {name}, which holds all experts of a layer: it cannot be merged")
+        (block,) = self.tensors[name].copies[0]
+        rows, columns = shape
+        moe = self.config.moe
+        expected = (moe.num_experts if moe is not None else 0, packed.parts * rows, columns)
+        if block.ref.shape != expected:
+            shown = list(block.ref.shape)
+            self.wrong.append((name, f"{name} has shape {shown}, but its config says {list(expected)}"))
+            return None
+        return slab(block.ref, instance.expert or 0, packed, shape)
+
+    def join_head(self, head: str, architecture: Architecture, found: Located) -> None:
+        """A head that is stored although it is tied is a copy of the embedding."""
+        embedding = architecture.embedding.key
+        if head not in self.tensors or not found[embedding]:
+            return
+        (placed,), copy = found[embedding], self.tensors[head]
+        self.used.add(head)
+        if (copy.rows, copy.dtype) != (placed.rows, placed.dtype):
+            self.problems.append(f"{head} and {placed.name} are tied, but differ in shape or dtype")
+        if copy.deltas:
+            said = f"an adapter is for {head}, which is tied to {placed.name}: no single table is both"
+            self.problems.append(said)
+        found[embedding] = (replace(placed, copies=placed.copies + copy.copies),)
