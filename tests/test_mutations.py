@@ -19,7 +19,7 @@ from conftest import GOLDEN, Script
 from megatron_files import Checkpoint, assert_same_ranks, assert_same_tensors, read_checkpoint
 from naive_layout import megatron_ranks, padded_rows
 
-from weights_conversion.layouts import placement
+from weights_conversion.layouts import rank_files
 from weights_conversion.mapping import ops
 from weights_conversion.mapping.parameters import Shard
 
@@ -72,12 +72,12 @@ def cut_as(pattern: str, shard: Shard) -> Mutation:
     """Tensors whose name matches are cut as `shard` says, whatever the architecture declares."""
 
     def mutate(patch: pytest.MonkeyPatch) -> None:
-        right = placement.rank_blocks
+        right = rank_files.rank_blocks
 
         def wrong(ref: Any, shape: Sequence[int], declared: Any, rank: int, tp: int) -> Iterator[Any]:
             return right(ref, shape, shard if re.search(pattern, ref.name) else declared, rank, tp)
 
-        patch.setattr(placement, "rank_blocks", wrong)
+        patch.setattr(rank_files, "rank_blocks", wrong)
 
     return mutate
 

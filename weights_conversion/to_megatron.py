@@ -22,9 +22,10 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.formats import dist_index, dist_writer, megatron, torch_files
 from weights_conversion.formats.iterations import TRACKER
 from weights_conversion.launch import distributed
-from weights_conversion.layouts.placement import Rank, main_dtype, rank_folder
+from weights_conversion.layouts.placement import main_dtype
 from weights_conversion.layouts.plan import Plan
 from weights_conversion.layouts.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
+from weights_conversion.layouts.rank_files import Rank, rank_folder
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 from weights_conversion.mapping.parameters import is_buffer
 from weights_conversion.output import assembly, place

@@ -18,7 +18,8 @@ from weights_conversion.formats.iterations import MODEL_FILES, number_of
 from weights_conversion.formats.stages import layers_of
 from weights_conversion.formats.stored_args import disagreements, left_out, parallelism, plain_args, plain_value, strays
 from weights_conversion.formats.wrappers import unwrapped
-from weights_conversion.layouts.placement import Rank, TensorRef, chunk_key
+from weights_conversion.layouts.placement import TensorRef
+from weights_conversion.layouts.rank_files import Rank, chunk_key
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 
 _Numbers = tuple[int, ...]  # in the name of a rank's folder

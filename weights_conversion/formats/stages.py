@@ -14,7 +14,7 @@ from typing import Any
 
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import chunk_key
+from weights_conversion.layouts.rank_files import chunk_key
 
 LAYOUT = "pipeline_model_parallel_layout"
 _FIRST = ("decoder_first_pipeline_num_layers", "num_layers_in_first_pipeline_stage", "first_pipeline_num_layers")

@@ -14,7 +14,7 @@ import torch
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.stand_ins import EnumMember, Foreign
-from weights_conversion.layouts.placement import Rank, rank_folder, stage_ranks
+from weights_conversion.layouts.rank_files import Rank, rank_folder, stage_ranks
 
 _MOST_RANKS = 100_000  # of one kind; args may claim any number
 # args that every rank of one checkpoint shares.

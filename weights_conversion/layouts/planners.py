@@ -9,19 +9,10 @@ import torch
 
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import (
-    PAGE,
-    Located,
-    Placed,
-    Rank,
-    TensorRef,
-    place_dist,
-    place_megatron,
-    slab,
-    stage_ranks,
-    whole,
-)
+from weights_conversion.layouts.dist import place_dist
+from weights_conversion.layouts.placement import PAGE, Located, Placed, TensorRef, slab, whole
 from weights_conversion.layouts.plan import Plan, Step, balanced
+from weights_conversion.layouts.rank_files import Rank, place_megatron, stage_ranks
 from weights_conversion.mapping.dialects import Dialect
 from weights_conversion.mapping.parameters import Architecture, Instance
 

@@ -12,7 +12,8 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
-from weights_conversion.layouts.placement import Located, Rank, TensorRef, place_megatron, rank_folder
+from weights_conversion.layouts.placement import Located, TensorRef
+from weights_conversion.layouts.rank_files import Rank, place_megatron, rank_folder
 from weights_conversion.mapping.parameters import Architecture, is_buffer
 from weights_conversion.sources import naming
 from weights_conversion.sources.locate_dist import in_torch_dist

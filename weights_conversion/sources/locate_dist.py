@@ -12,7 +12,8 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk
 from weights_conversion.formats.dist_items import Items
 from weights_conversion.formats.torch_dist import DistCheckpoint
-from weights_conversion.layouts.placement import Block, Located, Placed, TensorRef, dist_key, two_dimensional
+from weights_conversion.layouts.dist import dist_key
+from weights_conversion.layouts.placement import Block, Located, Placed, TensorRef, two_dimensional
 from weights_conversion.mapping.parameters import Architecture, Index, Instance, is_buffer
 from weights_conversion.sources import naming
 

@@ -21,7 +21,8 @@ from weights_conversion.engine.streams import Scratch, Source
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
-from weights_conversion.layouts.placement import Key, Placed, Rank, TensorRef
+from weights_conversion.layouts.placement import Key, Placed, TensorRef
+from weights_conversion.layouts.rank_files import Rank
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.verification.adapted import with_deltas
 from weights_conversion.verification.conventions import block_of
