@@ -60,7 +60,12 @@ def _prove(
     family = model or choose_family(source, checkpoint, source_iters, checkpoint_iters)
     one, two = common_vocabulary(
         open_model(
-            source, family, source_iters, fields=fields, true_vocab_size=true_vocab_size, weights=weights,
+            source,
+            family,
+            source_iters,
+            fields=fields,
+            true_vocab_size=true_vocab_size,
+            weights=weights,
             adapter=adapter,
         ),
         open_model(checkpoint, family, checkpoint_iters),

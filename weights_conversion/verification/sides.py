@@ -214,7 +214,9 @@ def _open_megatron(
         contradicted += [
             f"{name} is {said[name]} in its manifest and {stated[name]} in its args"
             for name in (*megatron_args.SILENT, "moe")
-            if name in stated and name in said and name not in fields
+            if name in stated
+            and name in said
+            and name not in fields
             and not _agree(stated[name], said[name], latent=config.mla is not None)
         ]
     ties = files.args.get("tie_embed_logits")
