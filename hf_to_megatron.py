@@ -14,36 +14,49 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weights_conversion import arguments, cli, reporting
+from weights_conversion import arguments, cli, helptext, reporting
 from weights_conversion.architectures import FAMILIES
 
 if TYPE_CHECKING:
     from weights_conversion.engine.report import Report
 
 
+EXAMPLES = (
+    "python hf_to_megatron.py llama2 --size 7 --out checkpoints/llama2-7b",
+    "python hf_to_megatron.py llama2 --model-path models/Llama-2-70b-hf \\\n"
+    "    --out checkpoints/llama2-70b \\\n"
+    "    --tensor-model-parallel-size 8 --pipeline-model-parallel-size 4",
+    "python hf_to_megatron.py llama2 --size 70 --dry-run",
+)
+
+
 def build_parser() -> arguments.Parser:
-    parser = arguments.Parser(prog="hf_to_megatron.py", description=__doc__)
+    parser = arguments.Parser(
+        prog="hf_to_megatron.py", usage="%(prog)s MODEL [options]", description=__doc__,
+        epilog=helptext.epilog(EXAMPLES, helptext.CONVERSION_CODES),
+    )  # fmt: skip
     parser.add_argument("model", choices=FAMILIES, metavar="MODEL", help=f"one of {', '.join(FAMILIES)}")
-    parser.add_argument(
+    places = parser.add_argument_group("what is read, and where the checkpoint goes")
+    places.add_argument(
         "--size", metavar="SIZE",
         help="size in billions of parameters, as the family has it (7, 0.5): picks the default repository; when given, "
         "it is checked against the model's own config",
     )  # fmt: skip
-    parser.add_argument(
-        "--out", type=arguments.path,
+    places.add_argument(
+        "--out", type=arguments.path, metavar="OUT",
         help="folder of the Megatron checkpoint (default: MODEL-SIZEb-megatron, or NAME-megatron of a local NAME)",
     )  # fmt: skip
-    parser.add_argument(
-        "--cache-dir", type=arguments.path,
+    places.add_argument(
+        "--cache-dir", type=arguments.path, metavar="DIR",
         help="the hub's cache; or, for llama and llama2, the folder of Meta's weights or the one above it",
     )  # fmt: skip
-    parser.add_argument(
+    places.add_argument(
         "--model-path", metavar="PATH_OR_REPO",
         help="a local folder, or another repository of the same architecture; or the root of a Megatron checkpoint, to "
         "write it in another layout",
     )  # fmt: skip
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
-    parser.add_argument(
+    places.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository (default: main)")
+    places.add_argument(
         "--load_iters", type=cli.iteration, metavar="N",
         help="where --model-path is a Megatron checkpoint: another iteration than its tracker's, or release",
     )  # fmt: skip

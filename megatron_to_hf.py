@@ -13,55 +13,63 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weights_conversion import arguments, cli, reporting
+from weights_conversion import arguments, cli, helptext, reporting
 from weights_conversion.architectures import FAMILIES
 
 if TYPE_CHECKING:
     from weights_conversion.engine.report import Report
 
 
+EXAMPLES = (
+    "python megatron_to_hf.py --input_dir runs/llama2 --output_dir models/llama2",
+    "python megatron_to_hf.py --input_dir runs/llama2 --load_iters 800 \\\n"
+    "    --output_dir models/llama2-800 --num_output_shards 15 --verify",
+)
+
+
 def build_parser() -> arguments.Parser:
-    parser = arguments.Parser(prog="megatron_to_hf.py", description=__doc__)
-    parser.add_argument(
+    parser = arguments.Parser(
+        prog="megatron_to_hf.py", usage="%(prog)s --input_dir DIR --output_dir DIR [options]", description=__doc__,
+        epilog=helptext.epilog(EXAMPLES, helptext.CONVERSION_CODES),
+    )  # fmt: skip
+    places = parser.add_argument_group("what is read, and where the model goes")
+    places.add_argument(
         "--input_dir", type=arguments.path, required=True, metavar="DIR", help="root of the Megatron checkpoint"
     )
-    parser.add_argument(
-        
-        "--output_dir",
-        type=arguments.path,
-        required=True,
-        metavar="DIR",
-        help="folder for the Hugging Face model",
+    places.add_argument(
+        "--output_dir", type=arguments.path, required=True, metavar="DIR", help="folder for the Hugging Face model"
     )
-    parser.add_argument(
-        "--model", choices=FAMILIES,
-        help="what the checkpoint holds (default: what it says or shows); a checkpoint that says otherwise is an error",
+    places.add_argument(
+        "--model", choices=FAMILIES, metavar="MODEL",
+        help=f"what the checkpoint holds (default: what it says or shows), one of {', '.join(FAMILIES)}; a checkpoint "
+        "that says otherwise is an error",
     )  # fmt: skip
-    parser.add_argument(
+    places.add_argument(
         "--num_output_shards", type=cli.positive, default=1, metavar="N",
         help="how many safetensors files to write (default: 1)",
     )  # fmt: skip
-    parser.add_argument(
+    places.add_argument(
         "--reference", metavar="PATH_OR_REPO",
         help="a Hugging Face model whose tokenizer, generation config and fields that Megatron's args cannot carry are "
         "taken; what it contradicts is named",
     )  # fmt: skip
-    parser.add_argument(
+    tokenizer = parser.add_argument_group("tokenizer and vocabulary")
+    tokenizer.add_argument(
         "--cache_dir", type=arguments.path, metavar="DIR", help="the hub's cache, should a tokenizer be fetched"
     )
-    parser.add_argument(
+    tokenizer.add_argument(
         "--vocab_file", type=arguments.path, metavar="FILE",
         help="tokenizer.model, or a folder that holds tokenizer files (default: the checkpoint's own)",
     )  # fmt: skip
-    parser.add_argument(
+    tokenizer.add_argument(
         "--vocab_extra_ids_list", metavar="A,B",
         help="special tokens that training added, separated by commas (default: from the checkpoint's args)",
     )  # fmt: skip
-    parser.add_argument(
+    tokenizer.add_argument(
         "--override_special_tokens", nargs="*", action="extend", default=[], metavar="KEY=TOKEN",
         help="make TOKEN the bos, cls, eos, mask, pad, sep or unk token; set in the configs too",
     )  # fmt: skip
-    new_tokens = parser.add_mutually_exclusive_group()
+    new_tokens = tokenizer.add_mutually_exclusive_group()
     for name, value, text in (
         (
             "--new_tokens",
@@ -71,15 +79,15 @@ def build_parser() -> arguments.Parser:
         ("--no_new_tokens", False, "they were not added"),
     ):
         new_tokens.add_argument(name, action="store_const", const=value, dest="new_tokens", help=text)
-    parser.add_argument("--no_tokenizer", action="store_true", help="export the weights and configs alone")
-    parser.add_argument(
+    tokenizer.add_argument("--no_tokenizer", action="store_true", help="export the weights and configs alone")
+    tokenizer.add_argument(
         "--true_vocab_size", type=cli.positive, metavar="N",
         help="vocabulary rows to keep (default: as recorded at import; all, where nothing is recorded)",
     )  # fmt: skip
-    parser.add_argument(
+    places.add_argument(
         "--load_iters", type=cli.iteration, metavar="N", help="another iteration than the tracker's, or release"
     )  # fmt: skip
-    parser.add_argument(
+    places.add_argument(
         "--weights", choices=("model", "master"), default="model",
         help="which to export: the model's own (default), or the optimizer's float32 weights, where the checkpoint's "
         "format stores them by name; --dtype bfloat16 rounds them once",

@@ -60,12 +60,20 @@ FIELDS: dict[str, Callable[[str], Any]] = {
 }
 
 
+_MEANINGS = {
+    "rope_theta": "base of the rotary frequencies",
+    "rope_scaling_factor": "by which positions are divided (linear scaling)",
+    "layernorm_epsilon": "epsilon of the norms",
+    "max_position_embeddings": "longest context",
+}
+
+
 def add_fields(parser: argparse.ArgumentParser) -> None:
     values = parser.add_argument_group(
         "values that a Megatron checkpoint may have lost", "they outrank its manifest and its args"
     )
     for name, kind in FIELDS.items():
-        values.add_argument(f"--{name}", type=kind, metavar="X", help=f"{name} of the model")
+        values.add_argument(f"--{name}", type=kind, metavar="X", help=_MEANINGS[name])
     values.add_argument(
         "--sliding_window_size", type=window, metavar="N", help="window of mistral's attention; 0: no window"
     )
@@ -91,7 +99,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     work.add_argument("--dry-run", action="store_true", help="print the plan (files, bytes, memory, disk) and stop")
     work.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    work.add_argument("--workers", type=positive, default=cores(), help="threads (default: cores, at most 4)")
+    work.add_argument(
+        "--workers", type=positive, default=cores(), metavar="N", help="threads (default: cores, at most 4)"
+    )
     work.add_argument(
         "--verify", action="store_true",
         help="afterwards, prove the output: weights bit by bit, configs, and a forward pass, against the source; what "

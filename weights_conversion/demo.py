@@ -2,13 +2,14 @@
 
 Writes a random model with a tokenizer trained on the spot into a temporary folder, imports it for four ranks (TP 2 x
 PP 2), writes that in Megatron-Core's format, exports both to Hugging Face folders, and proves every one of them against
-the first. The commands are shown, and are what a user would type. Nothing is left behind.
+the first. The commands are shown, and are what a user would type. Nothing is left behind, except with --keep.
 
 Exit codes: 0 everything is the same, 1 something differs or failed, 2 wrong arguments.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights_conversion import arguments, cli
+from weights_conversion import arguments, cli, saying
 from weights_conversion.errors import ConversionError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -119,14 +120,18 @@ def write_json(path: Path, value: object) -> None:
 
 
 def run_script(script: str, *arguments: object) -> float:
-    """Shows and runs one of the two scripts, its report on this process's own output; returns its seconds."""
-    command = [str(REPOSITORY / script), *map(str, arguments)]
-    print(f"\n$ python {shlex.join(command)}", flush=True)
+    """Says and runs one of the scripts as a user would; returns its seconds. What it prints is shown if it fails."""
+    words = [script, *map(str, arguments)]
+    saying.report(f"$ python {shlex.join(words)}")
     started = time.monotonic()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    code = subprocess.run([sys.executable, *command], env=environment, check=False).returncode
-    if code:
-        raise ConversionError(f"{script} ended with exit code {code}")
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / script), *words[1:]], env=environment, check=False, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if done.returncode:
+        saying.report(done.stdout)
+        raise ConversionError(f"{script} ended with exit code {done.returncode}")
     return time.monotonic() - started
 
 
@@ -134,9 +139,9 @@ def prove(source: Path, checkpoint: Path) -> tuple[int, bool]:
     """The number of tensors compared, and whether every bit and every config value is the same."""
     from weights_conversion.verify import verify
 
-    print(f"\n$ python -m weights_conversion.verify {shlex.join([str(source), str(checkpoint)])}", flush=True)
     found = verify(source, checkpoint, FAMILY)
-    print(found.text(), flush=True)
+    if not found.same:
+        saying.report(found.text())
     return found.exact.tensors if found.exact else 0, found.same
 
 
@@ -162,7 +167,7 @@ def play() -> list[Stage]:
     source, ranks, core = Path("llama2-tiny"), Path("megatron-tp2-pp2"), Path("megatron-core")
     started = time.monotonic()
     write_model(source)
-    print(f"a random Llama-2 with {LAYERS} layers and a tokenizer is in {source.absolute()}", flush=True)
+    saying.report(f"a random Llama-2 of {LAYERS} layers, with a tokenizer, in {source.absolute()}")
     seconds = time.monotonic() - started
     stages = [Stage("random model, Hugging Face", 9 * LAYERS + 3, weight_bytes(source), seconds, True)]
 
@@ -206,16 +211,20 @@ def table(stages: Sequence[Stage]) -> str:
 
 
 def build_parser() -> arguments.Parser:
-    return arguments.Parser(prog="python -m weights_conversion.demo", description=__doc__)
+    parser = arguments.Parser(prog="python -m weights_conversion.demo", description=__doc__)
+    parser.add_argument(
+        "--keep", type=arguments.path, metavar="DIR", help="a new or empty folder in which everything is left"
+    )
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    build_parser().parse_args(argv)
+    keep = build_parser().parse_args(argv).keep
     stages: list[Stage] = []
 
     def work() -> str:
         before = Path.cwd()
-        with tempfile.TemporaryDirectory(prefix="weights-conversion-demo-") as folder:
+        with folder_for(keep) as folder:
             os.chdir(folder)
             try:
                 stages.extend(play())
@@ -223,9 +232,20 @@ def main(argv: list[str] | None = None) -> int:
                 os.chdir(before)
         same = all(stage.equal for stage in stages)
         verdict = "Every tensor came through bit for bit, and so did the tokenizer." if same else "SOMETHING DIFFERS."
-        return f"\n{table(stages)}\n{verdict}"
+        kept = f"\nEverything is in {keep}." if keep else ""
+        return f"\n{table(stages)}\n{verdict}{kept}"
 
     return cli.run(work) or (0 if all(stage.equal for stage in stages) else 1)
+
+
+def folder_for(keep: Path | None) -> contextlib.AbstractContextManager[str]:
+    """Where the demo works: a temporary folder, or `keep`. Raises ConversionError where that holds something."""
+    if keep is None:
+        return tempfile.TemporaryDirectory(prefix="weights-conversion-demo-")
+    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise ConversionError(f"--keep {keep} is there and holds something; name a new folder")
+    keep.mkdir(parents=True, exist_ok=True)
+    return contextlib.nullcontext(str(keep))
 
 
 if __name__ == "__main__":

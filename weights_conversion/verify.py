@@ -8,8 +8,6 @@ weight, both sides mapped to Hugging Face's tensors, bit by bit; a recast (--dty
 other side's value rounded to the narrower type. And what both models compute: a forward pass in float32 on a few
 prompts, straight from the stored tensors of each side and sharing nothing with the converter's mapping, which names the
 first layer and sub-module where the sides part. If the checkpoint holds checksums.sha256, its files are checked too.
-
-Exit codes: 0 the same model, 1 different, 2 wrong arguments or a side that cannot be read.
 """
 
 # The object that --json writes has these keys, which stay:
@@ -21,7 +19,8 @@ Exit codes: 0 the same model, 1 different, 2 wrong arguments or a side that cann
 #       checkpoint_dtype, different_values, rounded_values, not_finite_on_one_side, largest_absolute_error,
 #       largest_relative_error, row, column, source_value, checkpoint_value, first [row, column], files {file: values},
 #       cause]; relative errors are of the larger value; tensors, rows, columns are those of the Hugging Face model
-#   numeric (null with --exact-only): same, stage, layer, error, logits_error, cause, prompts, prompt_tokens
+#   numeric (null with --exact-only): same, stage, layer, error, logits_error, cause, prompts, prompt_tokens,
+#       errors [of the embedding, each layer, and behind the layers]
 #   checksums (null without checksums.sha256): same, problems [sentence]
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weights_conversion import arguments, cli
+from weights_conversion import arguments, cli, helptext
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.errors import ConversionError
 from weights_conversion.reporting import check_json, write_json
@@ -74,15 +73,28 @@ def proof(source: Path, model: str, **settings: Any) -> Callable[[Path], str]:
     return prove
 
 
+EXAMPLES = (
+    "python verify.py models/Llama-2-7b-hf checkpoints/llama2-7b",
+    "python verify.py runs/llama2 models/llama2-800 --load-iters 800 --json p.json",
+)
+
+
 def build_parser() -> arguments.Parser:
-    parser = arguments.Parser(prog="python -m weights_conversion.verify", description=__doc__)
+    parser = arguments.Parser(
+        prog="python -m weights_conversion.verify", usage="%(prog)s SOURCE CHECKPOINT [options]", description=__doc__,
+        epilog=helptext.epilog(EXAMPLES, helptext.VERIFY_CODES),
+    )  # fmt: skip
     parser.add_argument("source", type=arguments.path, metavar="SOURCE", help="the checkpoint that is taken as right")
     parser.add_argument(
         "checkpoint", type=arguments.path, metavar="CHECKPOINT", help="the checkpoint that is to be proven"
     )
-    parser.add_argument("--model", choices=FAMILIES, help="the family (default: as the checkpoints say)")
+    parser.add_argument(
+        "--model", choices=FAMILIES, metavar="MODEL", help="the family (default: as the checkpoints say)"
+    )
     parser.add_argument("--json", type=arguments.path, metavar="FILE", help="write the findings as JSON too")
-    parser.add_argument("--workers", type=cli.positive, default=cli.cores(), help="threads (default: cores, at most 4)")
+    parser.add_argument(
+        "--workers", type=cli.positive, default=cli.cores(), metavar="N", help="threads (default: cores, at most 4)"
+    )
     parser.add_argument(
         "--exact-only", action="store_true", help="compare configs and weights, and run no forward pass"
     )  # fmt: skip
@@ -92,6 +104,10 @@ def build_parser() -> arguments.Parser:
     parser.add_argument(
         "--allow-inconsistent", action="store_true",
         help="where the source's ranks hold different values of one parameter, take the first",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plot", type=arguments.path, metavar="FILE.png",
+        help="draw the error of each layer (with matplotlib): where two checkpoints part",
     )  # fmt: skip
     return parser
 
@@ -105,12 +121,18 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> str:
         nonlocal same
+        from weights_conversion.verification import plot
+
         check_json(args.json)
+        if args.plot is not None:
+            plot.check(args.plot)
         found = verify(
             args.source, args.checkpoint, args.model, workers=args.workers, exact_only=args.exact_only,
             source_iters=args.load_iters, checkpoint_iters=args.load_iters,
             allow_inconsistent=args.allow_inconsistent,
         )  # fmt: skip
+        if args.plot is not None:
+            plot.draw(found, args.plot)
         if args.json is not None:
             write_json(args.json, found.json())
         same = found.same

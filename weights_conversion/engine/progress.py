@@ -17,15 +17,21 @@ LOG_SECONDS = 30.0
 
 
 @contextmanager
-def bar(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yields a function that counts written bytes: a tqdm bar on a terminal, else a log line every LOG_SECONDS."""
+def bar(
+    total: int, done: int = 0, doing: str = "converting", unit: str = "B"
+) -> Iterator[Callable[[int], None]]:  # fmt: skip
+    """Yields a function that counts what is done, in bytes or another `unit`: threads may call it.
+
+    It is a tqdm bar on a terminal, else a log line every LOG_SECONDS.
+    """
+    lock = threading.Lock()
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        shown = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="converting")
+        shown = tqdm(total=total, initial=done, unit=unit, unit_scale=unit == "B", desc=doing, dynamic_ncols=True)
 
         def show(count: int) -> None:
-            with suppress(OSError, ValueError):  # the terminal may be gone; the work goes on
+            with lock, suppress(OSError, ValueError):  # the terminal may be gone; the work goes on
                 shown.update(count)
 
         try:
@@ -34,19 +40,21 @@ def bar(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
             with suppress(OSError, ValueError):
                 shown.close()
         return
-    lock, state = threading.Lock(), {"bytes": done, "said": time.monotonic()}
+    state = {"done": done, "said": time.monotonic()}
     started = time.monotonic()
 
     def advance(count: int) -> None:
         with lock:
-            state["bytes"] += count
+            state["done"] += count
             now = time.monotonic()
             if now - state["said"] < LOG_SECONDS:
                 return
             state["said"] = now
-            rate = max(state["bytes"] - done, 1) / (now - started)
-            left = (total - state["bytes"]) / rate
-            done_of = f"{size(state['bytes'])} of {size(total)}"
-            logger.info("%s, %.2f GB/s, %.0f s left", done_of, rate / 1e9, left)
+            rate = max(state["done"] - done, 1) / (now - started)
+            left = (total - state["done"]) / rate
+            amount = f"{state['done']} of {total} {unit}s"
+            if unit == "B":
+                amount = f"{size(state['done'])} of {size(total)}, {rate / 1e9:.2f} GB/s"
+            logger.info("%s: %s, %.0f s left", doing, amount, left)
 
     yield advance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
+from weights_conversion.engine import progress
 from weights_conversion.engine.execute import as_hf, as_megatron, inconsistencies, read_rows
 from weights_conversion.engine.streams import Scratch, Source
 from weights_conversion.layouts.plan import Plan, Step
@@ -118,8 +120,10 @@ def compare(pair: Pair, workers: int) -> Exact:
         if scratches is None:
             scratches = local.scratches = (Scratch(), Scratch())
         for difference, nonfinite in _compare_chunk(pair, *item, files, scratches):
+            count = difference.shape[0] * difference.shape[1]
+            advance(count * difference.dtypes[0].itemsize)
             with lock:
-                result.values += difference.shape[0] * difference.shape[1]
+                result.values += count
                 if any(nonfinite):
                     before = result.nonfinite.get(difference.tensor, (0, 0))
                     result.nonfinite[difference.tensor] = (before[0] + nonfinite[0], before[1] + nonfinite[1])
@@ -132,7 +136,14 @@ def compare(pair: Pair, workers: int) -> Exact:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+        total = sum(
+            math.prod(one.row.megatron_shape(pair.config)) * pair.source.tensors(one)[0].dtype.itemsize
+            for one in pair.parameters
+        )
+        with (
+            progress.bar(total, doing="comparing weights") as advance,
+            ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool,
+        ):
             try:
                 for _ in pool.map(one, work):
                     pass

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from weights_conversion.config import ModelConfig
+from weights_conversion.engine import progress
 from weights_conversion.engine.streams import Source
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.verification import forward
@@ -37,6 +38,7 @@ class Numeric:
     logits_error: float | None
     cause: str | None
     prompts: tuple[int, int]
+    errors: tuple[float, ...] = ()  # the largest of the embedding, of each layer, and behind the layers
 
     def sentence(self) -> str:
         at = f"layer {self.layer} {self.stage}" if self.layer is not None else self.stage
@@ -108,16 +110,24 @@ def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -
     positions = max((forward.default_positions(run.config, shape[1]) for run in (ours, theirs)), key=lambda at: at[-1])
     ours, theirs = replace(ours, positions=positions), replace(theirs, positions=positions)
     largest: tuple[float, str, int | None] = (0.0, "embedding", None)
-    hidden, error = torch.empty(0), 0.0
-    for (stage, layer, a), (_, _, b) in zip(ours.trace(tokens), theirs.trace(tokens), strict=True):
-        error = error_of(a, b)
-        if error > BOUND:
-            cause = Causes(source, checkpoint, ours, theirs, files).find(stage, layer, tokens, hidden, b)
-            return Numeric(False, stage, layer, error, None, cause, shape)
-        largest = max(largest, (error, stage, layer), key=lambda entry: entry[0])
-        if stage in ("embedding", "layer", "final_norm"):
-            hidden = a
-    return Numeric(True, largest[1], largest[2], largest[0], error, None, shape)
+    hidden, error, parted = torch.empty(0), 0.0, None
+    layers = ours.config.num_layers
+    errors = [0.0] * (layers + 2)
+    with progress.bar(layers + 2, doing="running both models", unit="step") as advance:
+        for (stage, layer, a), (_, _, b) in zip(ours.trace(tokens), theirs.trace(tokens), strict=True):
+            error = error_of(a, b)
+            place = layer + 1 if layer is not None else 0 if stage == "embedding" else layers + 1
+            errors[place] = max(errors[place], error)
+            if error > BOUND and parted is None:  # what follows shows how it goes on
+                cause = Causes(source, checkpoint, ours, theirs, files).find(stage, layer, tokens, hidden, b)
+                parted = Numeric(False, stage, layer, error, None, cause, shape)
+            largest = max(largest, (error, stage, layer), key=lambda entry: entry[0])
+            if stage in ("embedding", "layer", "final_norm"):
+                hidden = a
+            if stage in ("embedding", "layer", "logits"):
+                advance(1)
+    found = parted or Numeric(True, largest[1], largest[2], largest[0], error, None, shape)
+    return replace(found, errors=tuple(errors))
 
 
 def _prompts_config(a: ModelConfig, b: ModelConfig) -> ModelConfig:

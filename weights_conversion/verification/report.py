@@ -10,6 +10,7 @@ from weights_conversion.config import RopeScaling
 from weights_conversion.text import one_line
 from weights_conversion.verification.differences import Difference, Exact
 from weights_conversion.verification.numeric import Numeric
+from weights_conversion.verification.plot import sparkline
 from weights_conversion.verification.sides import Model
 
 SHOWN = 12  # differing tensors that the text lists; the JSON lists all
@@ -74,6 +75,8 @@ class Verification:
                 lines.append(f"            likely cause: {self.numeric.cause}")
             elif not self.numeric.same:
                 lines.append(f"            {self._unexplained()}")
+            if not self.numeric.same:
+                lines.append(f"errors      {sparkline(self.numeric.errors)}")
         if self.checksums is not None:
             lines.append(f"checksums   {'; '.join(self.checksums) or 'checksums.sha256 agrees'}")
         lines += [f"cause       {cause}" for cause in self.causes]
@@ -133,6 +136,7 @@ class Verification:
                 "layer": numeric.layer,
                 "error": numeric.error,
                 "logits_error": numeric.logits_error,
+                "errors": list(numeric.errors),
                 "cause": numeric.cause or ("rounding" if numeric.same else None),
                 "prompts": numeric.prompts[0],
                 "prompt_tokens": numeric.prompts[1],
