@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from weights_conversion import links
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.configs import hf_config, manifest
 from weights_conversion.configs.megatron_args import NAMES, SILENT
@@ -28,8 +29,9 @@ from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating, locate
 from weights_conversion.sources.reference import Reference, beside, disagreements, open_reference
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer, source_tokenizer_files
+from weights_conversion.tokenizer.files import TOKENIZER_FILES
 from weights_conversion.verify import proof
-from weights_conversion.watch import watched
+from weights_conversion.watch import opened_files, watched
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     )  # fmt: skip
     copied = [content for content in files.values() if isinstance(content, Path)]
     place.check_apart(out, [*map(Path, plan.source_files()), opened.root, options.input_dir, *copied])
+    report.notes += links.told(opened.root, [*plan.source_files(), *opened_files()], TOKENIZER_FILES)
     report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, prove=prove), options)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from weights_conversion import links
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, manifest, megatron_args
@@ -34,8 +35,9 @@ from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating
 from weights_conversion.sources.opening import find_local, open_source
 from weights_conversion.tokenizer.carried import carried
+from weights_conversion.tokenizer.files import TOKENIZER_FILES
 from weights_conversion.verify import proof
-from weights_conversion.watch import watched
+from weights_conversion.watch import opened_files, watched
 
 TARGETS: dict[str, Dialect] = {"megatron-llm": MEGATRON_LLM, "megatron-core": MEGATRON_CORE}
 
@@ -157,6 +159,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     )  # fmt: skip
     copied = [content for content in files.values() if isinstance(content, Path)]
     place.check_apart(out, [*map(Path, plan.source_files()), opened.folder, *copied])
+    report.notes += links.told(opened.folder, [*plan.source_files(), *opened_files()], TOKENIZER_FILES)
     report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}, prove), options)
 

@@ -61,6 +61,11 @@ class Watch:
         if change := before.change(now):
             raise _changed([(str(path), change)])
 
+    def paths(self) -> list[str]:
+        """What has been opened up to now."""
+        with self._lock:
+            return list(self._seen)
+
     def check(self) -> None:
         """Raises ConversionError where a noted file is not what it was when it was opened."""
         changes = []
@@ -90,6 +95,12 @@ _current: ContextVar[Watch | None] = ContextVar("watch", default=None)
 def current() -> Watch | None:
     """The watch of this run, to be taken along by threads of its own; None outside of a run."""
     return _current.get()
+
+
+def opened_files() -> list[str]:
+    """What this run has opened up to now."""
+    watch = current()
+    return [] if watch is None else watch.paths()
 
 
 @contextmanager

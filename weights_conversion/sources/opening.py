@@ -24,7 +24,6 @@ from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.locate import locate
 from weights_conversion.sources.locate_hf import in_huggingface
 from weights_conversion.text import short
-from weights_conversion.tokenizer.content import links
 from weights_conversion.tokenizer.files import source_tokenizer_files
 from weights_conversion.tokenizer.places import taken_along
 
@@ -148,7 +147,7 @@ def open_hf(model: str, folder: Path, target: Dialect, adapter: Path | None = No
     return Opened(
         folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
         raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
-        notes=(*merged, *notes, *links([folder / "config.json", *([generation] if generation.is_file() else [])])),
+        notes=(*merged, *notes),
         what=described.of_files(HF.name, tensors.values()),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.links import told
 from weights_conversion.tokenizer import tekken, tokenizer_json
 from weights_conversion.tokenizer.files import (
     ADDED,
@@ -131,10 +132,4 @@ _CHECKS: Mapping[str, Callable[[Path], Any]] = {
 
 def links(paths: Iterable[Path]) -> list[str]:
     """A sentence for each file that is a link out of its folder, and not into the blobs of the hub's own cache."""
-    found = []
-    for path in paths:
-        folder, real = path.parent.resolve(), path.resolve()
-        cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
-        if folder not in real.parents and real.parent != cache:
-            found.append(f"{path} is a link to {real}, which lies elsewhere; what it holds was taken")
-    return found
+    return [sentence for path in paths for sentence in told(path.parent, [path])]
