@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from pathlib import Path
 
 import pytest
+import tiny_models as tm
+import torch
 
 SIZES = "--use-mp-args-from-checkpoint-args"
 
@@ -42,3 +45,15 @@ def test_rank_files_of_several_ranks_name_their_sizes(sizes, needed, sources, to
 
 def test_torch_dist_needs_no_sizes(sources, to_megatron, tmp_path: Path) -> None:
     assert SIZES not in line(to_megatron, sources("llama2-gqa"), tmp_path / "out", "--target", "megatron-core")
+
+
+@pytest.mark.parametrize(("scaled", "rotary"), [("qwen3-yarn", False), ("qwen3", True)])
+def test_yarn_is_not_made_plain_by_another_arg(scaled: str, rotary: bool, to_megatron, tmp_path: Path) -> None:
+    """Megatron-LM restores use_rotary_position_embeddings, and where it is true turns yarn into rope without a word."""
+    source = tm.write_huggingface(tmp_path / "hf", tm.DENSE[scaled])
+    said = to_megatron("qwen3", "--model-path", source, "--out", tmp_path / "out").succeeded()
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        args = torch.load(tmp_path / "out" / "release" / "common.pt", weights_only=True)["args"]
+    assert (args.position_embedding_type == "yarn") is not rotary
+    assert args.use_rotary_position_embeddings is rotary
+    assert ("0.19" in said.err) is not rotary

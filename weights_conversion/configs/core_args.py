@@ -50,7 +50,6 @@ def write_args(
         "max_position_embeddings": config.max_position_embeddings,
         **rope.write_core(config),
         "add_position_embedding": True,
-        "use_rotary_position_embeddings": True,
         "rotary_base": _whole(config.rope_theta),
         "rotary_percent": config.rotary_percent,
         "rotary_interleaved": False,

@@ -136,6 +136,7 @@ def write_core(config: ModelConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     args: dict[str, Any] = {
         "position_embedding_type": "rope",
+        "use_rotary_position_embeddings": True,
         "use_rope_scaling": False,
         "rope_scaling_factor": CORE_LLAMA3_FACTOR,
         "rotary_scaling_factor": 1.0,
@@ -148,6 +149,8 @@ def write_core(config: ModelConfig) -> dict[str, Any]:
         return args | {"use_rope_scaling": True, "rope_scaling_factor": scaling.factor}
     return args | {
         "position_embedding_type": "yarn",
+        # Where it is true, Megatron-LM makes the type rope, whatever the checkpoint or a flag says.
+        "use_rotary_position_embeddings": False,
         "rotary_scaling_factor": scaling.factor,
         "yarn_original_max_position_embeddings": scaling.original_max_position_embeddings,
         "yarn_beta_fast": None if scaling.beta_fast == 32.0 else scaling.beta_fast,
@@ -256,6 +259,8 @@ def core_flags(config: ModelConfig) -> list[str]:
 def core_warnings(config: ModelConfig) -> list[str]:
     """What stock Megatron-LM does with the scaling, whatever flags it is given."""
     scaling = config.rope_scaling
+    if config.mla is None and scaling is not None and scaling.kind == "yarn":
+        return ["yarn's flags reach the model in Megatron-LM 0.19 and newer; older releases refuse them"]
     if scaling is None or scaling.kind != "llama3":
         return rope_latent.core_warnings(config)
     warnings = []
