@@ -45,6 +45,19 @@ def test_an_export_ends_in_a_sentence(
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("name", ["json", "os", "resource", "sentencepiece", "google", "sitecustomize"])
+def test_nothing_is_imported_from_the_current_folder(
+    name: str, imported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be /scratch, where another user has left a module of that name."""
+    (tmp_path / f"{name}.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    apart.sentencepiece.cache_clear()
+    apart.sentencepiece((imported("llama2-gqa") / "tokenizer.model").read_bytes())
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_a_library_prints_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sentencepiece.py").write_text(
         "import os\nos.write(1, b'loading')\nprint('{}')\nraise RuntimeError('no model')\n"

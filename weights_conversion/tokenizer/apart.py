@@ -17,10 +17,12 @@ from weights_conversion.errors import ConversionError
 
 _SECONDS = 120.0
 _PROBE = "a \u00e9\uff21\u3000 b"  # a broken table of characters aborts only where it is used
-# Reads a line of JSON and the file's bytes from stdin; answers in JSON, apart from what the libraries print.
+# Reads a line of JSON and the file's bytes from stdin; answers in JSON, apart from what the libraries print. Nothing is
+# imported before the path is this process's own: with -c it begins in the current folder, where others may have files.
 _ASK = """
-import json, os, sys
+import sys
 sys.path[:] = sys.argv[1:]
+import json, os
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
