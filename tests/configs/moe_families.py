@@ -12,31 +12,34 @@ from typing import Any
 import pytest
 
 from weights_conversion.architectures import FAMILIES
+from weights_conversion.architectures.family import Signs
+from weights_conversion.architectures.glm4_moe import GLM4_MOE
 from weights_conversion.architectures.llama import dense
+from weights_conversion.architectures.mixtral import MIXTRAL
+from weights_conversion.architectures.qwen2_moe import QWEN2_MOE
+from weights_conversion.architectures.qwen3_moe import QWEN3_MOE
 from weights_conversion.config import ModelConfig
 from weights_conversion.configs import core_args, core_foreign, hf_config, megatron_args
-from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
+from weights_conversion.mapping.dialects import MEGATRON_CORE
 
-CORE: Dialect = dataclasses.replace(
-    MEGATRON_CORE, features=("add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary")
-)
-_CLASSES = {
-    "mixtral": ("mixtral", "MixtralForCausalLM", ()),
-    "qwen2-moe": ("qwen2_moe", "Qwen2MoeForCausalLM", ("add_qkv_bias",)),
-    "qwen3-moe": ("qwen3_moe", "Qwen3MoeForCausalLM", ("qk_layernorm",)),
-    "glm4-moe": ("glm4_moe", "Glm4MoeForCausalLM", ()),
-    "deepseek-v2": ("deepseek_v2", "DeepseekV2ForCausalLM", ()),
-    "deepseek-v3": ("deepseek_v3", "DeepseekV3ForCausalLM", ()),
+CORE = MEGATRON_CORE
+_LATENT = Signs(experts=True, latent=True, shared_experts=True)
+_TO_COME = {
+    "deepseek-v2": ("deepseek_v2", "DeepseekV2ForCausalLM", _LATENT),
+    "deepseek-v3": ("deepseek_v3", "DeepseekV3ForCausalLM", dataclasses.replace(_LATENT, sigmoid=True)),
 }
-NAMES = tuple(_CLASSES)
+_UNLISTED = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE)
+NAMES = (*(family.family for family in _UNLISTED), *_TO_COME)
 
 
 @pytest.fixture(autouse=True)
 def families(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that have no file yet are known by their class."""
-    for name, (model_type, hf_class, features) in _CLASSES.items():
+    for family in _UNLISTED:
+        monkeypatch.setitem(FAMILIES, family.family, family)
+    for name, (model_type, hf_class, signs) in _TO_COME.items():
         if name not in FAMILIES:
-            family = dense(name, model_types=(model_type,), hf_class=hf_class, features=frozenset(features))
+            family = dense(name, model_types=(model_type,), hf_class=hf_class, signs=(signs,))
             monkeypatch.setitem(FAMILIES, name, family)
 
 

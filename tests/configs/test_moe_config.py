@@ -153,13 +153,14 @@ def test_keys_of_other_models(family: str, changes: dict[str, Any], expected: di
         ("qwen3-moe", {"num_experts_per_tok": 1}, ["1 expert per token"]),
         ("qwen3-moe", {"attention_bias": True}, ["attention_bias True"]),
         ("qwen3-moe", {"use_sliding_window": True}, ["use_sliding_window"]),
+        ("qwen2-moe", {"use_sliding_window": True, "max_window_layers": 9}, ["use_sliding_window"]),  # below, not above
         ("qwen3-moe", {"moe_intermediate_size": 28.0}, ["moe_intermediate_size 28.0"]),
         ("qwen3-moe", {"decoder_sparse_step": 0}, ["decoder_sparse_step 0"]),
         ("qwen3-moe", {"decoder_sparse_step": 8}, ["no layer with experts"]),
         ("qwen3-moe", {"mlp_only_layers": "0"}, ["mlp_only_layers '0'"]),
         ("qwen3-moe", {"hidden_act": "gelu"}, ["hidden_act 'gelu'"]),
         ("qwen3-moe", {"n_shared_experts": 1}, ["n_shared_experts 1"]),
-        ("qwen2-moe", {"qkv_bias": False}, ["qkv_bias False"]),
+        ("qwen2-moe", {"qkv_bias": "no"}, ["qkv_bias 'no'"]),
         ("mixtral", {"sliding_window": 4096}, ["sliding_window 4096"]),
         ("deepseek-v3", {"topk_method": "greedy"}, ["topk_method 'greedy'"]),
         ("deepseek-v2", {"topk_method": "noaux_tc"}, ["topk_method 'noaux_tc'"]),
@@ -203,6 +204,8 @@ def test_switches_that_a_config_decides() -> None:
     assert (air.qk_layernorm, air.add_qkv_bias) == (False, True)
     assert hf_config.write_config(air, {}, "bfloat16")["use_qk_norm"] is False
     assert from_args("glm4-moe", args_of("glm4-moe", use_qk_norm=False)) == air
+    assert read("qwen2-moe").add_qkv_bias  # by default
+    assert hf_config.write_config(read("qwen2-moe", qkv_bias=False), {}, "bfloat16")["qkv_bias"] is False
 
 
 LATENT = {

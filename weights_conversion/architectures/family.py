@@ -29,6 +29,11 @@ class Signs:
     qkv_bias: bool = False
     qk_norms: bool = False
     llama3_rope: bool = False
+    experts: bool = False
+    shared_experts: bool = False
+    shared_gate: bool = False
+    sigmoid: bool = False
+    latent: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """GLM-4.5, 4.6 and 4.7: biases of q, k and v, half of each head turns, dense first layers, shared experts."""
 
 from weights_conversion.architectures.experts import EXPERT_BIAS, EXPERTS, NORM, ROUTER, SHARED
-from weights_conversion.architectures.family import Family
+from weights_conversion.architectures.family import Family, Signs
 from weights_conversion.architectures.llama import ATTENTION, EMBEDDING, LAST, MLP
 
 GLM4_MOE = Family(
@@ -13,4 +13,9 @@ GLM4_MOE = Family(
     repositories={"106": "zai-org/GLM-4.5-Air", "355": "zai-org/GLM-4.5"},
     defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e6},
     ropes=("default",),
+    signs=tuple(
+        Signs(experts=True, sigmoid=True, shared_experts=True, qkv_bias=bias, qk_norms=norms)
+        for bias in (True, False)
+        for norms in (True, False)  # the large one has them
+    ),
 )

@@ -1,7 +1,7 @@
 """Mixtral 8x7B and 8x22B: Mistral's attention; every layer has experts, under names of its own."""
 
 from weights_conversion.architectures.experts import NORM, experts, router
-from weights_conversion.architectures.family import Family
+from weights_conversion.architectures.family import Family, Signs
 from weights_conversion.architectures.llama import ATTENTION, EMBEDDING, LAST
 
 MIXTRAL = Family(
@@ -24,4 +24,5 @@ MIXTRAL = Family(
     repositories={size: f"mistralai/Mixtral-{size}B-v0.1" for size in ("8x7", "8x22")},
     defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e6},
     ropes=("default",),
+    signs=(Signs(experts=True),),
 )

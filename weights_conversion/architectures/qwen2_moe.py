@@ -1,7 +1,7 @@
 """Qwen1.5-MoE and Qwen2-MoE: Qwen2's attention, experts beside a shared one that has a gate of its own."""
 
 from weights_conversion.architectures.experts import EXPERTS, NORM, ROUTER, shared
-from weights_conversion.architectures.family import Family
+from weights_conversion.architectures.family import Family, Signs
 from weights_conversion.architectures.llama import ATTENTION, EMBEDDING, LAST, MLP
 from weights_conversion.mapping.parameters import same
 
@@ -28,4 +28,5 @@ QWEN2_MOE = Family(
     defaults={"layernorm_epsilon": 1e-6, "rope_theta": 1e6},
     features=frozenset({"shared_gate"}),
     ropes=("default", "yarn"),
+    signs=(Signs(experts=True, qkv_bias=True, shared_experts=True, shared_gate=True),),
 )

@@ -1,7 +1,7 @@
 """Qwen3-MoE and Qwen3-Coder: Qwen3's attention, experts in every layer."""
 
 from weights_conversion.architectures.experts import EXPERTS, NORM, ROUTER
-from weights_conversion.architectures.family import Family
+from weights_conversion.architectures.family import Family, Signs
 from weights_conversion.architectures.llama import ATTENTION, EMBEDDING, LAST, MLP
 
 QWEN3_MOE = Family(
@@ -18,4 +18,5 @@ QWEN3_MOE = Family(
     defaults={"layernorm_epsilon": 1e-6, "rope_theta": 1e6},
     features=frozenset({"qk_layernorm"}),
     ropes=("default", "yarn"),
+    signs=(Signs(experts=True, qk_norms=True),),
 )

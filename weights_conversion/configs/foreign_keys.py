@@ -60,13 +60,13 @@ def changes_model(key: str, value: Any) -> bool:
     return bool(_CHANGES.search(name)) and not _HARMLESS.search(name) and not is_plain(name, value)
 
 
-def idle_window(full: Mapping[str, Any]) -> bool:
+def idle_window(full: Mapping[str, Any], *, experts: bool = False) -> bool:
     """Whether use_sliding_window (Qwen's) changes nothing: no window, or layers that all stand before the first of it.
 
-    layer_types, which transformers believes where it is stated, is compared apart from it.
+    With `experts` max_window_layers says nothing, or the opposite. layer_types, which transformers believes where it is stated, is compared apart from it.
     """
     layers, first = full.get("num_hidden_layers"), full.get("max_window_layers")
-    beyond = type(layers) is int and type(first) is int and first >= layers
+    beyond = type(layers) is int and type(first) is int and first >= layers and not experts
     return full["use_sliding_window"] is True and (full.get("sliding_window") is None or beyond)
 
 

@@ -165,7 +165,8 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
         f"{where} has {key} {raw[key]!r}, where {family} models have {plain[0]!r}: it cannot be expressed"
         for key, plain in known.plain.items()
         if key in raw and not any(raw[key] is value or raw[key] == value for value in plain)
-        if key != "use_sliding_window" or not foreign_keys.idle_window(known.completed(raw))
+        if key != "use_sliding_window"
+        or not foreign_keys.idle_window(known.completed(raw), experts=known.experts is not None)
     ]
     problems += [
         f"{where} has {key}: the weights are quantized; convert the unquantized checkpoint"

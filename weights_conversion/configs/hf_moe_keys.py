@@ -91,7 +91,8 @@ QWEN2_MOE = ConfigClass(
         "num_experts": 60,
         "qkv_bias": True,
     },
-    {"hidden_act": _SILU, "use_sliding_window": _OFF, "qkv_bias": (True,)},
+    {"hidden_act": _SILU, "use_sliding_window": _OFF},
+    flags={"add_qkv_bias": "qkv_bias"},
     idle=_IDLE,
     experts=ExpertKeys(("num_experts",), layers="step", shared="shared_expert_intermediate_size", gate=True),
 )

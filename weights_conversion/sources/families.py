@@ -13,6 +13,7 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.architectures.family import Signs
+from weights_conversion.config import Moe
 from weights_conversion.configs.megatron_args import was_reset
 from weights_conversion.errors import ConversionError
 
@@ -25,6 +26,11 @@ class Features:
     qkv_bias: bool = False
     qk_norms: bool = False
     llama3_rope: bool = False
+    experts: bool = False
+    shared_experts: bool = False
+    shared_gate: bool = False
+    sigmoid: bool = False
+    latent: bool = False
     window: bool | None = None
     theta: float | None = None
     epsilon: float | None = None
@@ -39,6 +45,11 @@ class Features:
             "biases of q, k and v": self.qkv_bias,
             "norms of q and k": self.qk_norms,
             "Llama 3's rope scaling": self.llama3_rope,
+            "experts": self.experts,
+            "shared experts": self.shared_experts,
+            "a gate of its shared experts": self.shared_gate,
+            "router scores by sigmoid": self.sigmoid,
+            "latent attention": self.latent,
             "a sliding window": bool(self.window),
             "no sliding window": self.window is False,
         }
@@ -48,8 +59,10 @@ class Features:
         return ", ".join([*(name for name, there in shown.items() if there), *parts, *rows])
 
 
-_SIGNS = {name: family.signs for name, family in FAMILIES.items()}
-_STRUCTURE = ("parallel_attention", "qkv_bias", "qk_norms", "llama3_rope")
+_STRUCTURE = (
+    *("parallel_attention", "qkv_bias", "qk_norms", "llama3_rope", "experts", "shared_experts", "shared_gate"),
+    *("sigmoid", "latent"),
+)
 
 
 def read_features(args: Mapping[str, Any], names: Iterable[str], rows: int) -> Features:
@@ -62,11 +75,15 @@ def read_features(args: Mapping[str, Any], names: Iterable[str], rows: int) -> F
     hidden, ffn = args.get("hidden_size"), args.get("ffn_hidden_size")
     heads = args.get("num_attention_heads")
     names = list(names)
+    latent = args.get("mla") is not None or _any(names, r"\.linear_kv_up_proj\.")
     return Features(
         parallel_attention=bool(args.get("parallel_attn")) or args.get("use_rms_norm") is False,
         qkv_bias=bool(args.get("add_qkv_bias")) or _any(names, r"\.(query_key_value|linear_qkv)\.bias$"),
-        qk_norms=bool(args.get("qk_layernorm")) or _any(names, r"\.[qk]_layernorm\."),
+        # of latents, which may be named like those of heads, it says nothing
+        qk_norms=not latent and (bool(args.get("qk_layernorm")) or _any(names, r"\.[qk]_layernorm\.")),
         llama3_rope=bool(args.get("use_rope_scaling")),
+        **_experts(args.get("moe"), names),
+        latent=latent,
         window=None if reset and window is None else window is not None,
         theta=None if reset and theta == 1e4 else theta,
         epsilon=None if reset and epsilon == 1e-5 else epsilon,
@@ -75,6 +92,16 @@ def read_features(args: Mapping[str, Any], names: Iterable[str], rows: int) -> F
         positions=args.get("max_position_embeddings"),
         ratio=ffn / hidden if ffn and hidden else None,
     )
+
+
+def _experts(moe: Moe | None, names: list[str]) -> dict[str, bool]:
+    """What args and tensors show of experts: a wrapper may store no args."""
+    return {
+        "experts": moe is not None or _any(names, r"\.experts\."),
+        "shared_experts": (moe is not None and moe.shared_ffn_hidden_size > 0) or _any(names, r"\.shared_experts\."),
+        "shared_gate": _any(names, r"\.shared_experts\.gate_weight$"),
+        "sigmoid": (moe is not None and moe.score_function == "sigmoid") or _any(names, r"\.router\.expert_bias$"),
+    }
 
 
 def _any(names: Iterable[str], pattern: str) -> bool:
@@ -88,8 +115,8 @@ def decide_family(claims: Mapping[str, str], features: Features) -> tuple[str, .
     """
     if claims:
         return tuple(dict.fromkeys(claims.values()))
-    fits = [family for family, ways in _SIGNS.items() if any(_fits(features, signs) for signs in ways)]
-    stated = [family for family in fits if features.rows in {signs.rows for signs in _SIGNS[family]} - {None}]
+    fits = [name for name, family in FAMILIES.items() if any(_fits(features, signs) for signs in family.signs)]
+    stated = [name for name in fits if features.rows in {signs.rows for signs in FAMILIES[name].signs} - {None}]
     fits = stated or fits
     if len(fits) == 2:
         fits = [family for family in fits if FAMILIES[family].otherwise not in fits]
@@ -131,9 +158,9 @@ def chosen_family(claims: Mapping[str, str], features: Features, root: object) -
             f"{' and '.join(candidates)}; say --model {' or --model '.join(candidates)}"
         )
     near = [
-        family
-        for family, ways in _SIGNS.items()
-        if any(all(getattr(features, name) == getattr(signs, name) for name in _STRUCTURE) for signs in ways)
+        name
+        for name, family in FAMILIES.items()
+        if any(all(getattr(features, one) == getattr(signs, one) for one in _STRUCTURE) for signs in family.signs)
     ]
     raise ConversionError(
         f"{root} does not say which model it holds, and no family is known by what it shows ({features}); "

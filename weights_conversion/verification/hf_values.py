@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weights_conversion.config import ModelConfig
+from weights_conversion.config import ModelConfig, Moe
 from weights_conversion.errors import ConversionError
 from weights_conversion.verification.conventions import block_of
 from weights_conversion.verification.forward import rope_of
@@ -26,6 +28,20 @@ _PLAIN = {  # ModelConfig's field: names in transformers' classes, of which a cl
 }
 _ROPE = {*inspect.signature(frequencies).parameters, "partial_rotary_factor"}
 _SEQUENTIAL = {"ffn_hidden_size": ("intermediate_size",), "num_query_groups": ("num_key_value_heads",)}
+_MOE = {  # of one with experts; what a class does not have, its code decides
+    "num_experts": ("n_routed_experts", "num_local_experts", "num_experts"),
+    "ffn_hidden_size": ("moe_intermediate_size", "intermediate_size"),
+    "topk": ("num_experts_per_tok",),
+    "shared_ffn_hidden_size": ("shared_expert_intermediate_size",),
+}
+_MLA = {
+    "q_lora_rank": ("q_lora_rank",),
+    "kv_lora_rank": ("kv_lora_rank",),
+    "qk_head_dim": ("qk_nope_head_dim",),
+    "qk_pos_emb_head_dim": ("qk_rope_head_dim",),
+    "v_head_dim": ("v_head_dim",),
+}
+_SWITCHES = {"add_qkv_bias": {"glm4_moe": "attention_bias"}, "qk_layernorm": {"glm4_moe": "use_qk_norm"}}
 
 
 def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
@@ -44,8 +60,52 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
     window = _window(stated)
     if window != config.sliding_window:
         problems.append(_sentence("sliding_window", window, config.sliding_window))
+    for part, names in ((config.moe, _MOE), (config.mla, _MLA)):
+        problems += _differing(stated, names, part) if part is not None else []
+    for field, keys in _SWITCHES.items():
+        key = keys.get(getattr(stated, "model_type", ""))
+        if key is not None and bool(getattr(stated, key)) != getattr(config, field):
+            problems.append(_sentence(field, getattr(stated, key), getattr(config, field)))
+    if config.moe is not None:
+        problems += _router_problems(stated, config.moe)
     problems += _rope_problems(stated, config)
     return problems, []
+
+
+def _differing(stated: Any, names: Mapping[str, tuple[str, ...]], read: Any) -> list[str]:
+    problems = []
+    for field, spellings in names.items():
+        there = [getattr(stated, name) for name in spellings if hasattr(stated, name)]
+        if there and there[0] != getattr(read, field):
+            problems.append(_sentence(field, there[0], getattr(read, field)))
+    return problems
+
+
+def _router_problems(stated: Any, moe: Moe) -> list[str]:
+    """The router's values, and which layers have experts, by the rules of transformers' modeling files."""
+    softmax = moe.score_function == "softmax"
+    groups, chosen = getattr(stated, "n_group", None), getattr(stated, "topk_group", None)
+    if groups in (None, 1) or getattr(stated, "topk_method", None) == "greedy":
+        groups = chosen = None
+    said: dict[str, tuple[object, object]] = {
+        "scaling_factor": (getattr(stated, "routed_scaling_factor", None) or 1.0, moe.scaling_factor or 1.0),
+        "num_groups": (groups, moe.num_groups),
+        "group_topk": (chosen, moe.group_topk),
+        "layers": (_layers(stated, len(moe.layers)), moe.layers),
+    }
+    if hasattr(stated, "norm_topk_prob"):
+        said["norm_topk_prob"] = (bool(stated.norm_topk_prob), not moe.pre_softmax if softmax else moe.topk > 1)
+    if hasattr(stated, "n_shared_experts"):
+        said["shared_ffn_hidden_size"] = (
+            stated.n_shared_experts * stated.moe_intermediate_size, moe.shared_ffn_hidden_size
+        )  # fmt: skip
+    return [_sentence(field, one, two) for field, (one, two) in said.items() if one != two]
+
+
+def _layers(stated: Any, count: int) -> tuple[bool, ...]:
+    first, step = getattr(stated, "first_k_dense_replace", 0), getattr(stated, "decoder_sparse_step", 1)
+    dense = getattr(stated, "mlp_only_layers", None) or ()
+    return tuple(layer >= first and layer not in dense and (layer + 1) % step == 0 for layer in range(count))
 
 
 def _sentence(field: str, transformers: object, converter: object) -> str:
@@ -78,6 +138,7 @@ def rope_values(stated: Any) -> dict[str, Any]:
     values.pop("type", None)
     theta = values.pop("rope_theta", None)
     theta = theta if theta is not None else getattr(stated, "rope_theta", 10000.0)
+    values.setdefault("partial_rotary_factor", getattr(stated, "partial_rotary_factor", None))
     values.pop("finetuned", None)  # a note of old configs of yarn, which no rope reads
     known = {name for name in values if name in _ROPE}
     said = {name: value for name, value in values.items() if (value is not None if name in known else value)}
@@ -86,7 +147,7 @@ def rope_values(stated: Any) -> dict[str, Any]:
 
 def _rope_problems(stated: Any, config: ModelConfig) -> list[str]:
     """Compares the angles, since the same rope can be said in several ways."""
-    said, read = rope_values(stated), rope_of(config)
+    said, read = rope_values(stated), rope_of(config) | {"partial_rotary_factor": config.rotary_percent}
     angles = []
     for values in (said, read):
         kwargs = dict(values)
@@ -96,6 +157,8 @@ def _rope_problems(stated: Any, config: ModelConfig) -> list[str]:
         except (ConversionError, TypeError) as error:
             return [f"the rope in config.json is {json.dumps(said, default=str)} to transformers: {error}"]
     (wanted, wanted_scaling), (found, scaling) = angles
-    if wanted.shape == found.shape and torch.equal(wanted, found) and wanted_scaling == scaling:
+    softmax = [values.get("mscale_all_dim") or 0 for values in (said, read)] if config.mla is not None else [0, 0]
+    same = wanted.shape == found.shape and torch.equal(wanted, found) and softmax[0] == softmax[1]
+    if same and math.isclose(wanted_scaling, scaling, rel_tol=1e-12):
         return []
     return [_sentence("rope", json.dumps(said, default=str), json.dumps(read, default=str))]
