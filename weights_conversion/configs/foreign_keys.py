@@ -63,7 +63,8 @@ def changes_model(key: str, value: Any) -> bool:
 def idle_window(full: Mapping[str, Any], *, experts: bool = False) -> bool:
     """Whether use_sliding_window (Qwen's) changes nothing: no window, or layers that all stand before the first of it.
 
-    With `experts` max_window_layers says nothing, or the opposite. layer_types, which transformers believes where it is stated, is compared apart from it.
+    With `experts` max_window_layers says nothing, or the opposite. layer_types, which transformers believes where it is
+    stated, is compared apart from it.
     """
     layers, first = full.get("num_hidden_layers"), full.get("max_window_layers")
     beyond = type(layers) is int and type(first) is int and first >= layers and not experts

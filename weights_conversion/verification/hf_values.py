@@ -147,7 +147,7 @@ def rope_values(stated: Any) -> dict[str, Any]:
 
 def _rope_problems(stated: Any, config: ModelConfig) -> list[str]:
     """Compares the angles, since the same rope can be said in several ways."""
-    said, read = rope_values(stated), rope_of(config) | {"partial_rotary_factor": config.rotary_percent}
+    said, read = rope_values(stated), {**rope_of(config), "partial_rotary_factor": config.rotary_percent}
     angles = []
     for values in (said, read):
         kwargs = dict(values)
