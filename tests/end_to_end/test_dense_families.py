@@ -5,6 +5,7 @@ That the real megatron-core loads them is shown in test_megatron_core.py.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ LAYOUTS: dict[str, list[Any]] = {
     "tp2": ["--ckpt-format", "torch", "--tensor-model-parallel-size", 2],
     "tp2pp2": ["--ckpt-format", "torch", "--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2],
 }
+SPELLING = int(version("transformers").split(".")[0])  # 4 does not read 5's
+ROPE = {4: "rope_scaling", 5: "rope_parameters"}[SPELLING]
 TOKENS = torch.arange(3, 35)
 
 
@@ -32,7 +35,7 @@ def verify() -> Script:
 @pytest.fixture
 def source(tmp_path: Path):
     def write(name: str) -> Path:
-        return tm.write_huggingface(tmp_path / f"{name}-hf", tm.DENSE[name], tokenizer=False)
+        return tm.write_huggingface(tmp_path / f"{name}-hf", tm.DENSE[name], spelling=SPELLING, tokenizer=False)
 
     return write
 
@@ -115,7 +118,7 @@ def test_verify_sees_a_lost_factor(name: str, source, to_megatron, verify, tmp_p
     hf = source(name)
     to_megatron(tm.DENSE[name].family, "--model-path", hf, "--out", tmp_path / "m").succeeded()
     config = tm.read_json(hf / "config.json")
-    config["rope_parameters"]["factor"] *= 2
+    config[ROPE]["factor"] *= 2
     tm.write_json(hf / "config.json", config)
     assert verify(hf, tmp_path / "m").code == 1
 
@@ -168,7 +171,7 @@ def test_what_stock_training_does_with_a_factor(source, to_megatron, tmp_path: P
     """Llama 3.2 has factor 32: stock Megatron-LM always takes 8, which the import says."""
     hf = source("llama3")
     config = tm.read_json(hf / "config.json")
-    config["rope_parameters"]["factor"] = 32.0
+    config[ROPE]["factor"] = 32.0
     tm.write_json(hf / "config.json", config)
     result = to_megatron("llama3", "--model-path", hf, "--out", tmp_path / "m")
     result.succeeded()
@@ -195,7 +198,7 @@ def test_last_digit_of_a_yarn_factor(source, to_megatron, tmp_path: Path) -> Non
     """Megatron's mscale cannot carry every attention_factor to the last digit: the manifest does."""
     hf = source("qwen3-yarn")
     config = tm.read_json(hf / "config.json")
-    config["rope_parameters"]["attention_factor"] = 1.7
+    config[ROPE]["attention_factor"] = 1.7
     tm.write_json(hf / "config.json", config)
     to_megatron("qwen3", "--model-path", hf, "--out", tmp_path / "m", "--verify").succeeded()
 
