@@ -10,7 +10,7 @@ from typing import Any
 
 from weights_conversion import links
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import hf_config, manifest
+from weights_conversion.configs import hf_config
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.engine.job import DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
@@ -27,7 +27,14 @@ from weights_conversion.sources import described, sums
 from weights_conversion.sources.checkpoint import OpenedCheckpoint, megatron_root, open_checkpoint, trained_from
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating, locate
-from weights_conversion.sources.reference import Reference, beside, disagreements, open_reference
+from weights_conversion.sources.reference import (
+    Reference,
+    Stated,
+    beside,
+    disagreements,
+    open_reference,
+    stated,
+)
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer, source_tokenizer_files
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
 from weights_conversion.verify import proof
@@ -85,12 +92,12 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     written_dtype = dtype or stored
     if dtype is not None and options.dtype not in DTYPES:
         report.notes.append(f"dtype      {dtype}, as trained; the checkpoint holds the optimizer's own (--dtype)")
-    base = (opened.manifest or {}).get("config") or (dict(reference.config) if reference else {})
-    if problems := hf_config.foreign(config.family, base, f"the config in {manifest.NAME}"):
+    said = stated(opened.manifest, reference, chosen=options.reference is not None)
+    report.notes += said.notes
+    if problems := hf_config.foreign(config.family, said.config, said.where):
         raise ConversionError(*problems)
-    exported = hf_config.write_config(config, base, str(written_dtype).removeprefix("torch."))
-    kept = (opened.manifest or {}).get("generation_config") or (reference.generation_config if reference else None)
-    generation = dict(kept or {})
+    exported = hf_config.write_config(config, said.config, str(written_dtype).removeprefix("torch."))
+    generation = dict(said.generation)
     if reference is not None:
         report.warnings += disagreements(reference, config)
         report.notes.append(f"reference  {reference.name} gives what the checkpoint does not state")
@@ -100,13 +107,13 @@ def megatron_to_hf(options: ExportOptions) -> Report:
         planned = _tokenizer(_with_reference(options, reference), opened, generation)
         report.notes += planned.report
         report.warnings += planned.warnings
-        _set_token_ids(exported, generation, planned, has_base=bool(base))
+        _set_token_ids(exported, generation, planned, has_base=bool(said.config))
         files |= planned.copied
         files |= {name: _json(content) for name, content in planned.written.items()}
     files["config.json"] = _json(exported)
-    if generation or not base:
+    if generation or not said.config:
         files["generation_config.json"] = _json(generation or _default_generation(exported))
-    report.notes += _differences(base, exported)
+    report.notes += _differences(said, exported)
     report.notes.append(f"values     {described.values(opened.origins)}")
     prove = proof(
         opened.root, config.family, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
@@ -124,22 +131,21 @@ def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
     """The checkpoint, and --reference, whose number of rows counts where nothing else states it."""
     reference = open_reference(options.reference, options.tokenizer.cache_dir) if options.reference else None
 
-    def opened(rows: int | None, fields: Mapping[str, Any]) -> OpenedCheckpoint:
+    def opened(fields: Mapping[str, Any], rows: int | None = None) -> OpenedCheckpoint:
         return open_checkpoint(
-            options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=rows, flags=fields,
-            weights=options.weights,
+            options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
+            flags=fields, weights=options.weights, reference_rows=rows,
         )  # fmt: skip
 
-    found = opened(options.true_vocab_size, options.fields)
+    found = opened(options.fields)
     if reference is None and (place := beside(found.files.folder)) is not None:
         reference = open_reference(str(place), None)
     if reference is None:
         return found, None
     model = reference.model(found.config.family)
-    rows = options.true_vocab_size if found.true_rows_known else model.vocab_size
     # What nothing in the checkpoint says is the reference's, before it is the family's usual value.
     lost = {name: getattr(model, name) for name in SILENT if found.origins.get(name) == "family"}
-    again = opened(rows, {**lost, **options.fields})
+    again = opened({**lost, **options.fields}, model.vocab_size)
     taken = [f"{NAMES[name]} {value}" for name, value in lost.items() if name not in options.fields]
     notes = (f"values     of {reference.name}, since the checkpoint says none: {', '.join(taken)}",) if taken else ()
     return replace(again, notes=(*again.notes, *notes)), reference
@@ -149,7 +155,7 @@ def _with_reference(options: ExportOptions, reference: Reference | None) -> Expo
     """--reference's tokenizer is as good as named by --vocab_file, which outranks it."""
     if reference is None or options.tokenizer.vocab_file is not None:
         return options
-    if options.reference is None and not source_tokenizer_files(reference.folder):
+    if not source_tokenizer_files(reference.folder):
         return options
     return replace(options, tokenizer=replace(options.tokenizer, vocab_file=reference.folder))
 
@@ -192,22 +198,24 @@ def _default_generation(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"_from_model_config": True, **ids}
 
 
-def _differences(source: Mapping[str, Any], exported: Mapping[str, Any]) -> list[str]:
+def _differences(said: Stated, exported: Mapping[str, Any]) -> list[str]:
     """Fields whose meaning differs from the source's config.json (keys written for other readers do not count)."""
+    source = said.config
     if not source:
         return []
     rope = ("rope_theta", "rope_scaling", "rope_parameters")  # in two spellings: compared by what they mean
     pairs = {key: (source[key], exported[key]) for key in sorted(set(source) & set(exported) - set(rope))}
     for name, one, two in zip(
         ("rope theta", "rope scaling"),
-        hf_config.read_rope(source, f"the config in {manifest.NAME}"),
+        hf_config.read_rope(source, said.where),
         hf_config.read_rope(exported, "config.json"),
         strict=True,
     ):
         pairs[name] = (one, two)
     left = [key for key in hf_config.LEFT_BEHIND if source.get(key) is not None and key not in exported]
+    differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     return [
-        *(f"config     {key}: {one!r} in the source, {two!r} here" for key, (one, two) in pairs.items() if one != two),
+        *(f"config     {key}: {one!r} in the {said.of}, {two!r} here" for key, (one, two) in differing.items()),
         *(f"config     {key} is left out: the export holds nothing of what it names" for key in left),
     ]
 

@@ -102,12 +102,13 @@ def _args_of_manifest(folder: Path) -> dict[str, Any]:
 def open_checkpoint(
     root: Path, model: str | None, *, load_iters: int | str | None = None, true_vocab_size: int | None = None,
     flags: Mapping[str, Any] | None = None, compared: bool = False,
-    weights: str = "model",
+    weights: str = "model", reference_rows: int | None = None,
 ) -> OpenedCheckpoint:  # fmt: skip
     """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep.
 
     `model` None: the family that the checkpoint says or shows, which is reported. `compared`: it is to be compared with
-    another, so that a value which nothing states needs no flag. `weights`: as open_files has it.
+    another, so that a value which nothing states needs no flag. `weights`: as open_files has it. `reference_rows`: what
+    --reference has, which count where nothing else states the true number.
     """
     here = megatron_root(root, load_iters)
     root, files = here.root, open_files(here.root, here.iteration, weights)
@@ -134,7 +135,7 @@ def open_checkpoint(
     warnings = passed_over(files.args, root)
     if found:
         notes.append(f"config     from {found[0]}")
-    kept = true_rows(files, true_vocab_size, said)
+    kept = true_rows(files, true_vocab_size, said, reference_rows)
     notes.append(kept.note)
     warnings += kept.warnings
     fields = manifest.model_fields(said) if said else None

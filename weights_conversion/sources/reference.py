@@ -16,11 +16,13 @@ import torch
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import core_args, hf_config, parts
+from weights_conversion.configs import core_args, hf_config, manifest, parts
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.errors import ConversionError
 from weights_conversion.launch import distributed
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,43 @@ class Reference:
         where = f"config.json of {self.name}"
         target = MEGATRON_LLM if FAMILIES[family].parallel_attention else MEGATRON_CORE
         return hf_config.read_config(family, self.config, target, where)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """config.json and generation_config.json that the exported ones begin as; {}: nothing states them.
+
+    `where` names them for errors, `of` in a few words for the report: the source, or the reference. `notes`: where two
+    state them otherwise.
+    """
+
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    where: str
+    of: str = "source"
+    notes: tuple[str, ...] = ()
+
+
+def stated(said: Mapping[str, Any] | None, reference: Reference | None, *, chosen: bool) -> Stated:
+    """What a manifest (`said`) or the reference states: the latter's first where it was `chosen` by a flag."""
+    config = dict((said or {}).get("config") or {})
+    generation = dict((said or {}).get("generation_config") or {})
+    if reference is None or (config and not chosen):
+        if reference is not None and not generation:
+            generation = dict(reference.generation_config or {})
+        return Stated(config, generation, f"the config in {manifest.NAME}")
+    its, its_generation = reference.config, reference.generation_config
+    pairs = [(key, its.get(key), config.get(key), "") for key in _IDS] if config else []
+    if generation and its_generation is not None:
+        keys = dict.fromkeys([*its_generation, *generation])
+        pairs += [(key, its_generation.get(key), generation.get(key), " of generation_config.json") for key in keys]
+    notes = tuple(
+        f"reference  {key}{of} is {one!r} in {reference.name}, which is used, and {two!r} in the manifest"
+        for key, one, two, of in pairs
+        if one != two and not key.startswith("_") and key != "transformers_version"
+    )
+    kept = generation if its_generation is None else its_generation
+    return Stated(dict(its), dict(kept), f"config.json of {reference.name}", "reference", notes)
 
 
 def beside(folder: Path) -> Path | None:

@@ -11,6 +11,8 @@ from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.mapping.dialects import MEGATRON_CORE
 
+_GUESSES = {"the checkpoint (vocab_size)": "its vocab_size", "--reference": "the reference's vocab_size"}
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -31,8 +33,10 @@ def stated_rows(args: Mapping[str, Any]) -> int | None:
     return rows + 1 if args.get("tokenizer_type") == "NullTokenizer" else rows
 
 
-def true_rows(files: RankFiles | DistCheckpoint, flag: int | None, said: Mapping[str, Any] | None) -> Rows:
-    """The rows that are tokens: by the flag, else by the manifest or training, whichever knows more.
+def true_rows(
+    files: RankFiles | DistCheckpoint, flag: int | None, said: Mapping[str, Any] | None, reference: int | None = None
+) -> Rows:
+    """The rows that are tokens: by the flag, else by the manifest or training, whichever knows more, or `reference`.
 
     A tokenizer may have fewer tokens than its model has rows, which the manifest of an import knows; training may have
     added tokens to what was imported.
@@ -46,22 +50,25 @@ def true_rows(files: RankFiles | DistCheckpoint, flag: int | None, said: Mapping
         trained = None
     claims = {"--true_vocab_size": flag, "the manifest": recorded, "the checkpoint (vocab_size)": trained}
     given = {origin: rows for origin, rows in claims.items() if rows is not None}
+    if not given and reference is not None:
+        given["--reference"] = reference
     if not given:
         note = f"vocabulary {stored} rows, all kept: nothing records the true number (--true_vocab_size gives it)"
         return Rows(stored, False, note, tuple(warnings))
     origin = "--true_vocab_size" if flag is not None else max(given, key=lambda name: given[name])
     rows = given.pop(origin)
     if not isinstance(rows, int) or not 0 < rows <= stored:
-        raise ConversionError(f"{origin} says {rows} vocabulary rows, but the embedding has {stored}")
+        hint = "; name the model trained from" if origin == "--reference" else ""
+        raise ConversionError(f"{origin} says {rows} vocabulary rows, but the embedding has {stored}{hint}")
     warnings += [
         f"{name} says {other} vocabulary rows, {origin} says {rows}, which are kept"
         for name, other in given.items()
         if other != rows
     ]
-    if origin == "the checkpoint (vocab_size)" and stored - rows >= _padding(files.args):
+    if origin in _GUESSES and stored - rows >= _padding(files.args):
         warnings.append(
-            f"of {stored} rows {stored - rows} are left out, since its vocab_size is {rows}: more than padding needs; "
-            "--true_vocab_size keeps more"
+            f"of {stored} rows {stored - rows} are left out, since {_GUESSES[origin]} is {rows}: more than padding "
+            "needs; --true_vocab_size keeps more"
         )
     cut = f", {stored - rows} padding rows left out" if rows < stored else ""
     return Rows(rows, True, f"vocabulary {rows} rows by {origin}{cut}", tuple(warnings))
