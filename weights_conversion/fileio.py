@@ -6,7 +6,9 @@ limit of size. All are noted in the run's Watch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import stat
@@ -14,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from weights_conversion import watch
 from weights_conversion.errors import ConversionError
@@ -34,8 +36,8 @@ def named(doing: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None:
-            error.filename = error.filename if error.filename is not None else str(path)
+        if error.errno is not None and not isinstance(error.filename, (str, bytes)):  # none, or a descriptor's number
+            error.filename = str(path)
         if not hasattr(error, "doing"):
             error.doing = f"{doing} {path}"  # pyright: ignore[reportAttributeAccessIssue]
         raise
@@ -43,9 +45,11 @@ def named(doing: str, path: str | Path) -> Iterator[None]:
 
 def failed(error: OSError) -> str:
     """What an OSError says, in words that name the file and what was being done to it, as far as it is known."""
-    doing = getattr(error, "doing", None)
-    if doing is None and error.filename is not None:
-        doing = str(error.filename)
+    doing, path = getattr(error, "doing", None), error.filename
+    if doing is None and path is not None:
+        doing = str(path)
+    elif doing is not None and isinstance(path, str) and path.startswith("/") and path not in doing:
+        doing = f"{doing} ({path})"
     return f"{f'{doing}: ' if doing else ''}{error.strerror or error}"
 
 
@@ -66,14 +70,69 @@ def open_descriptor(path: str | Path, watching: watch.Watch | None = None, *, no
         if noted and watching is not None:
             watching.note(path, status)
     except BaseException:
-        os.close(descriptor)
+        close_quietly(descriptor)
         raise
     return descriptor
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether anything is at a path, a link that leads nowhere too. Raises OSError where that is not to be known."""
+    try:
+        with named("looking for", path):
+            os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def close_quietly(descriptor: int) -> None:
+    """Closes what was only read, or a folder: whatever that says, all that was wanted of it is had."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
+class _Read(io.FileIO):
+    """A file that is read: its errors name it, and closing it is no error."""
+
+    def __init__(self, descriptor: int, path: str | Path) -> None:
+        super().__init__(descriptor, "rb")
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int:
+        with named("reading", self._path):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with named("reading", self._path):
+            return super().readall()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def open_file(path: str | Path, *, noted: bool = True) -> BinaryIO:
-    """`open_descriptor` as a file object."""
-    return os.fdopen(open_descriptor(path, noted=noted), "rb")
+    """`open_descriptor` as a file object, whose errors name the file."""
+    descriptor = open_descriptor(path, noted=noted)
+    try:
+        with named("opening", path):
+            return cast(BinaryIO, io.BufferedReader(_Read(descriptor, path)))
+    except BaseException:
+        close_quietly(descriptor)
+        raise
+
+
+def read_at(descriptor: int, length: int, position: int, path: str | Path) -> bytes:
+    """`length` bytes of an open file from `position` on, as many as there are; `path` is for errors."""
+    parts: list[bytes] = []
+    while length:
+        with named("reading", path):
+            part = os.pread(descriptor, length, position)
+        if not part:
+            break
+        parts.append(part)
+        length, position = length - len(part), position + len(part)
+    return b"".join(parts)
 
 
 def _kind(mode: int) -> str:
@@ -84,8 +143,7 @@ def _kind(mode: int) -> str:
 def _refuse_pointer(descriptor: int, size: int, path: str | Path) -> None:
     if not 0 < size < _POINTER_BYTES:
         return
-    with named("reading", path):
-        head = os.pread(descriptor, len(_POINTERS[0]), 0)
+    head = read_at(descriptor, len(_POINTERS[0]), 0, path)
     if head.startswith(_POINTERS):
         raise ConversionError(
             f"{path} is a Git LFS pointer, text that stands for the file itself; run `git lfs pull` in its folder"

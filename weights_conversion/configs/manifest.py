@@ -7,7 +7,6 @@ from, and the true number of vocabulary rows. Megatron ignores it, and an export
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from weights_conversion import __version__
 from weights_conversion.config import Mla, ModelConfig, Moe, RopeScaling
 from weights_conversion.configs import parts, secrets
 from weights_conversion.errors import ConversionError
-from weights_conversion.fileio import read_json, sha256
+from weights_conversion.fileio import is_there, read_json, sha256
 
 NAME = "conversion_manifest.json"
 _FORMAT = 1
@@ -52,7 +51,7 @@ def find(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
     """The first manifest in `folders`."""
     for folder in folders:
         path = folder / NAME
-        if os.path.lexists(path):  # what is no file is no reason to go on without it
+        if is_there(path):  # what is no file is no reason to go on without it
             content = read_json(path)
             if content.get("format") != _FORMAT or not isinstance(content.get("model"), dict):
                 raise ConversionError(

@@ -20,7 +20,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.launch import distributed, signals
 from weights_conversion.layouts.placement import Written
 from weights_conversion.layouts.plan import Chunk
-from weights_conversion.output import finished, finishing, place, space
+from weights_conversion.output import beginning, finished, finishing, place, space
 from weights_conversion.text import size
 
 BASE_BYTES = 300 << 20  # an interpreter that has imported torch
@@ -96,11 +96,11 @@ def _is_complete(job: Job, options: RunOptions, run_digest: str) -> bool:
         return False
     if ranks.rank:
         return bool(ranks.hear("complete"))
-    complete = False
-    if not place.is_published(place.partial_folder(job.out), job.out):
-        complete = finished.is_of(job.out, run_digest)
-        if not complete and finished.is_noted(job.out):
-            raise place.is_there(job.out)
+    complete = finished.is_of(job.out, run_digest)
+    if complete and not options.dry_run:
+        beginning.clear_away(job.out)
+    if not (complete or place.is_published(place.partial_folder(job.out), job.out)) and finished.is_noted(job.out):
+        raise place.is_there(job.out)
     ranks.tell("complete", "yes" if complete else "")
     if complete:
         job.report.complete(job.out)

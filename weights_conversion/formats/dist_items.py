@@ -56,7 +56,7 @@ class Items:
 
     def __exit__(self, *_: object) -> None:
         for descriptor, _size in self._files.values():
-            os.close(descriptor)
+            fileio.close_quietly(descriptor)
         self._files.clear()
 
     def ref(self, key: str, chunk: StoredChunk, dtype: torch.dtype) -> TensorRef:
@@ -71,11 +71,12 @@ class Items:
         known = self._known[chunk.length, chunk.item_sizes, dtype]
         for around in known:
             tail_at = chunk.start + chunk.length - len(around.tail)
+            path = self._folder / chunk.file
             if (
-                os.pread(descriptor, len(around.head), chunk.start) == around.head
-                and around.plain(os.pread(descriptor, len(around.tail), tail_at)) == around.tail
+                fileio.read_at(descriptor, len(around.head), chunk.start, path) == around.head
+                and around.plain(fileio.read_at(descriptor, len(around.tail), tail_at, path)) == around.tail
             ):
-                return replace(around.ref, file=str(self._folder / chunk.file), name=name,
+                return replace(around.ref, file=str(path), name=name,
                                offset=chunk.start + around.ref.offset)  # fmt: skip
         ref, around = self._read(key, chunk, dtype, name, descriptor)
         if around is not None and len(known) < 8:
@@ -85,7 +86,7 @@ class Items:
     def _open(self, key: str, file: str) -> tuple[int, int]:
         if file not in self._files:
             if len(self._files) >= _MAX_OPEN:  # a training run leaves two files a rank
-                os.close(self._files.pop(next(iter(self._files)))[0])
+                fileio.close_quietly(self._files.pop(next(iter(self._files)))[0])
             path = self._folder / file
             try:
                 descriptor = fileio.open_descriptor(path)
@@ -93,14 +94,15 @@ class Items:
                 raise ConversionError(
                     f"{path}, which holds a part of {key}, cannot be read ({error.strerror}); copy it again"
                 ) from error
-            self._files[file] = descriptor, os.fstat(descriptor).st_size
+            with fileio.named("opening", path):
+                self._files[file] = descriptor, os.fstat(descriptor).st_size
         return self._files[file]
 
     def _read(
         self, key: str, chunk: StoredChunk, dtype: torch.dtype, name: str, descriptor: int
     ) -> tuple[TensorRef, _Around | None]:
         path = self._folder / chunk.file
-        if os.pread(descriptor, 4, chunk.start) != archives.LOCAL:
+        if fileio.read_at(descriptor, 4, chunk.start, path) != archives.LOCAL:
             raise ConversionError(
                 f"{path} has no torch.save archive at byte {chunk.start}, where {METADATA} places a part of {key}: the "
                 "file is damaged, or in the safetensors format, which is not supported here nor used by Megatron-Core"
@@ -119,7 +121,8 @@ class Items:
         head_size, tail_size = first - chunk.start, chunk.start + chunk.length - last
         if len(item.records) != 1 or max(head_size, tail_size) > _MAX_AROUND:
             return ref, None
-        head, tail = os.pread(descriptor, head_size, chunk.start), os.pread(descriptor, tail_size, last)
+        head = fileio.read_at(descriptor, head_size, chunk.start, path)
+        tail = fileio.read_at(descriptor, tail_size, last, path)
         holes = _holes(tail, chunk.length - tail_size, record.name)
         if holes is None:
             return ref, None

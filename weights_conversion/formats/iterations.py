@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def find_iteration(root: Path, load_iters: int | str | None) -> tuple[Path, int 
         raise ConversionError(f"{root} is not a folder, where one with a Megatron checkpoint's {TRACKER} was expected")
     present, said = iterations(root), "--load_iters"
     iteration = load_iters
-    if iteration is None and os.path.lexists(root / TRACKER):
+    if iteration is None and fileio.is_there(root / TRACKER):
         iteration, said = _tracked(root / TRACKER), TRACKER
     elif iteration is None and not present and holds_iteration(root):
         return root, root.name

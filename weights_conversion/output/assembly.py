@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.placement import TensorRef
 from weights_conversion.output import beginning, descriptors, place, space
@@ -104,7 +105,7 @@ def sync_all(held: Partial, targets: Sequence[TargetFile]) -> None:
             try:
                 os.fsync(descriptor)
             finally:
-                os.close(descriptor)
+                fileio.close_quietly(descriptor)
     folders = {folder for target in targets for folder in Path(target.file).parents}
     for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
         with descriptors.shown_as("syncing", held.shown / folder):

@@ -33,6 +33,16 @@ def prepare(out: Path, run_digest: str, overwrite: bool = False) -> Partial:
     return partial
 
 
+def clear_away(out: Path) -> None:
+    """Removes an OUT.partial that is left of a finished output, as far as that can be done at this moment."""
+    if not os.path.lexists(place.partial_folder(out)):
+        return
+    with Partial(out) as left, contextlib.suppress(ConversionError, OSError):
+        _hold(left)
+        if left.may_go():
+            left.remove()
+
+
 def join(out: Path, run_digest: str) -> Partial:
     """Another rank's hold on what rank 0 has prepared; OSError while it is not to be seen, or is another run's."""
     partial = Partial(out)
@@ -41,7 +51,7 @@ def join(out: Path, run_digest: str) -> Partial:
         partial.enter()
         partial.lock = descriptors.open_regular(locks.NAME, partial.top, os.O_RDWR)
         if not locks.take(partial.lock, fcntl.LOCK_SH):
-            partial.lock = os.close(partial.lock) or -1
+            partial.close("lock")
         elif not descriptors.is_at(locks.NAME, partial.top, partial.lock):
             raise FileNotFoundError(errno.ENOENT, "has been replaced", str(partial.path / locks.NAME))
         partial.complete = partial.is_published()

@@ -23,11 +23,37 @@ def folder(name: Path | str | int, within: int | None = None) -> Iterator[int]:
 
     Raises NotADirectoryError for a link, FileNotFoundError where nothing is.
     """
-    descriptor = os.dup(name) if isinstance(name, int) else open_folder(name, within)
+    above = name if isinstance(name, int) else within
+    with contextlib.nullcontext() if above is None else named_in(above):
+        descriptor = os.dup(name) if isinstance(name, int) else open_folder(name, within)
     try:
-        yield descriptor
+        with named_in(descriptor):
+            yield descriptor
     finally:
-        os.close(descriptor)
+        fileio.close_quietly(descriptor)
+
+
+@contextlib.contextmanager
+def named_in(within: int, name: str | None = None) -> Iterator[None]:
+    """An OSError in the block that names nothing, or something in the open folder `within`, gets a whole path.
+
+    `name` in `within` is what it is about where it names nothing.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not (isinstance(error.filename, str) and error.filename.startswith("/")) and (where := place_of(within)):
+            inner = error.filename if isinstance(error.filename, str) else name
+            error.filename = f"{where}/{inner}" if inner not in (None, ".") else where
+        raise
+
+
+def place_of(descriptor: int) -> str | None:
+    """Where an open folder stands, as far as the system says."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").removesuffix(" (deleted)")
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager
@@ -59,17 +85,20 @@ def open_place(path: Path) -> int:
 
 def open_regular(name: str, within: int, flags: int) -> int:
     """Opens a regular file that is there, `name` relative to `within`, without waiting. Raises OSError for all else."""
-    with _parent(name, within) as (above, last):
+    with _parent(name, within) as (above, last), named_in(above, last):
         descriptor = os.open(last, flags | _SAFE, dir_fd=above)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "is not a regular file", name)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "is not a regular file", name)
+        except BaseException:
+            fileio.close_quietly(descriptor)
+            raise
     return descriptor
 
 
 def open_new(name: str, within: int, mode: int = 0o666) -> int:
     """Makes a file that was not there, and the folders above it, to be written and read."""
-    with _parent(name, within, make=True) as (above, last):
+    with _parent(name, within, make=True) as (above, last), named_in(above, last):
         return os.open(last, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, mode, dir_fd=above)
 
 
@@ -80,15 +109,16 @@ def _parent(name: str, within: int, make: bool = False) -> Iterator[tuple[int, s
     held = os.dup(within)
     try:
         for part in above:
-            if make:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, dir_fd=held)
-            inner = open_folder(part, held)
-            os.close(held)
+            with named_in(held, part):
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=held)
+                inner = open_folder(part, held)
+            fileio.close_quietly(held)
             held = inner
         yield held, last
     finally:
-        os.close(held)
+        fileio.close_quietly(held)
 
 
 def remove_tree(name: str, within: int) -> None:
@@ -98,17 +128,35 @@ def remove_tree(name: str, within: int) -> None:
     except FileNotFoundError:
         return
     try:
-        if os.fstat(top).st_mode & 0o700 != 0o700:  # of an earlier output, whose folders were made read-only
-            with contextlib.suppress(OSError):
-                os.fchmod(top, 0o700)
-        for entry in os.listdir(top):
-            if stat.S_ISDIR(os.stat(entry, dir_fd=top, follow_symlinks=False).st_mode):
-                remove_tree(entry, top)
-            else:
-                os.unlink(entry, dir_fd=top)
+        with named_in(top):
+            if os.fstat(top).st_mode & 0o700 != 0o700:  # of an earlier output, whose folders were made read-only
+                with contextlib.suppress(OSError):
+                    os.fchmod(top, 0o700)
+            for entry in os.listdir(top):
+                if stat.S_ISDIR(os.stat(entry, dir_fd=top, follow_symlinks=False).st_mode):
+                    remove_tree(entry, top)
+                else:
+                    os.unlink(entry, dir_fd=top)
     finally:
-        os.close(top)
-    os.rmdir(name, dir_fd=within)
+        fileio.close_quietly(top)
+    with named_in(within):
+        os.rmdir(name, dir_fd=within)
+
+
+def walk(top: int, prefix: str = ".") -> Iterator[tuple[str, list[str], int]]:
+    """(relative folder, names of what is none, its descriptor) of all below an open folder, and of itself at the end.
+
+    No error is passed over, and no link followed.
+    """
+    with folder(top) as held:
+        inner, others = [], []
+        for name in sorted(os.listdir(held)):
+            is_folder = stat.S_ISDIR(os.stat(name, dir_fd=held, follow_symlinks=False).st_mode)
+            (inner if is_folder else others).append(name)
+        for name in inner:
+            with folder(name, held) as below:
+                yield from walk(below, f"{prefix}/{name}")
+        yield prefix, others, held
 
 
 def read_note(within: int, name: str, limit: int, whole: bool = True) -> bytes | None:
@@ -124,13 +172,14 @@ def read_note(within: int, name: str, limit: int, whole: bool = True) -> bytes |
 def write_note(within: int, name: str, content: bytes) -> None:
     """Writes a small file whole or not at all, whatever is cut off when."""
     new = f"{name}.new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(new, dir_fd=within)
-    with os.fdopen(open_new(new, within, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(new, name, src_dir_fd=within, dst_dir_fd=within)
+    with named_in(within, new):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new, dir_fd=within)
+        with os.fdopen(open_new(new, within, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(new, name, src_dir_fd=within, dst_dir_fd=within)
     sync_folder(within)
 
 
@@ -173,7 +222,7 @@ def who_am_i(within: int) -> int:
     try:
         return os.fstat(descriptor).st_uid
     finally:
-        os.close(descriptor)
+        fileio.close_quietly(descriptor)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=within)
 
@@ -187,7 +236,7 @@ def who_am_i_unseen(folder: Path) -> int | None:
     try:
         return os.fstat(descriptor).st_uid
     finally:
-        os.close(descriptor)
+        fileio.close_quietly(descriptor)
 
 
 def path_of(descriptor: int) -> Path:

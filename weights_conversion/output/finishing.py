@@ -48,6 +48,8 @@ def finish(
     if held.complete:
         _check_complete(held, {*names, *last, *([file_sums.NAME] if sum_workers else [])})
         _prove(held, prove)
+        with descriptors.shown_as("syncing", held.out.absolute().parent):
+            descriptors.sync_folder(".", held.parent)  # which may be what the earlier run did not come to
         held.remove()
         return
     crcs = combine_crcs(targets, written)
@@ -77,18 +79,30 @@ def finish(
     except BaseException as interruption:
         if isinstance(interruption, Exception) or not held.published:
             raise
-        held.remove()  # a signal after OUT is there: the work is done, and ends as such
+        held.end()  # a signal after OUT is there: the work is done, and ends as such
 
 
 def _prove(held: Partial, prove: Callable[[Path], None] | None) -> None:
-    """Proves the finished folder, wherever it is; what fails is named OUT.unverified, never OUT."""
+    """Proves the finished folder, wherever it is; what fails is named OUT.unverified, never OUT.
+
+    What could not be read has not failed: it stays where it is, and the same command proves it again.
+    """
     if prove is None:
         return
     try:
         prove(held.shown)
     except ConversionError as error:
+        if _is_trouble(error):
+            raise
         kept = f"the output is kept as {held.set_aside()} for inspection"
         raise ConversionError(*error.problems, kept, whole=error.whole) from error
+
+
+def _is_trouble(error: BaseException | None) -> bool:
+    """Whether the system has failed a call, and not the output its proof."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None and not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
 
 
 def _check_complete(held: Partial, names: set[str]) -> None:
@@ -103,7 +117,7 @@ def _check_complete(held: Partial, names: set[str]) -> None:
 
 def _is_there(held: Partial, name: str) -> bool:
     try:
-        os.close(held.open(name, os.O_RDONLY))
+        fileio.close_quietly(held.open(name, os.O_RDONLY))
     except OSError:
         return False
     return True
@@ -111,7 +125,8 @@ def _is_there(held: Partial, name: str) -> bool:
 
 def _remove_strays(top: int, expected: set[str]) -> None:
     """Removes what the finish of an earlier run wrote and this one will not, as a tokenizer file that is gone."""
-    for above, _, names, descriptor in os.fwalk(".", dir_fd=top, follow_symlinks=False):
+    for above, names, descriptor in descriptors.walk(top):
         for name in names:
             if Path(above, name).as_posix() not in expected:
-                os.unlink(name, dir_fd=descriptor)
+                with descriptors.named_in(descriptor):
+                    os.unlink(name, dir_fd=descriptor)

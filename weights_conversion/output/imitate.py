@@ -9,6 +9,9 @@ import os
 import stat
 from pathlib import Path
 
+from weights_conversion import fileio
+from weights_conversion.output import descriptors
+
 logger = logging.getLogger(__name__)
 
 _ACCESS, _DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
@@ -23,18 +26,21 @@ def take_over(old: int, new: int) -> int | None:
     """
     wanted = os.stat(old)
     mode = stat.S_IMODE(wanted.st_mode)
-    for folder, _, files, descriptor in os.fwalk(".", topdown=False, follow_symlinks=False, dir_fd=new):
+    for folder, files, descriptor in descriptors.walk(new):
         for name in files:
-            handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
+            with descriptors.named_in(descriptor):
+                handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
             try:
-                _give(handle, wanted, mode & 0o777)
+                with descriptors.named_in(handle):
+                    _give(handle, wanted, mode & 0o777)
             finally:
-                os.close(handle)
+                fileio.close_quietly(handle)
         top = folder == "."
         if top:
             for name in (_ACCESS, _DEFAULT):
                 _copy_list(name, old, descriptor)
-        _give(descriptor, wanted, mode | 0o700 if top else mode | 0o300, exact=top)
+        with descriptors.named_in(descriptor):
+            _give(descriptor, wanted, mode | 0o700 if top else mode | 0o300, exact=top)
     return mode if mode & 0o700 != 0o700 else None
 
 

@@ -10,6 +10,7 @@ import os
 import time
 from pathlib import Path
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.output import descriptors
 
@@ -45,11 +46,11 @@ def take_alone(top: int, partial: Path) -> int | None:
         descriptor = open_lock(top)
         try:
             if not take(descriptor, fcntl.LOCK_EX):
-                os.close(descriptor)
+                fileio.close_quietly(descriptor)
                 return -1
         except BlockingIOError as error:
             shared = _is_shared(descriptor)
-            os.close(descriptor)
+            fileio.close_quietly(descriptor)
             if not shared or time.monotonic() > deadline:
                 raise ConversionError(f"another process is writing {partial} at this moment; wait for it") from error
             if not waiting:
@@ -59,7 +60,7 @@ def take_alone(top: int, partial: Path) -> int | None:
             continue
         if descriptors.is_at(NAME, top, descriptor):
             return descriptor
-        os.close(descriptor)
+        fileio.close_quietly(descriptor)
         return None
 
 

@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.output import descriptors, finished, locks, ownership, place, publish
 
@@ -39,7 +40,7 @@ class Partial:
         self.checkpoint = self.journal = self.lock = self.top = self.parent = -1
         self.me = -1
         self.resume = False  # an earlier run of the same plan can be continued
-        self.published = False  # this process has renamed it to OUT
+        self._publishing = False
         self.complete = False  # OUT is that run's finished output; only its clean-up is left
         self.was_open = False  # to others, so that nothing in it is to be trusted
 
@@ -52,7 +53,7 @@ class Partial:
     def close(self, *names: str) -> None:
         for name in names or _HELD:
             if getattr(self, name) >= 0:
-                os.close(getattr(self, name))
+                fileio.close_quietly(getattr(self, name))
                 setattr(self, name, -1)
 
     @property
@@ -96,6 +97,10 @@ class Partial:
         """From here on, another run of the same plan may continue this one."""
         with descriptors.shown_as("writing", self.notes / "digest"):
             descriptors.write_note(self.journal, "digest", run_digest.encode())
+
+    def may_go(self) -> bool:
+        """Whether nothing is left in it that anyone may want: neither another run's work nor what was taken away."""
+        return self.is_published() or (self.digest() is None and "replaced" not in os.listdir(self.top))
 
     def is_published(self) -> bool:
         found = self.status_of_out()
@@ -151,12 +156,35 @@ class Partial:
     def publish(self, overwrite: bool) -> None:
         """Renames the finished `checkpoint` to OUT, and removes what is left of OUT.partial."""
         self.check_places()
+        self._publishing = True
         with descriptors.shown_as("renaming to", self.out):
             if (run_digest := self.digest()) is not None:
                 finished.mark(self.checkpoint, run_digest)
-            publish.publish(self, overwrite)
-        self.published = True
+            try:
+                publish.publish(self, overwrite)
+            except OSError as error:
+                self._say_if_published(error)
+                raise
         self.remove()
+
+    @property
+    def published(self) -> bool:
+        """Whether this process has renamed it to OUT."""
+        return self._publishing and descriptors.is_at(self.out.name, self.parent, self.checkpoint)
+
+    def end(self) -> None:
+        """What is left to be done once it is published, from whatever point on."""
+        with contextlib.suppress(OSError):
+            descriptors.sync_folder(".", self.parent)
+        self.remove()
+
+    def _say_if_published(self, error: OSError) -> None:
+        """Raises ConversionError where OUT is the new output already, of which an OSError's usual words are untrue."""
+        if self.published:
+            raise ConversionError(
+                f"{self.out} is complete, and what was there before is replaced, but the last step has failed "
+                f"({fileio.failed(error)}), so that a power cut might still undo it; the same command sees to that"
+            ) from error
 
     def set_aside(self) -> Path:
         """Renames what has failed its proof to OUT.unverified, in place of what failed it before; where it is then."""

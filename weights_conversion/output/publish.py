@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.output import descriptors, imitate, ownership, place
 
@@ -84,8 +85,8 @@ def _replace(partial: Partial) -> None:
         _take_away(partial, name, "replaced")
         try:
             _rename(partial, "checkpoint", name)
-        except OSError:
-            _rename(partial, "replaced", name)
+        except OSError as error:
+            _put_back(partial, error)
             raise
     with descriptors.folder("checkpoint" if exchanged else "replaced", partial.top) as old:
         foreign = ownership.output_in(old).foreign  # written into it between the look and the renames
@@ -99,6 +100,17 @@ def _replace(partial: Partial) -> None:
             f"{partial.shown} is what stood at {partial.out}, and has got other files in the meantime; look at it"
         )
     raise _meanwhile(partial)
+
+
+def _put_back(partial: Partial, cause: OSError) -> None:
+    """What was taken away, where the new output could not be put in its place because of `cause`."""
+    try:
+        _rename(partial, "replaced", partial.out.name)
+    except OSError as error:
+        raise ConversionError(
+            f"{partial.out} could not be replaced ({fileio.failed(cause)}) nor put back: what was there is in "
+            f"{partial.path / 'replaced'} now; the same command with --overwrite goes on, or move it back with mv"
+        ) from error
 
 
 def exchange(one: int, inner: str, two: int, name: str) -> bool:

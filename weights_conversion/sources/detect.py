@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.iterations import (
     TRACKER,
@@ -82,7 +83,7 @@ def _at(path: Path, load_iters: int | str | None) -> Found | None:
 
     A Megatron root may hold a config.json (several trainers leave one there), a tracker is Megatron's alone.
     """
-    if os.path.lexists(path / TRACKER):
+    if fileio.is_there(path / TRACKER):
         if not iterations(path) and (step := verl_step(path, load_iters)) is not None:
             return Found(Kind.MEGATRON, step, None, f"source     {step}, the step of verl's that is read")
         return Found(Kind.MEGATRON, path, load_iters)

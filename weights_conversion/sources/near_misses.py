@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from weights_conversion import fileio
 from weights_conversion.formats.huggingface import WEIGHT_FILES
 from weights_conversion.formats.iterations import holds_iteration
 
@@ -79,7 +79,7 @@ def sentence(folder: Path) -> str | None:
     config = _json(folder / "config.json")
     if config is not None and (said := _quantised(folder, config)):
         return said
-    if os.path.lexists(folder / "config.json") and has_weights(folder):
+    if fileio.is_there(folder / "config.json") and has_weights(folder):
         return None  # its reader says what is wrong with a config that is none
     if (said := _adapter(folder)) or (said := _mistral(folder)):
         return said

@@ -7,6 +7,8 @@ part of a tensor is stored, and such an item is a zip archive of torch.save. Onl
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import io
 import itertools
@@ -16,7 +18,7 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.fileio import open_file, read_json
+from weights_conversion.fileio import named, open_file, read_json
 from weights_conversion.verification.forward import Weights
 
 # ---- Hugging Face
@@ -70,17 +72,44 @@ def _files(folder: Path) -> list[Path]:
 def _safetensors(path: Path) -> dict[str, Callable[[slice | None], Tensor]]:
     from safetensors import safe_open
 
-    file: Any = safe_open(path, framework="pt")
+    with _read_by("safetensors", path):
+        file: Any = safe_open(path, framework="pt")
+        names = list(file.keys())
 
     def reader(name: str) -> Callable[[slice | None], Tensor]:
-        return lambda rows: file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        def read(rows: slice | None) -> Tensor:
+            with _read_by("safetensors", path):
+                return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
-    return {name: reader(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        return read
+
+    return {name: reader(name) for name in names}
+
+
+# Of which libraries of C++ and Rust tell in words alone.
+_OF_THE_SYSTEM = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+
+
+@contextlib.contextmanager
+def _read_by(library: str, path: Path) -> Iterator[None]:
+    """What a library says of a file that it does not read is one sentence, which names the file."""
+    try:
+        with named("reading", path):
+            yield
+    except (ConversionError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        for number in _OF_THE_SYSTEM:
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise ConversionError(f"{path} cannot be read by {library} ({why[0][:200]})") from error
 
 
 def _torch_file(path: Path) -> dict[str, Callable[[slice | None], Tensor]]:
     # Only archives can be mapped; the files of torch before 1.6 are none.
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    with _read_by("torch.load", path):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
     def reader(tensor: Tensor) -> Callable[[slice | None], Tensor]:
         return lambda rows: tensor.detach() if rows is None else tensor.detach()[rows]
@@ -266,6 +295,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
+        self.failed: OSError | None = None  # zipfile takes an error of the disk for a broken archive
 
     def readable(self) -> bool:
         return True
@@ -280,7 +310,11 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self._file.seek(self._start + self._at)
-        data = self._file.read(max(min(len(buffer), self._length - self._at), 0))
+        try:
+            data = self._file.read(max(min(len(buffer), self._length - self._at), 0))
+        except OSError as error:
+            self.failed = error
+            raise
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -314,10 +348,16 @@ def _is_contiguous(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 def _data_of(part: Part, file: BinaryIO) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """(where in the file a part's values begin, its sizes, its strides)."""
-    with zipfile.ZipFile(cast(BinaryIO, io.BufferedReader(_Window(file, part.start, part.length)))) as archive:
-        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        start, size, stride, key = _Item(io.BytesIO(archive.read(records["data.pkl"]))).load()
-        record = records[f"data/{key}"]
+    window = _Window(file, part.start, part.length)
+    try:
+        with zipfile.ZipFile(cast(BinaryIO, io.BufferedReader(window))) as archive:
+            records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            start, size, stride, key = _Item(io.BytesIO(archive.read(records["data.pkl"]))).load()
+            record = records[f"data/{key}"]
+    except (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError) as error:
+        if window.failed is not None:
+            raise window.failed from None
+        raise ConversionError(f"{part.file} holds a broken archive at byte {part.start} ({error})") from error
     if start or record.compress_type != zipfile.ZIP_STORED:
         raise ConversionError(f"{part.file} holds a part that is compressed, or a view of another tensor")
     # The names in the file itself may be longer than in the directory: torch pads them, so that data are aligned.

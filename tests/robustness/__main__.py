@@ -1,0 +1,89 @@
+"""Runs every point at which a system call can fail: `python -m tests.robustness`.
+
+A point is one call of a conversion or a proof (its n-th read, say, of a file below the test's own folder) that fails
+with one error, is cut short, comes late, or is the last before the process is killed. After each: OUT is not there, or
+whole and right, or what was there before; foreign files and the source are untouched; one sentence names the file; the
+exit code is 1 (2 of a proof); no traceback. Then the same command without a fault must give the same bytes.
+
+--sample N takes N points of each case, --case and --kind the points of one; without them it runs for hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.robustness import faults
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tests.robustness", description=__doc__, formatter_class=kind)
+    parser.add_argument("--case", default="", help="only cases whose name begins so")
+    parser.add_argument("--kind", default="", help="only calls of this kind")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="only N points of each case, by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where to convert: a folder of the filesystem to be tried")
+    parser.add_argument("--list", action="store_true", help="say how many points each case has, and stop")
+    return parser.parse_args(arguments)
+
+
+def work(options: argparse.Namespace, root: Path) -> int:
+    from tests.robustness import points
+    from tests.robustness.cases import Ground
+    from tests.robustness.warm import Warm
+
+    ground = Ground(root, Warm(root), options.case)
+    findings: list[str] = []
+    ends: Counter[str] = Counter()
+    for case in ground.cases:
+        ground.reset(case)
+        counts = ground.warm.run(case.line(ground.place), change=case.change).counts
+        wanted = [fault for fault in points.faults(counts) if options.kind in ("", fault.kind)]
+        if options.sample:
+            wanted = random.Random(f"{options.seed} {case.name}").sample(wanted, min(options.sample, len(wanted)))
+        if options.list:
+            sys.stdout.write(f"{case.name}: {len(wanted)} points; calls: {dict(counts)}\n")
+            continue
+        began, before = time.monotonic(), len(findings)
+        here: Counter[str] = Counter()
+        for fault in wanted:
+            how, problem = points.wrong(ground, case, fault)
+            here[how] += 1
+            if problem:
+                findings.append(problem)
+                sys.stderr.write(f"{problem}\n")
+        ends += here
+        seconds = time.monotonic() - began
+        sys.stdout.write(f"{case.name}: {_said(here)}; {len(findings) - before} wrong ends ({seconds:.0f} s)\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"in all: {_said(ends)}; {len(findings)} wrong ends\n")
+    return 1 if findings else 0
+
+
+def _said(ends: Counter[str]) -> str:
+    return f"{sum(ends.values())} points, " + ", ".join(f"{count} {how}" for how, count in ends.most_common())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if reason := faults.lacking():
+        sys.stderr.write(f"{reason}\n")
+        return 3
+    if not faults.is_loaded():
+        with tempfile.TemporaryDirectory() as folder:
+            library = faults.build(Path(folder))
+            line = [sys.executable, "-m", "tests.robustness", *(sys.argv[1:] if arguments is None else arguments)]
+            return os.spawnve(os.P_WAIT, sys.executable, line, faults.environment(library))
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        return work(options, Path(folder) / "ground")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

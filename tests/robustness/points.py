@@ -1,0 +1,136 @@
+"""One point: a run with one fault, what it may leave, and a second run that has to end as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tests.robustness.cases import Case, Ground
+from tests.robustness.faults import DELAY, FAIL, KILL, SHORTEN, TEAR, Fault
+from tests.robustness.sources import tree
+from tests.robustness.warm import Ended
+
+ERRORS = (
+    errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ESTALE, errno.EINTR, errno.EOPNOTSUPP,
+    errno.ENOSYS, errno.EINVAL,
+)  # fmt: skip
+STAYING = (errno.EIO, errno.ENOSPC, errno.ESTALE, errno.EACCES)  # and so do full disks and dead servers
+_LOOKS = (errno.EIO, errno.EACCES, errno.ESTALE, errno.EINTR)  # what looking at something fails with
+_OF = {
+    "read": (errno.EIO, errno.ESTALE, errno.EINTR, errno.EINVAL), "stat": _LOOKS, "list": _LOOKS, "access": _LOOKS,
+    "close": (errno.EIO, errno.EINTR, errno.ENOSPC, errno.EDQUOT), "dup": (errno.EMFILE, errno.EINTR),
+    "map": (errno.ENOMEM, errno.EACCES, errno.EINVAL),
+}  # fmt: skip
+_TOTALS = ("changing", "any")
+
+
+def faults(counts: Mapping[str, int]) -> Iterator[Fault]:
+    """Every point of a run that makes so many calls of each kind."""
+    for kind, count in counts.items():
+        if kind in _TOTALS:
+            continue
+        for number in range(1, count + 1):
+            for value in _OF.get(kind, ERRORS):
+                yield Fault(kind, number, FAIL, value)
+            if kind in ("read", "write"):
+                yield Fault(kind, number, SHORTEN)
+                yield Fault(kind, number, SHORTEN, sticky=True)
+            if kind == "write":
+                yield Fault(kind, number, TEAR)
+    for number in range(1, counts["changing"] + 1):
+        yield Fault("changing", number, KILL)
+        yield Fault("changing", number, DELAY, 20)
+        for value in STAYING:
+            yield Fault("changing", number, FAIL, value, sticky=True)
+
+
+def wrong(ground: Ground, case: Case, fault: Fault, again: bool = True) -> tuple[str, str | None]:
+    """(how it ended, what is wrong about it)."""
+    old = ground.reset(case)
+    ended = ground.warm.run(case.line(ground.place), fault, change=case.change)
+    if not ended.hit:
+        return "not reached", None
+    how = _how(ended)
+    problem = _after(ground, case, fault, ended, old) or (
+        _after_again(ground, case, ended.code == 0) if again and case.out else None
+    )
+    if problem is None:
+        return how, None
+    return how, f"{case.name}: {fault} ({ended.hit}): {problem}\n    it said: {ended.text.strip()[-600:]}"
+
+
+def _how(ended: Ended) -> str:
+    if ended.code is None:
+        return "hung"
+    return "killed" if ended.code == -9 else "went on" if ended.code == 0 else "one sentence"
+
+
+def _after(ground: Ground, case: Case, fault: Fault, ended: Ended, old: dict[str, str] | None) -> str | None:
+    """What is wrong after the run with the fault."""
+    if ended.code not in (0, case.trouble, -9):
+        return f"exit {ended.code}"
+    if "Traceback" in ended.text:
+        return "a traceback"
+    if damage := ground.damage():
+        return damage
+    if ended.code == case.trouble and (problem := unsaid(ended, ground.root, fault.sticky)):
+        return problem
+    return after_output(ground, case, ended.code, ended.text, old)
+
+
+def after_output(ground: Ground, case: Case, code: int, text: str, old: dict[str, str] | None) -> str | None:
+    """What is wrong with OUT."""
+    if case.out is None:
+        return None
+    out, partial = ground.place / "out", ground.place / "out.partial"
+    there, expected = tree(out) if out.exists() else None, ground.expected[case.name]
+    if there == expected:
+        if code == case.trouble and "nothing that was there is changed" in text:
+            return "it says that nothing is changed, and OUT is the new one"
+    elif code == 0:
+        return "exit 0 without a right OUT"
+    elif there is None and old is not None:
+        if (case.exchange and code == case.trouble) or tree(partial / "replaced") != old:
+            return "what stood at OUT is gone"
+    elif there != old:
+        return f"OUT is neither whole nor what it was: {sorted(there or ())}"
+    return None
+
+
+def unsaid(ended: Ended, root: Path, sticky: bool) -> str | None:
+    """What the sentence lacks: it is one, and names the file that the call failed on, or a folder that it stands in.
+
+    Where all later calls fail too, it may be the file of one of these.
+    """
+    lines = [line for line in ended.text.splitlines() if line.startswith("error:")]
+    if len(lines) != 1:
+        return f"{len(lines)} sentences"
+    path = Path(ended.hit.partition(" ")[2].removesuffix(" (deleted)").removesuffix(".new"))
+    names = {str(path), *(str(above) for above in path.parents if above != root and root in above.parents)}
+    if path.name == "checkpoint" and path.parent.name.endswith(".partial"):  # which becomes OUT
+        names.add(str(path.parent).removesuffix(".partial"))
+    # A folder of the output is a name that the user gave, with what is added to it.
+    said = re.findall(r"/[^\s:;,()]+", lines[0])
+    if sticky and any(word.startswith(str(root)) for word in said):
+        return None
+    if not any(word.rstrip(".") in names or path.name in word for word in said):
+        return "the sentence does not name the file"
+    return None
+
+
+def _after_again(ground: Ground, case: Case, done: bool) -> str | None:
+    """What is wrong after the same command without a fault.
+
+    `done`: the run with the fault has ended well. Where it could not note whose OUT is, the same command is refused.
+    """
+    ended = ground.warm.run(case.line(ground.place), change=case.change)
+    refused = done and ended.code == 1 and f"{ground.place / 'out'} exists and is" in ended.text
+    if ended.code != 0 and not refused:
+        return f"the rerun ended with exit {ended.code}: {ended.text.strip()[-400:]}"
+    if tree(ground.place / "out") != ground.expected[case.name]:
+        return "the rerun's bytes differ"
+    if (ground.place / "out.partial").exists() and not refused:
+        return "the rerun left OUT.partial"
+    return ground.damage()

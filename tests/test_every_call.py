@@ -1,0 +1,139 @@
+"""A sample of the points of `python -m tests.robustness`, and what it has found, each by itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Script
+
+from tests.robustness import faults
+from tests.robustness import sources as samples
+from weights_conversion import fileio
+from weights_conversion import verify as verifying
+from weights_conversion.errors import ConversionError
+from weights_conversion.output import beginning, descriptors
+
+
+@pytest.mark.skipif(faults.lacking() is not None, reason=str(faults.lacking()))
+def test_a_sample_of_points() -> None:
+    line = [sys.executable, "-m", "tests.robustness", "--sample", "2"]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "; 0 wrong ends" in done.stdout.splitlines()[-1]
+
+
+def failing(number: int, path: object = None):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number), path)
+
+    return fails
+
+
+def test_trouble_in_a_proof_is_no_failed_proof(sources, imported, tmp_path: Path, to_megatron: Script, monkeypatch):
+    """What could not be read may be right: it is not set aside, and the same command proves it again."""
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out", "--verify")
+
+    def verify(*_, **__):
+        try:
+            failing(errno.EIO, "/x/y")()
+        except OSError as error:
+            raise ConversionError("/x/y cannot be read (Input/output error)") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verifying, "verify", verify)
+        to_megatron(*line).refused("/x/y")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial"]
+    to_megatron(*line).succeeded()
+    assert samples.tree(tmp_path / "out") == samples.tree(imported("llama2-gqa"))
+
+
+def test_an_error_after_the_rename_says_so(sources, imported, tmp_path: Path, to_megatron: Script, monkeypatch):
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
+    sync = descriptors.sync_folder
+
+    def fails_at_the_end(name, within=None):
+        if (tmp_path / "out").exists():
+            failing(errno.EIO)()
+        sync(name, within)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(descriptors, "sync_folder", fails_at_the_end)
+        said = to_megatron(*line).refused("out is complete", "Input/output error", "the same command")
+    assert "nothing that was there is changed" not in said.err
+    assert samples.tree(tmp_path / "out") == samples.tree(imported("llama2-gqa"))
+    to_megatron(*line).succeeded()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_leftovers_of_a_finished_output_go(sources, tmp_path: Path, to_megatron: Script, monkeypatch) -> None:
+    """Killed when all but the folder itself was removed: the same command, which finds OUT complete, removes it."""
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
+    to_megatron(*line).succeeded()
+    (tmp_path / "out.partial").mkdir(mode=0o700)
+    (tmp_path / "out.partial" / "lock").touch()
+    to_megatron(*line).succeeded()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINTR, errno.ESTALE])
+def test_what_cannot_be_looked_for_is_not_absent(number: int, imported, tmp_path: Path, to_hf: Script, monkeypatch):
+    """An import's manifest that the filesystem does not show at this moment: the export without it would be another."""
+    look = os.lstat
+
+    def lstat(path, *rest, **named):
+        if str(path).endswith("conversion_manifest.json"):
+            failing(number, path)()
+        return look(path, *rest, **named)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    line = ("--input_dir", imported("llama2-gqa"), "--output_dir", tmp_path / "back")
+    to_hf(*line).refused("conversion_manifest.json", os.strerror(number))
+
+
+def test_an_error_in_a_folder_gets_a_whole_path(tmp_path: Path) -> None:
+    """By a descriptor, by a name in it, or without any name: the sentence has the path."""
+    (tmp_path / "a").mkdir()
+    for name, shown in ((7, tmp_path / "a"), ("b", tmp_path / "a" / "b"), (None, tmp_path / "a")):
+        with (
+            pytest.raises(OSError, match="Input") as error,
+            descriptors.shown_as("looking into", tmp_path),
+            descriptors.folder(tmp_path / "a"),
+        ):
+            failing(errno.EIO, name)()
+        assert fileio.failed(error.value) == f"looking into {tmp_path} ({shown}): Input/output error"
+
+
+def test_a_signal_after_the_rename_finds_the_work_done(sources, tmp_path: Path, to_megatron: Script, monkeypatch):
+    """While the folder is synced, which may take long on a disk that is busy."""
+    sync, seen = descriptors.sync_folder, []
+
+    def interrupted(name, within=None):
+        if (tmp_path / "out").exists() and not seen:
+            seen.append(name)
+            raise KeyboardInterrupt
+        sync(name, within)
+
+    monkeypatch.setattr(descriptors, "sync_folder", interrupted)
+    to_megatron("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out").succeeded()
+    assert seen == ["."]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_another_run_left_stays(tmp_path: Path) -> None:
+    """A finished OUT, and beside it what a killed --overwrite has taken away, or work that another can continue."""
+    (tmp_path / "out").mkdir()
+    held = beginning.prepare(tmp_path / "other", "a plan")
+    held.note_digest("a plan")
+    held.close()
+    (tmp_path / "other.partial").rename(tmp_path / "out.partial")
+    beginning.clear_away(tmp_path / "out")
+    assert (tmp_path / "out.partial" / "journal" / "digest").exists()
+    (tmp_path / "out.partial" / "journal" / "digest").unlink()
+    (tmp_path / "out.partial" / "replaced").mkdir()
+    beginning.clear_away(tmp_path / "out")
+    assert (tmp_path / "out.partial" / "replaced").exists()
