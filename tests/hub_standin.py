@@ -242,12 +242,14 @@ class _Handler(BaseHTTPRequestHandler):
             "Accept-Ranges": "bytes",
         }
         start, status = 0, 200
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             start, status = int(match[1]), 206
             if start >= len(data):
                 self.fail(416, "", "Range not satisfiable")
                 return
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            stop = min(int(match[2] or len(data)), len(data) - 1)
+            headers["Content-Range"] = f"bytes {start}-{stop}/{len(data)}"
+            data = data[: stop + 1]
         body = self.hub.trouble.other.get(path, data)[start:]
         if self.command == "GET" and (pause := self.hub.trouble.drips.get(path)):
             self.send(status, headers, body, stop_after=0)

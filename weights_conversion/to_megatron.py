@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -29,7 +31,7 @@ from weights_conversion.layouts.planners import check_parallelism, padded_vocabu
 from weights_conversion.layouts.rank_files import Rank, rank_folder
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 from weights_conversion.mapping.parameters import is_buffer
-from weights_conversion.output import assembly, place
+from weights_conversion.output import assembly, place, space
 from weights_conversion.sources import sums
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating
@@ -64,9 +66,17 @@ class ImportOptions(RunOptions):
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-@watched
 def hf_to_megatron(options: ImportOptions) -> Report:
     """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong."""
+    with contextlib.ExitStack() as held:
+        headers = None
+        if options.dry_run:  # of a repository, no weights are fetched
+            headers = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="weights-conversion-headers-")))
+        return _hf_to_megatron(options, headers)
+
+
+@watched
+def _hf_to_megatron(options: ImportOptions, headers: Path | None) -> Report:
     architecture = FAMILIES[options.model]
     out = options.out or _default_out(options)
     say_found(find_local(options.model_path, options.model, options.size, options.load_iters))
@@ -80,6 +90,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         options.model, options.model_path, dialect, cache=options.cache_dir, size=options.size,
         revision=options.revision, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
         fields=options.fields, recheck=options.verify, adapter=options.adapter,
+        early=lambda config, dtype: _check_early(options, config, dtype, out, dialect), headers=headers,
     )  # fmt: skip
     config = opened.config
     if options.size is not None:
@@ -104,7 +115,10 @@ def hf_to_megatron(options: ImportOptions) -> Report:
         report.notes += sums.checked(opened.iteration, options.workers)
     at = f"; {opened.repository} at {opened.revision}" if opened.repository and not opened.dialect.megatron else ""
     stored = main_dtype([placed for group in sources.values() for placed in group])
-    report.reads(opened.folder, f"{options.model}, {opened.what}", stored, at)
+    hollow = headers is not None and opened.folder.is_relative_to(headers)
+    report.reads(
+        Path(str(opened.repository)) if hollow else opened.folder, f"{options.model}, {opened.what}", stored, at
+    )
     report.ignored = [name for name in opened.tensors if is_buffer(name)]
     files, notes = carried(opened.tokenizer)
     report.notes += notes
@@ -162,6 +176,21 @@ def hf_to_megatron(options: ImportOptions) -> Report:
     report.notes += links.told(opened.folder, [*plan.source_files(), *opened_files()], TOKENIZER_FILES)
     report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}, prove), options)
+
+
+def _check_early(
+    options: ImportOptions, config: ModelConfig, dtype: str | None, out: Path, dialect: Dialect
+) -> None:  # fmt: skip
+    """What a config.json shows to be impossible, before the weights that it is of are fetched: size, layout, disk."""
+    if options.size is not None:
+        _check_size(config, options.size)
+    parallel = _with_virtual(options, config)
+    vocabulary, _ = _vocabulary(options, config, parallel, False)
+    if problems := check_parallelism(config, parallel, vocabulary, dialect):
+        raise ConversionError(*problems)
+    kept = DTYPES.get(options.dtype) or DTYPES.get(dtype or "") or torch.bfloat16
+    if distributed.current().rank == 0:
+        space.check_space(out, _parameter_count(config) * kept.itemsize)
 
 
 def _default_out(options: ImportOptions) -> Path:

@@ -21,6 +21,7 @@ from weights_conversion.hub.checking import Cached, Checker, check, stated_by
 from weights_conversion.hub.choice import MAX_SMALL_BYTES, choices, few, with_shards
 from weights_conversion.hub.errors import explain, masked
 from weights_conversion.hub.fetching import TIMEOUTS, download, patiently
+from weights_conversion.hub.headers import check_readable, write_folder
 from weights_conversion.text import size
 
 if TYPE_CHECKING:
@@ -58,11 +59,12 @@ class Snapshot:
     repository: str
     revision: str
     files: tuple[str, ...] = ()
+    note: str = ""  # what a dry run has not fetched
 
 
 def snapshot(
     repository: str, *, revision: str | None = None, cache_dir: Path | None = None, weights: bool = True,
-    recheck: bool = False, accept: Callable[[Path], object] = lambda _: None,
+    recheck: bool = False, accept: Callable[[Path], object] = lambda _: None, headers: Path | None = None,
 ) -> Snapshot:  # fmt: skip
     """Bring the files that a conversion needs into the hub cache, or find them there.
 
@@ -72,6 +74,7 @@ def snapshot(
     Every file is held against the SHA-256 or git blob id that the hub states: what is fetched, and what lies in the
     cache where nothing records that it was right, or where `recheck` asks for it. `accept` is called with the folder
     once the small files are there; what it raises (ConversionError) comes before any weight file is fetched.
+    With `headers`, a folder to be made, no weight file is fetched: it gets the small files and the weights' headers.
     Raises ConversionError, one sentence that names the repository and what mends it.
     """
     from huggingface_hub import constants
@@ -80,7 +83,7 @@ def snapshot(
     _check_names(repository, revision)
     cache = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser().absolute()
     try:
-        return _from_hub(repository, revision, cache, weights, recheck, accept)
+        return _from_hub(repository, revision, cache, weights, recheck, accept, headers)
     except ConversionError:
         raise
     except Exception as error:  # the client's errors share no base: its HTTP library's, hf_xet's, its own, OSError
@@ -115,7 +118,8 @@ def _check_names(repository: str, revision: str) -> None:
 
 
 def _from_hub(
-    repository: str, revision: str, cache: Path, weights: bool, recheck: bool, accept: Callable[[Path], object]
+    repository: str, revision: str, cache: Path, weights: bool, recheck: bool, accept: Callable[[Path], object],
+    headers: Path | None,
 ) -> Snapshot:  # fmt: skip
     info, first = _resolve(repository, revision, cache, weights)
     commit, listed = str(info.sha), {file.rfilename: file for file in info.siblings or ()}
@@ -150,7 +154,16 @@ def _from_hub(
             f"Repository {repository} is incomplete at revision {revision}, without {few(lacking)}: give another "
             "--revision, or another repository with --model-path."
         )
-    _check_space(info, files, first.parent, repository)
+    needed = _to_fetch(info, files, first.parent)
+    if headers is not None:
+        check_readable(files, repository, size(needed), cache)
+        write_folder(headers, first.parent, repository, commit, names, files)
+    _check_space(needed, first.parent, repository)
+    if headers is not None:
+        note = f"hub        {size(needed)} would be fetched into {cache}, which has {_free(cache)} free"
+        return Snapshot(headers, repository, commit, (*names, *files), note)
+    if needed:
+        logger.info("fetching %s of %s at %s into %s", size(needed), repository, commit, cache)
     with Checker(recheck) as checker:
         for name in files:
             checker.add(take(name))
@@ -234,8 +247,12 @@ def _remember_absence(repository: str, commit: str, cache: Path) -> None:
             download(repository, name, commit, cache)
 
 
-def _check_space(info: ModelInfo, files: list[str], folder: Path, repository: str) -> None:
-    """Refuse before the first byte what will not fit, counting only what is not in the cache yet."""
+def _free(cache: Path) -> str:
+    return size(shutil.disk_usage(cache).free)
+
+
+def _to_fetch(info: ModelInfo, files: list[str], folder: Path) -> int:
+    """Bytes of `files` that are not in the cache yet."""
     blobs = folder.parents[1] / "blobs"
     needed = 0
     for file in info.siblings or ():
@@ -245,14 +262,17 @@ def _check_space(info: ModelInfo, files: list[str], folder: Path, repository: st
                 continue
             partial = blobs / f"{blob}.incomplete"
             needed += max((file.size or 0) - (partial.stat().st_size if partial.is_file() else 0), 0)
+    return needed
+
+
+def _check_space(needed: int, folder: Path, repository: str) -> None:
+    """Refuse before the first byte what will not fit into the cache."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConversionError(
             f"Repository {repository} needs {size(needed)} more in the cache {folder.parents[2]}, which has "
             f"{size(free)} free: free some, or name another place with --cache-dir or HF_HOME."
         )
-    if needed:
-        logger.info("fetching %s of %s at %s", size(needed), repository, info.sha)
 
 
 # Without a network

@@ -57,11 +57,14 @@ def open_source(
     model: str, path: str | None, target: Dialect, *, cache: Path | None = None, size: str | None = None,
     revision: str | None = None, load_iters: int | str | None = None, true_vocab_size: int | None = None,
     fields: Mapping[str, Any] | None = None, recheck: bool = False, adapter: Path | None = None,
+    early: Callable[[ModelConfig, str | None], None] = lambda config, dtype: None, headers: Path | None = None,
 ) -> Opened:  # fmt: skip
     """What `path` (a folder or a repository) names, or else `model` and `size`. `target` decides what is refused.
 
     `fields` are ModelConfig fields that the user states about a Megatron checkpoint. `recheck`: hold what the hub's
     cache has against the hub's sums, also where that was done before. `adapter`: PEFT's, to be merged into the source.
+    `early` raises ConversionError for what the model and its dtype (as its config.json states them) cannot become,
+    before weights are fetched. `headers`, a folder to be made: of a repository's weights, fetch the headers alone.
     """
     here = find_local(path, model, size, load_iters)
     if fields and (here is None or here.kind is not Kind.MEGATRON):
@@ -93,14 +96,18 @@ def open_source(
 
     def accept(folder: Path) -> None:
         """The family, and what the target cannot express, before the weights are fetched."""
-        config = folder / "config.json"
-        hf_config.read_config(model, fileio.read_json(config), target, str(config))
+        raw = fileio.read_json(folder / "config.json")
+        config = hf_config.read_config(model, raw, target, str(folder / "config.json"))
+        dtype = raw.get("dtype") or raw.get("torch_dtype")
+        early(config, dtype if isinstance(dtype, str) else None)
 
     with distributed.rank_zero_first("hub"):
-        again = {"recheck": True} if recheck and distributed.current().rank == 0 else {}
-        snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache, accept=accept, **again)
+        settings: dict[str, Any] = {"recheck": True} if recheck and distributed.current().rank == 0 else {}
+        settings |= {"headers": headers / repository} if headers is not None else {}
+        snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache, accept=accept, **settings)
     opened = open_hf(model, snapshot.folder, target, adapter)
-    return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision)
+    notes = (*opened.notes, *([snapshot.note] if getattr(snapshot, "note", "") else []))
+    return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision, notes=notes)
 
 
 def find_local(
