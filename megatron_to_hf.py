@@ -92,6 +92,17 @@ def build_parser() -> arguments.Parser:
         help="which to export: the model's own (default), or the optimizer's float32 weights, where the checkpoint's "
         "format stores them by name; --dtype bfloat16 rounds them once",
     )  # fmt: skip
+    parser.add_argument(
+        "--adapter", type=arguments.path, metavar="DIR",
+        help="LoRA adapters that Megatron-Bridge or NeMo 2 trained apart from --input_dir (default: those in it)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter_as", choices=("merged", "peft"), default="merged",
+        help="what becomes of Megatron's adapters: merged into the model (default), or a folder of PEFT's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter_alpha", type=cli.positive_float, metavar="A", help="their alpha, where no file says it"
+    )  # fmt: skip
     cli.add_fields(parser)
     cli.add_common(parser)
     return parser
@@ -127,6 +138,9 @@ def main(argv: list[str] | None = None) -> int:
             load_iters=args.load_iters,
             reference=args.reference,
             weights=args.weights,
+            adapter=args.adapter,
+            adapter_as=args.adapter_as,
+            adapter_alpha=args.adapter_alpha,
             fields=fields,
         )
         return megatron_to_hf(options)

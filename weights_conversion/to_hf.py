@@ -17,6 +17,7 @@ from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface
+from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.hub import repositories as hub
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import main_dtype
@@ -24,9 +25,16 @@ from weights_conversion.layouts.planners import plan_to_hf
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
 from weights_conversion.output import place
 from weights_conversion.sources import described, sums
-from weights_conversion.sources.checkpoint import OpenedCheckpoint, megatron_root, open_checkpoint, trained_from
+from weights_conversion.sources.checkpoint import (
+    OpenedCheckpoint,
+    megatron_root,
+    open_checkpoint,
+    open_files,
+    trained_from,
+)
 from weights_conversion.sources.detect import say_found
-from weights_conversion.sources.locate import check_floating, locate
+from weights_conversion.sources.locate import check_floating
+from weights_conversion.sources.megatron_adapters import chosen, locate_merged
 from weights_conversion.sources.reference import (
     Reference,
     Stated,
@@ -35,6 +43,7 @@ from weights_conversion.sources.reference import (
     open_reference,
     stated,
 )
+from weights_conversion.to_peft import config_of, write_peft
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer, source_tokenizer_files
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
 from weights_conversion.verify import proof
@@ -58,6 +67,9 @@ class ExportOptions(RunOptions):
     load_iters: int | str | None = None
     reference: str | None = None
     weights: str = "model"
+    adapter: Path | None = None
+    adapter_as: str = "merged"
+    adapter_alpha: float | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,9 +80,13 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     say_found(megatron_root(options.input_dir, options.load_iters))
     with distributed.rank_zero_first("output"):
         replaced = place.check(out, options.overwrite, options.verify)
+    if options.adapter_as == "peft":
+        return _adapters_alone(options, replaced)
     opened, reference = _open(options)
     config, architecture = opened.config, FAMILIES[opened.config.family]
-    sources = locate(opened.files, architecture, config)
+    sources, notes, warnings = locate_merged(
+        opened.files, architecture, config, options.adapter, options.adapter_alpha
+    )  # fmt: skip
     check_floating(sources, opened.files.folder)
     dtype = DTYPES.get(options.dtype) or opened.files.trained_dtype
     plan = plan_to_hf(
@@ -79,6 +95,8 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     )  # fmt: skip
     targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
     report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
+    report.notes += notes
+    report.warnings += warnings
     if options.checksums or options.verify:
         report.notes += sums.checked(opened.files.folder, options.workers)
     stored = main_dtype([placed for group in sources.values() for placed in group])
@@ -118,13 +136,26 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     prove = proof(
         opened.root, config.family, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
         source_iters=opened.load_iters, fields=options.fields, true_vocab_size=config.vocab_size,
-        weights=options.weights,
+        weights=options.weights, adapter=options.adapter, adapter_alpha=options.adapter_alpha,
     )  # fmt: skip
     copied = [content for content in files.values() if isinstance(content, Path)]
     place.check_apart(out, [*map(Path, plan.source_files()), opened.root, options.input_dir, *copied])
     report.notes += links.told(opened.root, [*plan.source_files(), *opened_files()], TOKENIZER_FILES)
     report.replaced(replaced)
     return run(Job(plan, report, targets, out, files, prove=prove), options)
+
+
+def _adapters_alone(options: ExportOptions, replaced: list[str]) -> Report:
+    """--adapter_as peft: the adapters of --adapter, or of --input_dir itself, whose base need not be there then."""
+    files = open_files(options.input_dir, options.load_iters)
+    holder = chosen(files, options.adapter)
+    if holder is None:
+        raise ConversionError(f"{files.folder} holds no adapters, so --adapter_as peft has nothing to write")
+    if isinstance(files, DistCheckpoint) and not files.stored:
+        config = config_of(holder, options.model, options.fields)
+    else:
+        config = _open(options)[0].config
+    return write_peft(holder, config, options.adapter_alpha, options.output_dir, options.reference, replaced, options)
 
 
 def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:

@@ -42,22 +42,23 @@ def verify(
     source: Path, checkpoint: Path, model: str | None = None, *, workers: int = 2, exact_only: bool = False,
     source_iters: int | str | None = None, checkpoint_iters: int | str | None = None, allow_inconsistent: bool = False,
     fields: Mapping[str, Any] | None = None, true_vocab_size: int | None = None, weights: str = "model",
-    adapter: Path | None = None,
+    adapter: Path | None = None, adapter_alpha: float | None = None,
 ) -> Verification:  # fmt: skip
     """Compares `checkpoint` with `source`, which is taken as right where only one of them can be.
 
     `model` is the family (None: what the sides state); `source_iters` and `checkpoint_iters` other iterations than the
     trackers'; `allow_inconsistent`: copies on the source's ranks may differ, the first is taken; `fields` (of
     ModelConfig) and `true_vocab_size` are what the user states about a Megatron source; `weights` "master": its
-    optimizer's float32 weights are what is compared; `adapter` is one of PEFT's, which the source has. Raises
-    ConversionError for a side that cannot be read.
+    optimizer's float32 weights are what is compared; `adapter` is one that the source is to have (PEFT's or
+    Megatron's), with `adapter_alpha` where its files do not say it. Raises ConversionError for a side that cannot be
+    read.
     """
     from weights_conversion.verification.proof import prove
 
     return prove(
         source, checkpoint, model, workers=workers, exact_only=exact_only, source_iters=source_iters,
         checkpoint_iters=checkpoint_iters, allow_inconsistent=allow_inconsistent, fields=fields,
-        true_vocab_size=true_vocab_size, weights=weights, adapter=adapter,
+        true_vocab_size=true_vocab_size, weights=weights, adapter=adapter, adapter_alpha=adapter_alpha,
     )  # fmt: skip
 
 

@@ -165,12 +165,12 @@ def test_a_fault_in_the_converters_reading_of_safetensors_is_seen(
 def test_a_fault_in_the_converters_reading_of_torch_dist_is_seen(
     tmp_path: Path, imported, to_hf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint, blocks = imported("llama2", "--target", "megatron-core"), locate_dist._Parts.blocks
+    checkpoint, blocks = imported("llama2", "--target", "megatron-core"), locate_dist.Parts.blocks
 
     def exchanged(self: Any, key: str, lead: Any, first: int) -> Any:
         return blocks(self, key, {(0,): (1,), (1,): (0,)}.get(lead, lead) if "linear_proj" in key else lead, first)
 
-    monkeypatch.setattr(locate_dist._Parts, "blocks", exchanged)
+    monkeypatch.setattr(locate_dist.Parts, "blocks", exchanged)
     model = ("--input_dir", checkpoint, "--output_dir", tmp_path / "out", "--model", "llama2")
     to_hf(*model, "--no_tokenizer").succeeded()
     result = run("weights_conversion.verify", checkpoint, tmp_path / "out", "--json", tmp_path / "found.json")

@@ -49,6 +49,22 @@ def read_run_config(path: Path) -> dict[str, Any]:
     return stated
 
 
+def read_peft(path: Path) -> dict[str, Any]:
+    """What `path` states about adapters (Bridge's section `peft`, NeMo 2's `model_transform`); {} where nothing."""
+    content = _yaml(path)
+    section = "model_transform" if path.name == MODEL_YAML else "peft"
+    said = content.get(section) if isinstance(content, dict) else None
+    return {str(key): value for key, value in said.items()} if isinstance(said, dict) else {}
+
+
+def pretrained(path: Path) -> str | None:
+    """The base that Bridge's run_config.yaml names for adapters that it trained alone."""
+    content = _yaml(path)
+    section = content.get("checkpoint") if isinstance(content, dict) else None
+    named = section.get("pretrained_checkpoint") if isinstance(section, dict) else None
+    return named if isinstance(named, str) else None
+
+
 def _nemo_tokenizer(stated: dict[str, Any], tokenizer: Mapping[Any, Any], path: Path) -> None:
     """NeMo 2 names a tokenizer's folder as seen from the folder around context/, or a repository."""
     for key in ("pretrained_model_name", "model_path"):

@@ -43,6 +43,7 @@ class DistCheckpoint:
     parallel: Parallelism = field(default_factory=Parallelism)
     trained_dtype: torch.dtype | None = None  # where the stored tensors are of another
     said_by: Path | None = None  # the file that states the args
+    adapters: Mapping[str, Stored] = field(default_factory=dict, repr=False)  # beside the base's tensors, or alone
 
     @property
     def names(self) -> set[str]:
@@ -70,11 +71,13 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
     stored, others = read_metadata(folder / METADATA)
     args, said_by = _args(folder, others)
     prefix, stored = _without_prefix(stored)
+    adapters = {key: tensor for key, tensor in stored.items() if ".adapter." in key}
+    stored = {key: tensor for key, tensor in stored.items() if key not in adapters}
     if weights == "master":
         stored = masters(folder, stored, prefix)
     plain = {} if args is None else plain_args(args, said_by)
     lost = {} if args is None else left_out(args, plain)
-    files = {chunk.file for tensor in stored.values() for chunk in tensor.chunks}
+    files = {chunk.file for tensor in (*stored.values(), *adapters.values()) for chunk in tensor.chunks}
     missing = sorted(name for name in files if not (folder / name).is_file())
     if missing:
         shown = ", ".join(missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
@@ -83,7 +86,8 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
     stated = plain.get("params_dtype") if prefix == MEGATRON_FSDP and weights == "model" else None
     trained = stated if isinstance(stated, torch.dtype) else None
     return DistCheckpoint(
-        folder, iteration, plain, lost, stored, trained_dtype=trained, said_by=None if args is None else said_by
+        folder, iteration, plain, lost, stored, trained_dtype=trained, said_by=None if args is None else said_by,
+        adapters=adapters,
     )
 
 
@@ -109,7 +113,10 @@ def _entry(folder: Path, entry: StoredChunk) -> Any:
 
 def _without_prefix(stored: Mapping[str, Stored]) -> tuple[str, dict[str, Stored]]:
     """The wrappers' names in front of every parameter's, and the tensors without them."""
-    prefix = next((p for p in _PREFIXES if p + _EMBEDDING in stored), "")
+    alone = bool(stored) and all(".adapter." in key for key in stored)
+    prefix = next(
+        (p for p in _PREFIXES if p + _EMBEDDING in stored or (alone and all(key.startswith(p) for key in stored))), ""
+    )
     return prefix, {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
 
 

@@ -18,7 +18,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.formats.dist_index import METADATA
 from weights_conversion.formats.iterations import TRACKER, find_iteration, number_of
 from weights_conversion.formats.megatron import RankFiles, open_rank_files
-from weights_conversion.formats.run_config import MODEL_YAML, RUN_CONFIG
+from weights_conversion.formats.run_config import MODEL_YAML, RUN_CONFIG, pretrained
 from weights_conversion.formats.stored_args import plain_args
 from weights_conversion.formats.torch_dist import DistCheckpoint, open_dist
 from weights_conversion.mapping.dialects import MEGATRON_CORE
@@ -112,6 +112,8 @@ def open_checkpoint(
     """
     here = megatron_root(root, load_iters)
     root, files = here.root, open_files(here.root, here.iteration, weights)
+    if isinstance(files, DistCheckpoint) and files.adapters and not files.stored:
+        raise ConversionError(_no_base(files))
     found = manifest.find([root, *trained_from(files.args)])
     said = found[1] if found else None
     notes = here.notes
@@ -160,6 +162,17 @@ def open_checkpoint(
         )
     return OpenedCheckpoint(
         root, files, resolved.config, said, resolved.origins, kept.known, tuple(notes), tuple(warnings), here.iteration
+    )
+
+
+def _no_base(files: DistCheckpoint) -> str:
+    """The sentence for adapters where a model was expected."""
+    path = files.folder / RUN_CONFIG
+    base = pretrained(path) if path.is_file() else None
+    named = f" ({RUN_CONFIG} names {base})" if base else ""
+    return (
+        f"{files.folder} holds adapters alone, without the model that they belong to; give their base{named} with "
+        "--input_dir and this folder with --adapter, or write them as PEFT's with --adapter_as peft"
     )
 
 

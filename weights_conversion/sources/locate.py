@@ -23,6 +23,11 @@ def locate(files: RankFiles | DistCheckpoint, architecture: Architecture, config
     """Places every parameter of `architecture`. Raises ConversionError with all that does not fit."""
     if isinstance(files, RankFiles):
         return in_rank_files(files, architecture, config)
+    if files.adapters:
+        raise ConversionError(
+            f"{files.folder} holds LoRA adapters beside its weights ({next(iter(files.adapters))}); megatron_to_hf.py "
+            "merges them, or writes them as PEFT's (--adapter_as peft)"
+        )
     return in_torch_dist(files, architecture, config)
 
 

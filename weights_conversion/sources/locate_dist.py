@@ -25,7 +25,7 @@ def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: Mod
         raise ConversionError(f"{files.folder} has fewer tensors than the {config.num_layers} layers of its args need")
     placed: Located = {}
     with Items(files.folder) as items:
-        search = _Search(files, config, _Parts(files.stored, items))
+        search = _Search(files, config, Parts(files.stored, items))
         for instance in architecture.instances(config):
             found = search.find(instance, instance.row.megatron_shape(config, files.vocabulary))
             if found:
@@ -59,7 +59,7 @@ class _Search:
 
     files: DistCheckpoint
     config: ModelConfig
-    parts: _Parts
+    parts: Parts
     used: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
@@ -128,13 +128,13 @@ class _Search:
                 return None
             blocks += self.parts.blocks(key, candidate.lead, first)
         key, _ = candidate.keys[0]
-        if wrong := _uncovered(blocks, *two_dimensional(shape)):
+        if wrong := uncovered(blocks, *two_dimensional(shape)):
             self.problems.append(f"the parts of {key} {wrong} in its shape {list(candidate.shape)}, by {METADATA}")
             return None
         return blocks
 
 
-class _Parts:
+class Parts:
     """The chunks of stored tensors as blocks, found by layer."""
 
     def __init__(self, stored: Mapping[str, Stored], items: Items) -> None:
@@ -169,7 +169,7 @@ class _Parts:
         return self._by_lead[key, depth]
 
 
-def _uncovered(blocks: Iterable[Block], rows: int, columns: int) -> str | None:
+def uncovered(blocks: Iterable[Block], rows: int, columns: int) -> str | None:
     """What is wrong with `blocks` as a partition of `rows` x `columns`, if anything."""
     area, active = 0, []
     for block in sorted(blocks, key=lambda block: block.rows):

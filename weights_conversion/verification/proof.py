@@ -35,14 +35,14 @@ def prove(
     source: Path, checkpoint: Path, model: str | None, *, workers: int, exact_only: bool,
     source_iters: int | str | None, checkpoint_iters: int | str | None, allow_inconsistent: bool,
     fields: Mapping[str, Any] | None, true_vocab_size: int | None, weights: str,
-    adapter: Path | None,
+    adapter: Path | None, adapter_alpha: float | None,
 ) -> Verification:  # fmt: skip
     """See weights_conversion.verify.verify."""
     started = time.monotonic()
     with watching() as seen:
         result = _prove(
             source, checkpoint, model, workers, exact_only, source_iters, checkpoint_iters, allow_inconsistent, fields,
-            true_vocab_size, weights, adapter,
+            true_vocab_size, weights, adapter, adapter_alpha,
         )  # fmt: skip
         seen.check()  # what has changed meanwhile is neither the same nor different
     result.seconds = time.monotonic() - started
@@ -53,6 +53,7 @@ def _prove(
     source: Path, checkpoint: Path, model: str | None, workers: int, exact_only: bool, source_iters: int | str | None,
     checkpoint_iters: int | str | None, allow_inconsistent: bool, fields: Mapping[str, Any] | None,
     true_vocab_size: int | None, weights: str, adapter: Path | None,
+    adapter_alpha: float | None,
 ) -> Verification:  # fmt: skip
     one_side, other_side = detect(source, source_iters), detect(checkpoint, checkpoint_iters)
     source, source_iters = one_side.root, one_side.iteration
@@ -60,13 +61,8 @@ def _prove(
     family = model or choose_family(source, checkpoint, source_iters, checkpoint_iters)
     one, two = common_vocabulary(
         open_model(
-            source,
-            family,
-            source_iters,
-            fields=fields,
-            true_vocab_size=true_vocab_size,
-            weights=weights,
-            adapter=adapter,
+            source, family, source_iters, fields=fields, true_vocab_size=true_vocab_size, weights=weights,
+            adapter=adapter, adapter_alpha=adapter_alpha,
         ),
         open_model(checkpoint, family, checkpoint_iters),
     )

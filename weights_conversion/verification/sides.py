@@ -23,8 +23,8 @@ from weights_conversion.sources import peft
 from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
 from weights_conversion.sources.detect import Kind, detect
 from weights_conversion.sources.families import decide_family, read_features
-from weights_conversion.sources.locate import locate
 from weights_conversion.sources.locate_hf import in_huggingface
+from weights_conversion.sources.megatron_adapters import locate_merged
 
 # Fields that decide the shapes: models that differ here have no tensors in common.
 SHAPE_FIELDS = (
@@ -146,13 +146,14 @@ def choose_family(
 def open_model(
     path: Path, family: str, load_iters: int | str | None = None, *, fields: Mapping[str, Any] | None = None,
     true_vocab_size: int | None = None, weights: str = "model", adapter: Path | None = None,
+    adapter_alpha: float | None = None,
 ) -> Model:  # fmt: skip
     """Opens one side: headers, configs and args are read and checked, no data.
 
     `fields` and `true_vocab_size` are what the user has stated about a Megatron side, over what its files say;
-    `weights` is "master" for its optimizer's weights, `adapter` is one of PEFT's for a Hugging Face side.
+    `weights` is "master" for its optimizer's weights, `adapter` is one that is merged (PEFT's or Megatron's).
     """
-    model = _open(path, family, load_iters, fields, true_vocab_size, weights, adapter)
+    model = _open(path, family, load_iters, fields, true_vocab_size, weights, adapter, adapter_alpha)
     integers = [placed for group in model.placed.values() for placed in group if not placed.dtype.is_floating_point]
     if integers:
         raise ConversionError(
@@ -164,6 +165,7 @@ def open_model(
 def _open(
     path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any] | None,
     true_vocab_size: int | None, weights: str, adapter: Path | None,
+    adapter_alpha: float | None,
 ) -> Model:  # fmt: skip
     here = detect(path, load_iters)
     path, load_iters = here.root, here.iteration
@@ -181,7 +183,7 @@ def _open(
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
         config = meta_params.read_params(family, raw, tensors, str(path / "params.json"))
         return _apart(path, META, config, tensors, frozenset(assumed))
-    return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size, weights)
+    return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size, weights, adapter, adapter_alpha)
 
 
 def _apart(
@@ -195,14 +197,14 @@ def _apart(
 
 def _open_megatron(
     path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any], true_vocab_size: int | None,
-    weights: str,
+    weights: str, adapter: Path | None, adapter_alpha: float | None,
 ) -> Model:  # fmt: skip
     opened = open_checkpoint(
         path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size,
         compared=True, weights=weights,
     )  # fmt: skip
     files, config = opened.files, opened.config
-    placed = locate(files, FAMILIES[family], config)
+    placed, _, _ = locate_merged(files, FAMILIES[family], config, adapter, adapter_alpha)
     assumed = {name for name, origin in opened.origins.items() if origin == "family"}
     if "rope_scaling_factor" not in fields and core_args.unused_factor(files.args, files.iteration, files.folder):
         assumed.add("rope_scaling_factor")  # only who has trained it knows
