@@ -43,14 +43,6 @@ def test_json_at_what_another_has_put_there(kind: str, command: str, sources, to
     assert private.read_text() == "mine"
 
 
-def test_an_output_that_others_may_write_is_not_known_again(sources, to_megatron, tmp_path: Path) -> None:
-    """A member of the group may have changed it, and its note."""
-    arguments = ("llama2", "--model-path", sources("llama2"), "--out", tmp_path / "m")
-    to_megatron(*arguments).succeeded()
-    (tmp_path / "m").chmod(0o775)
-    to_megatron(*arguments).refused("--overwrite")
-
-
 @pytest.mark.parametrize("options", LAYOUTS, ids=["rank files", "torch_dist"])
 def test_a_digest_is_the_same_in_every_process(options: list[str], sources, tmp_path: Path) -> None:
     """Or no requeued job would know what it has written: sets have another order in each process."""

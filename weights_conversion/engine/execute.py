@@ -11,18 +11,27 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from weights_conversion.engine.streams import Scratch, Source, Target, bytes_of
+from weights_conversion.engine.streams import Scratch, Source, bytes_of
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import Block, Placed, Written, overlaps
+from weights_conversion.layouts.placement import Block, Placed, TensorRef, Written, overlaps
 from weights_conversion.layouts.plan import CHUNK_BYTES, Chunk, Plan, Step
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.mapping.ops import Context, Op, Range, to_hf, to_megatron
 
 THREADS_PER_WORKER = 2
+
+
+class Sink(Protocol):
+    """What takes the bytes of tensors, from several threads: files (streams.Target), or what compares with them."""
+
+    def write(self, ref: TensorRef, start: int, data: Tensor) -> None:
+        """The contiguous tensor `data` belongs at byte `start` of `ref`."""
+        ...
 
 
 def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, copy: int = 0) -> Tensor:
@@ -115,7 +124,7 @@ def transform(plan: Plan, op: Op, units: int, tensors: list[Tensor], scratch: Sc
 
 
 def write_rows(
-    placed: Placed, rows: Range, tensor: Tensor, target: Target, scratch: Scratch, crc: bool
+    placed: Placed, rows: Range, tensor: Tensor, target: Sink, scratch: Scratch, crc: bool
 ) -> Iterable[Written]:
     """Writes rows (rows, columns) to every block of every copy that holds some of them; takes their CRC-32 if asked."""
     first, _ = rows
@@ -152,7 +161,7 @@ def added_rows(plan: Plan, step: Step, count: int, source: Source, scratch: Scra
     return scratch.take((count, placed.columns), row.dtype).copy_(row)
 
 
-def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Target, scratch: Scratch) -> list[Written]:
+def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Sink, scratch: Scratch) -> list[Written]:
     """Reads, converts and writes one chunk."""
     scratch.reset()
     step = plan.steps[chunk.step]
@@ -174,7 +183,7 @@ def execute(
     plan: Plan,
     chunks: Sequence[tuple[int, Chunk]],
     source: Source,
-    target: Target,
+    target: Sink,
     workers: int,
     done: Callable[[int, Chunk, list[Written]], None],
     stop: threading.Event | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import shlex
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from weights_conversion import watch
-from weights_conversion.engine import identity, memory, progress, sharing, start
+from weights_conversion.engine import compare, identity, memory, progress, sharing, start
 from weights_conversion.engine.execute import THREADS_PER_WORKER, execute, inconsistencies
 from weights_conversion.engine.job import Job, RunOptions
 from weights_conversion.engine.prediction import predictions
@@ -21,7 +22,10 @@ from weights_conversion.launch import distributed, signals
 from weights_conversion.layouts.placement import Written
 from weights_conversion.layouts.plan import Chunk
 from weights_conversion.output import beginning, finished, finishing, place, space
+from weights_conversion.output.finished import open_to_others
 from weights_conversion.text import size
+
+logger = logging.getLogger(__name__)
 
 BASE_BYTES = 300 << 20  # an interpreter that has imported torch
 
@@ -96,10 +100,11 @@ def _is_complete(job: Job, options: RunOptions, run_digest: str) -> bool:
         return False
     if ranks.rank:
         return bool(ranks.hear("complete"))
-    complete = finished.is_of(job.out, run_digest)
+    note = finished.read(job.out)
+    complete = note is not None and note.run_digest == run_digest and (note.sure or _is_same(job, options))
     if complete and not options.dry_run:
         beginning.clear_away(job.out)
-    if not (complete or place.is_published(place.partial_folder(job.out), job.out)) and finished.is_noted(job.out):
+    elif note is not None and note.run_digest != run_digest and not _is_left(job.out):
         raise place.is_there(job.out)
     ranks.tell("complete", "yes" if complete else "")
     if complete:
@@ -107,6 +112,27 @@ def _is_complete(job: Job, options: RunOptions, run_digest: str) -> bool:
         if options.verify and not options.dry_run:
             _proof(job)(job.out)
     return complete
+
+
+def _is_left(out: Path) -> bool:
+    """Whether OUT is what a killed run published, by its OUT.partial, which tells more than OUT itself."""
+    return place.is_published(place.partial_folder(out), out)
+
+
+def _is_same(job: Job, options: RunOptions) -> bool:
+    """Whether an OUT that others may write is still what this command writes; ConversionError where it is not."""
+    if options.dry_run:
+        job.report.notes.append(f"{job.out} seems complete; others may write in it, so a run compares every byte first")
+        return False
+    logger.info("others may write in %s: comparing every byte with what this command writes", job.out)
+    differs = compare.difference(job, options.checksums, options.workers)
+    if differs is not None:
+        raise ConversionError(
+            f"{job.out} was written by the same command, and has been changed since by somebody who may write in it "
+            f"({differs}); --overwrite makes it again"
+        )
+    job.report.notes.append(f"others may write in {job.out}: every byte was compared with what this command writes")
+    return True
 
 
 def _write(
@@ -170,6 +196,8 @@ def _convert(
     if ranks.size > 1 and remaining:
         done = journal.load_all(len(chunks))
     written = [write for writes in done.values() for write in writes]
+    if output.hold.complete and open_to_others(output.hold.checkpoint):
+        _is_same(job, options)
     finishing.finish(
         output.hold, job.targets, output.offsets, written, job.files, job.last, options.overwrite,
         options.workers if options.checksums else 0, _proof(job) if options.verify else None, stands,

@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from weights_conversion.output import descriptors
@@ -26,29 +27,32 @@ def mark(folder: int, run_digest: str) -> None:
             os.setxattr(folder, _NAME, f"{run_digest} {_state(folder)}".encode())
 
 
-def is_noted(out: Path) -> bool:
-    """Whether OUT is as a run that is known has left it."""
-    return _run_of(out) is not None
+@dataclass(frozen=True)
+class Note:
+    """Which run wrote OUT, by its digest. Not `sure`: others may write in it, and so the note itself."""
+
+    run_digest: str
+    sure: bool
 
 
-def is_of(out: Path, run_digest: str) -> bool:
-    """Whether OUT is the whole output of that very run, and no file of it was changed, added or removed since."""
-    return _run_of(out) == run_digest
-
-
-def _run_of(out: Path) -> str | None:
+def read(out: Path) -> Note | None:
+    """What OUT says of itself, where it is this user's and no file was changed, added or removed since; else None."""
     if not hasattr(os, "getxattr"):
         return None
     try:
         with descriptors.folder(out) as top:
-            status = os.fstat(top)
-            # Who may write in it can note there what he likes, and change what the note is of.
-            if status.st_uid != _me(out) or status.st_mode & _OTHERS_WRITE:
+            if os.fstat(top).st_uid != _me(out):
                 return None
             run_digest, state = os.getxattr(top, _NAME).decode("ascii").split()
-            return run_digest if state == _state(top) else None
+            return Note(run_digest, not open_to_others(top)) if state == _state(top) else None
     except (OSError, ValueError):
         return None
+
+
+def open_to_others(top: int) -> bool:
+    """Whether others than its owner may write in it, or in a file or folder below."""
+    modes = [os.fstat(top).st_mode, *(status.st_mode for _, status in entries(top))]
+    return any(mode & _OTHERS_WRITE and not stat.S_ISLNK(mode) for mode in modes)
 
 
 def _me(out: Path) -> int:
@@ -57,25 +61,20 @@ def _me(out: Path) -> int:
 
 
 def _state(top: int) -> str:
+    """Changes with the names, types, owners, inodes, sizes and times of what is below; of folders names and owners."""
     digest = hashlib.sha256()
-    for entry in sorted(_entries(top, "")):
-        digest.update(f"{entry}\n".encode())
+    for name, status in sorted(entries(top), key=lambda entry: entry[0]):
+        kind = stat.S_IFMT(status.st_mode)
+        numbers = (0, 0, 0) if stat.S_ISDIR(kind) else (status.st_size, status.st_mtime_ns, status.st_ino)
+        digest.update(f"{name} {kind} {numbers} {status.st_uid}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def _entries(top: int, prefix: str) -> Iterator[tuple[str, int, int, int, int]]:
-    """Name and type, size, time, inode and owner of everything below; of a folder the name and owner.
-
-    Raises ValueError where something may be written by others than its owner: then its bytes may be anybody's.
-    """
+def entries(top: int, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
+    """Relative name and status of everything below; no link is followed."""
     for name in os.listdir(top):
         status = os.stat(name, dir_fd=top, follow_symlinks=False)
-        if status.st_mode & _OTHERS_WRITE and not stat.S_ISLNK(status.st_mode):
-            raise ValueError(f"{prefix}{name} may be written by others")
+        yield f"{prefix}{name}", status
         if stat.S_ISDIR(status.st_mode):
-            yield f"{prefix}{name}/", 0, 0, 0, status.st_uid
             with descriptors.folder(name, top) as inner:
-                yield from _entries(inner, f"{prefix}{name}/")
-        else:
-            kind = stat.S_IFMT(status.st_mode)
-            yield f"{prefix}{name} {kind}", status.st_size, status.st_mtime_ns, status.st_ino, status.st_uid
+                yield from entries(inner, f"{prefix}{name}/")

@@ -48,7 +48,7 @@ def check(out: Path, overwrite: bool, verify: bool = False) -> list[str]:
             f"{replaced} holds what an interrupted --overwrite took away from {out}; the same command with --overwrite "
             "goes on, or move it back with mv"
         )
-    if not overwrite and finished.is_noted(out):  # of which run is known once the plan is
+    if not overwrite and finished.read(out) is not None:  # of which run is known once the plan is
         return []
     return replaceable(replaced if replaced.exists() else out, overwrite)
 
