@@ -5,6 +5,9 @@ with one error, is cut short, comes late, or is the last before the process is k
 whole and right, or what was there before; foreign files and the source are untouched; one sentence names the file; the
 exit code is 1 (2 of a proof); no traceback. Then the same command without a fault must give the same bytes.
 
+--power-cuts N looks at every state that ext4 and XFS may show after a power cut at any moment (powercut.py), and runs
+the same command on N of them.
+
 --sample N takes N points of each case, --case and --kind the points of one; without them it runs for hours.
 """
 
@@ -27,15 +30,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.robustness", description=__doc__, formatter_class=kind)
     parser.add_argument("--case", default="", help="only cases whose name begins so")
     parser.add_argument("--kind", default="", help="only calls of this kind")
+    parser.add_argument("--action", choices=faults.ACTIONS, help="only this, of what can happen to a call")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="only N points of each case, by --seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--power-cuts", type=int, default=0, metavar="N",
+        help="power cuts instead: every state of the disk is looked at, and the command run again on N of each case",
+    )  # fmt: skip
     parser.add_argument("--folder", type=Path, help="where to convert: a folder of the filesystem to be tried")
     parser.add_argument("--list", action="store_true", help="say how many points each case has, and stop")
     return parser.parse_args(arguments)
 
 
 def work(options: argparse.Namespace, root: Path) -> int:
-    from tests.robustness import points
+    from tests.robustness import cuts, points
     from tests.robustness.cases import Ground
     from tests.robustness.warm import Warm
 
@@ -43,9 +51,19 @@ def work(options: argparse.Namespace, root: Path) -> int:
     findings: list[str] = []
     ends: Counter[str] = Counter()
     for case in ground.cases:
+        if options.power_cuts:
+            if case.out:
+                found, problems = cuts.wrong(ground, case, options.power_cuts, options.seed)
+                findings += problems
+                ends += found
+                sys.stderr.write("".join(f"{problem}\n" for problem in problems))
+                sys.stdout.write(f"{case.name}: {_counted(found)}; {len(problems)} wrong ends\n")
+                sys.stdout.flush()
+            continue
         ground.reset(case)
         counts = ground.warm.run(case.line(ground.place), change=case.change).counts
         wanted = [fault for fault in points.faults(counts) if options.kind in ("", fault.kind)]
+        wanted = [fault for fault in wanted if options.action in (None, faults.ACTIONS[fault.action])]
         if options.sample:
             wanted = random.Random(f"{options.seed} {case.name}").sample(wanted, min(options.sample, len(wanted)))
         if options.list:
@@ -63,12 +81,16 @@ def work(options: argparse.Namespace, root: Path) -> int:
         seconds = time.monotonic() - began
         sys.stdout.write(f"{case.name}: {_said(here)}; {len(findings) - before} wrong ends ({seconds:.0f} s)\n")
         sys.stdout.flush()
-    sys.stdout.write(f"in all: {_said(ends)}; {len(findings)} wrong ends\n")
+    sys.stdout.write(f"in all: {_counted(ends) if options.power_cuts else _said(ends)}; {len(findings)} wrong ends\n")
     return 1 if findings else 0
 
 
 def _said(ends: Counter[str]) -> str:
-    return f"{sum(ends.values())} points, " + ", ".join(f"{count} {how}" for how, count in ends.most_common())
+    return f"{sum(ends.values())} points, {_counted(ends)}"
+
+
+def _counted(ends: Counter[str]) -> str:
+    return ", ".join(f"{count} {how}" for how, count in ends.most_common())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -242,6 +242,15 @@ ssize_t pwritev64v2(int fd, const struct iovec *pieces, int number, off64_t at, 
     ssize_t done = call.half ? real(fd, &first, 1, at, flags) : real(fd, pieces, number, at, flags);
     DONE(done, done > 0, 'W', 0, fd, at, done, NULL, pieces, number);
 }
+ssize_t writev(int fd, const struct iovec *pieces, int number) {
+    REAL(writev);
+    FAILS("writev", WRITE, fd, NULL, -1);
+    off64_t at = call.locked ? position(fd) : 0;
+    struct iovec first = {number ? pieces[0].iov_base : NULL, number ? halved(&call, pieces[0].iov_len) : 0};
+    ssize_t done = call.half ? real(fd, &first, 1) : real(fd, pieces, number);
+    DONE(done, done > 0, 'W', 0, fd, at, done, NULL, pieces, number);
+}
+ssize_t readv(int fd, const struct iovec *pieces, int number) { REAL(readv); FAILS("readv", READ, fd, NULL, -1); return real(fd, pieces, call.half && number > 1 ? number / 2 : number); }
 
 int fsync(int fd) { REAL(fsync); FAILS("fsync", SYNC, fd, NULL, -1); int result = real(fd); DONE(result, !result, 'S', 0, fd, 0, 0, NULL, NULL, 0); }
 int fdatasync(int fd) { REAL(fdatasync); FAILS("fdatasync", SYNC, fd, NULL, -1); int result = real(fd); DONE(result, !result, 'S', 0, fd, 0, 0, NULL, NULL, 0); }

@@ -20,7 +20,8 @@ KINDS = (
     "link", "chmod", "chown", "xattr", "advise", "stat", "list", "map", "dup", "space", "access", "changing", "any",
 )  # fmt: skip
 FAIL, SHORTEN, DELAY, KILL, TEAR = range(5)
-_ACTIONS = ("fails", "is short", "is late", "is the end", "is cut off by the end")
+ACTIONS = ("fail", "shorten", "delay", "kill", "tear")
+_SAID = ("fails", "is short", "is late", "is the end", "is cut off by the end")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Fault:
     sticky: bool = False
 
     def __str__(self) -> str:
-        what = f"fails with {errno.errorcode[self.value]}" if self.action == FAIL else _ACTIONS[self.action]
+        what = f"fails with {errno.errorcode[self.value]}" if self.action == FAIL else _SAID[self.action]
         return f"{self.kind} {self.number} {what}{' for ever' if self.sticky else ''}"
 
 

@@ -46,7 +46,7 @@ def faults(counts: Mapping[str, int]) -> Iterator[Fault]:
             yield Fault("changing", number, FAIL, value, sticky=True)
 
 
-def wrong(ground: Ground, case: Case, fault: Fault, again: bool = True) -> tuple[str, str | None]:
+def wrong(ground: Ground, case: Case, fault: Fault, rerun: bool = True) -> tuple[str, str | None]:
     """(how it ended, what is wrong about it)."""
     old = ground.reset(case)
     ended = ground.warm.run(case.line(ground.place), fault, change=case.change)
@@ -54,7 +54,7 @@ def wrong(ground: Ground, case: Case, fault: Fault, again: bool = True) -> tuple
         return "not reached", None
     how = _how(ended)
     problem = _after(ground, case, fault, ended, old) or (
-        _after_again(ground, case, ended.code == 0) if again and case.out else None
+        again(ground, case, ended.code == 0) if rerun and case.out else None
     )
     if problem is None:
         return how, None
@@ -120,7 +120,7 @@ def unsaid(ended: Ended, root: Path, sticky: bool) -> str | None:
     return None
 
 
-def _after_again(ground: Ground, case: Case, done: bool) -> str | None:
+def again(ground: Ground, case: Case, done: bool) -> str | None:
     """What is wrong after the same command without a fault.
 
     `done`: the run with the fault has ended well. Where it could not note whose OUT is, the same command is refused.
