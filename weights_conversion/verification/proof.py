@@ -26,6 +26,7 @@ from weights_conversion.verification.sides import (
     choose_family,
     common_vocabulary,
     open_model,
+    same_shapes,
     shown,
 )
 from weights_conversion.watch import watching
@@ -76,7 +77,7 @@ def _prove(
         problems, unknown = misread(side.path, side.config) if side.dialect is HF else ([], [])
         result.config_problems += [f"{name}: {sentence}" for sentence in problems]
         result.notes += [f"{name}: {sentence}" for sentence in unknown]
-    if all(getattr(ours.config, name) == getattr(theirs.config, name) for name in SHAPE_FIELDS):
+    if same_shapes(ours.config, theirs.config):
         _compare_weights(result, workers, exact_only, allow_inconsistent)
     result.checksums = check_checksums(checkpoint, workers)
     stated = integrity.problems(two.files.folder, workers) if two.files is not None else None
@@ -126,7 +127,7 @@ def _compare_configs(result: Verification, one: Model, two: Model) -> None:
             same = True
         if not same:
             result.config_problems.append(
-                f"{name} is {shown(ours)} in the source and {shown(theirs)} in the checkpoint"
+                f"{name} is {shown(ours, theirs)} in the source and {shown(theirs, ours)} in the checkpoint"
             )
         fields.append(ConfigField(name, ours, theirs, same, assumed))
     result.config = tuple(fields)

@@ -11,8 +11,8 @@ import torch
 
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.config import ModelConfig, RopeScaling
-from weights_conversion.configs import core_args, hf_config, manifest, megatron_args, meta_params, rope
+from weights_conversion.config import Mla, ModelConfig, Moe, RopeScaling
+from weights_conversion.configs import core_args, hf_config, manifest, megatron_args, meta_params, parts, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, meta
 from weights_conversion.formats.iterations import MODEL_FILES
@@ -35,6 +35,10 @@ SHAPE_FIELDS = (
     "num_query_groups",
     "head_dim",
     "num_layernorms",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "mla",
+    "mtp_num_layers",
 )
 NUMBER_FIELDS = (
     "layernorm_epsilon",
@@ -44,12 +48,24 @@ NUMBER_FIELDS = (
     "sliding_window",
     "tie_word_embeddings",
     "max_position_embeddings",
+    "rotary_percent",
+    "moe",
 )
 
 
-def shown(value: object) -> str:
-    """A config's value in a sentence; one that has parts as "kind llama3, factor 8.0, ..."."""
-    if isinstance(value, RopeScaling):
+def same_shapes(one: ModelConfig, two: ModelConfig) -> bool:
+    """Whether tensors can be compared: of experts, router values may differ."""
+    if any(getattr(one, name) != getattr(two, name) for name in SHAPE_FIELDS):
+        return False
+    return one.moe == two.moe or parts.is_silent(one.moe, two.moe)
+
+
+def shown(value: object, other: object = None) -> str:
+    """A config's value in a sentence; one that has parts as "kind llama3, factor 8.0, ...", or as it differs from
+    `other`."""
+    if parts.differing(value, other):
+        return parts.shown("", value, other)
+    if isinstance(value, (RopeScaling, Moe, Mla)):
         return ", ".join(f"{name} {part}" for name, part in vars(value).items() if part is not None)
     return str(value)
 
