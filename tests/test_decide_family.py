@@ -31,6 +31,7 @@ RESET = {
         ({"theta": 1e6, "window": False, "grouped": True, "positions": 32768}, ("codellama", "mistral")),
         ({"theta": 1e6, "window": False, "grouped": True, "ratio": 3.5}, ("codellama", "mistral")),
         ({"theta": 1e6, "window": False, "grouped": True, "positions": 32768, "rows": 32768}, ("mistral",)),
+        ({"theta": 1e8, "window": False, "grouped": True, "positions": 32768, "rows": 131072}, ("mistral",)),
         ({"parallel_attention": True, "window": False}, ("falcon",)),
         ({"theta": 3e5, "epsilon": 1e-5, "window": False}, ()),
         ({"theta": 5e5, "epsilon": 1e-5, "window": False}, ("llama3",)),

@@ -25,5 +25,6 @@ MISTRAL = dense(
         Signs(theta=1e6, grouped=True, least_positions=32768, ratio=3.5),
         Signs(theta=1e6, grouped=True, rows=32768, rows_needed=True),
         Signs(theta=1e6, grouped=True, rows=131072, rows_needed=True),  # Nemo
+        Signs(theta=1e8, grouped=True, rows=131072, rows_needed=True),  # Small 24B
     ),
 )
