@@ -47,6 +47,34 @@ def grouped(sentences: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
+_LAYER = re.compile(r"^(.*?\b(?:layers|h|blocks))\.(\d+)\.")
+_WHOLE = 5  # tensors of one layer that are taken for all of it
+
+
+def _by_layer(names: Iterable[str]) -> dict[int, list[str]]:
+    """The names of each layer of which so many are named that the layer as a whole is meant."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        if match := _LAYER.match(name):
+            found.setdefault(int(match[2]), []).append(name)
+    return {number: names for number, names in found.items() if len(names) >= _WHOLE}
+
+
+def _layers(names: Mapping[str, str]) -> list[str]:
+    """One sentence for whole layers: a config of another number of layers, or files that are not there."""
+    layers = _by_layer(names)
+    if not layers:
+        return []
+    first, last, count = min(layers), max(layers), sum(map(len, layers.values()))
+    which = f"layer {first}" if first == last else f"layers {first} to {last}"
+    return [f"{names[layers[first][0]]} (and {count - 1} more, of {which})"]
+
+
+def _others(names: Mapping[str, str]) -> list[tuple[str, str]]:
+    whole = {name for of_layer in _by_layer(names).values() for name in of_layer}
+    return [(name, sentence) for name, sentence in names.items() if name not in whole]
+
+
 def mismatch(where: str, missing: Mapping[str, str], unexpected: Mapping[str, str]) -> list[str]:
     """Sentences about tensors (name -> sentence) that are missing and unexpected.
 
@@ -65,7 +93,7 @@ def mismatch(where: str, missing: Mapping[str, str], unexpected: Mapping[str, st
         renamed = _prefixed(where, missing, unexpected) or _bare(where, missing, unexpected)
         if renamed:
             return [renamed]
-    return grouped(missing.items()) + grouped(unexpected.items())
+    return [said for names in (missing, unexpected) for said in (*_layers(names), *grouped(_others(names)))]
 
 
 def _prefixed(where: str, missing: Iterable[str], unexpected: Sequence[str] | Mapping[str, str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from weights_conversion.sources.locate_hf import in_huggingface
 from weights_conversion.text import short
 from weights_conversion.tokenizer.files import source_tokenizer_files
 from weights_conversion.tokenizer.places import taken_along
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,13 @@ def open_source(
         folder = meta.find_meta(cache, _meta_names(model, size))
         if folder is not None:
             return open_meta(model, folder)
+        if any(cache.iterdir()) and not any(cache.glob("models--*")):
+            names = ", ".join(_meta_names(model, size))
+            logger.warning(
+                "--cache-dir %s holds no consolidated.00.pth, nor a folder (%s) that does; so it is the hub's "
+                "cache, into which the model is fetched",
+                cache, names,
+            )  # fmt: skip
     from weights_conversion.hub import repositories as hub
 
     repository = path or FAMILIES[model].repositories[size or FAMILIES[model].default_size]
