@@ -12,7 +12,7 @@ from typing import Any
 
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats import rank_masters, torch_files
+from weights_conversion.formats import hybrid, rank_masters, torch_files
 from weights_conversion.formats.experts import experts_apart
 from weights_conversion.formats.iterations import MODEL_FILES, number_of
 from weights_conversion.formats.stages import layers_of
@@ -106,6 +106,9 @@ def open_rank_files(folder: Path, iteration: int | str, weights: str = "model") 
     ranks = {rank: _model_tensors(opened[numbers], parallel, weights, args[first]) for rank, numbers in where.items()}
     core = any(".decoder." in f".{name}" for tensors in ranks.values() for name in tensors)
     lost = left_out(opened[first].content["args"], args[first])
+    if core and hybrid.pattern_of(args[first]) is not None:
+        args[first] = hybrid.as_gpt_args(args[first], str(folder))
+        ranks = {rank: hybrid.as_gpt_names(tensors, str(folder)) for rank, tensors in ranks.items()}
     if core:
         stages = {rank.pipeline: names for rank, names in ranks.items() if rank == Rank(0, rank.pipeline)}
         parallel = dataclasses.replace(parallel, layers=layers_of(stages, args[first], lost, parallel, folder))

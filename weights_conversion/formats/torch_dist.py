@@ -17,7 +17,7 @@ import torch
 
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats import torch_files
+from weights_conversion.formats import hybrid, torch_files
 from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk, read_metadata
 from weights_conversion.formats.dist_masters import masters
 from weights_conversion.formats.run_config import RUN_CONFIG, model_yaml, read_run_config
@@ -77,6 +77,10 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
         stored = masters(folder, stored, prefix)
     plain = {} if args is None else plain_args(args, said_by)
     lost = {} if args is None else left_out(args, plain)
+    if hybrid.pattern_of(plain) is not None:
+        plain = hybrid.as_gpt_args(plain, str(folder))
+        lost = {name: kind for name, kind in lost.items() if name not in ("spec", hybrid.PATTERN)}
+        stored, adapters = (hybrid.as_gpt_names(part, str(folder)) for part in (stored, adapters))
     files = {chunk.file for tensor in (*stored.values(), *adapters.values()) for chunk in tensor.chunks}
     missing = sorted(name for name in files if not (folder / name).is_file())
     if missing:

@@ -196,8 +196,14 @@ def dist_weights(folder: Path, num_layers: int, weights: str = "model") -> Weigh
     wrapper = next((name for name in wrappers if f"{name}decoder.final_layernorm.weight" in tensors), "")
     tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
 
+    hybrid = "decoder.final_norm.weight" in tensors  # a HybridModel: attention and MLP are layers of their own
+
     def find(name: str) -> list[tuple[DistTensor | FlatTensor, tuple[int, ...]]]:
         match = re.fullmatch(r"(.*\blayers\.)(\d+)\.(.*)", name)
+        if hybrid and match:
+            name = f"{match[1]}{2 * int(match[2]) + (not match[3].startswith('self_attention.'))}.{match[3]}"
+        elif hybrid:
+            name = name.replace("final_layernorm", "final_norm")
         if name in tensors:
             return [(tensors[name], ())]
         if f"{name}_w" in tensors:  # the gate and up of a GLU
