@@ -34,13 +34,18 @@ def broken(library: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     apart.sentencepiece.cache_clear()
 
 
+@pytest.mark.parametrize("interpreter", [sys.executable, "/nonexistent/python"], ids=["started", "forked"])
 @pytest.mark.parametrize("how", BREAKS)
 @pytest.mark.parametrize("library", ["sentencepiece", "tokenizers"])
 def test_an_export_ends_in_a_sentence(
-    library: str, how: str, imported, tmp_path: Path, to_hf: Script, monkeypatch: pytest.MonkeyPatch
+    interpreter: str, library: str, how: str, imported, tmp_path: Path, to_hf: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = ("--input_dir", imported("llama2-gqa"), "--output_dir", tmp_path / "back")
     broken(library, how, tmp_path, monkeypatch)
+    if interpreter != sys.executable:
+        monkeypatch.setattr(sys, "executable", interpreter)
+        monkeypatch.setitem(sys.modules, library, None)
+        monkeypatch.delitem(sys.modules, library)
     to_hf(*line).refused(BREAKS[how][1], "--vocab_file")
     assert not (tmp_path / "back").exists()
 
@@ -56,6 +61,19 @@ def test_nothing_is_imported_from_the_current_folder(
     apart.sentencepiece.cache_clear()
     apart.sentencepiece((imported("llama2-gqa") / "tokenizer.model").read_bytes())
     assert not (tmp_path / "ran").exists()
+
+
+def test_without_an_interpreter_that_may_be_started(
+    imported, tmp_path: Path, to_hf: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in another user's home, say: a copy of the process does the same."""
+    line = ("--input_dir", imported("llama2-gqa"), "--output_dir")
+    to_hf(*line, tmp_path / "one").succeeded()
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    apart.sentencepiece.cache_clear()
+    to_hf(*line, tmp_path / "two").succeeded()
+    one, two = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "two"))
+    assert one == two
 
 
 def test_what_a_library_prints_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

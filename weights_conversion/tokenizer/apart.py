@@ -6,11 +6,15 @@ to them: that must not be the one that converts.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from typing import Any
 
 from weights_conversion.errors import ConversionError
@@ -73,12 +77,9 @@ def tokenizers(content: str, text: str | None = None) -> dict[str, Any]:
 
 
 def _ask(asked: dict[str, Any], content: bytes) -> dict[str, Any]:
-    line = [sys.executable, "-c", _ASK, *sys.path]
+    given = json.dumps(asked).encode() + b"\n" + content
     try:
-        done = subprocess.run(
-            line, input=json.dumps(asked).encode() + b"\n" + content, capture_output=True, timeout=_SECONDS,
-            check=False, start_new_session=True,
-        )  # fmt: skip
+        done = _started(given)
     except subprocess.TimeoutExpired as error:
         raise ConversionError(f"{asked['what']} takes more than {_SECONDS:g} s") from error
     except OSError as error:
@@ -90,6 +91,47 @@ def _ask(asked: dict[str, Any], content: bytes) -> dict[str, Any]:
     if "error" in said:
         raise ConversionError(said["error"])
     return said
+
+
+def _started(given: bytes) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", _ASK, *sys.path], input=given, capture_output=True, timeout=_SECONDS, check=False,
+            start_new_session=True,
+        )  # fmt: skip
+    except (PermissionError, FileNotFoundError):  # an interpreter that this user may not start, or that is embedded
+        return _forked(given)
+
+
+def _forked(given: bytes) -> subprocess.CompletedProcess[bytes]:
+    """The same in a copy of this process, which needs no interpreter's file."""
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as told:
+        asked.write(given)
+        asked.seek(0)
+        child = os.fork()
+        if not child:
+            try:
+                for number, file in enumerate((asked, answer, told)):
+                    os.dup2(file.fileno(), number)
+                sys.stdin = os.fdopen(0, closefd=False)
+                sys.argv = ["-c", *sys.path]
+                faulthandler.disable()  # it may write elsewhere
+                exec(_ASK, {})
+            finally:
+                os._exit(1)
+        deadline = time.monotonic() + _SECONDS
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                raise subprocess.TimeoutExpired(_ASK, _SECONDS)
+            time.sleep(0.01)
+        answer.seek(0)
+        told.seek(0)
+        return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(status), answer.read(), told.read())
 
 
 def _end(done: subprocess.CompletedProcess[bytes]) -> str:
