@@ -17,11 +17,13 @@ from weights_conversion import fileio
 from weights_conversion import verify as verifying
 from weights_conversion.errors import ConversionError
 from weights_conversion.output import beginning, descriptors
+from weights_conversion.output.partial import Partial
 
 
 @pytest.mark.skipif(faults.lacking() is not None, reason=str(faults.lacking()))
-def test_a_sample_of_points() -> None:
-    line = [sys.executable, "-m", "tests.robustness", "--sample", "2"]
+@pytest.mark.parametrize("options", [("--sample", "2"), ("--ranks", "2", "--sample", "4", "--case", "export")])
+def test_a_sample_of_points(options: tuple[str, ...]) -> None:
+    line = [sys.executable, "-m", "tests.robustness", *options]
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "; 0 wrong ends" in done.stdout.splitlines()[-1]
@@ -78,6 +80,12 @@ def test_leftovers_of_a_finished_output_go(sources, tmp_path: Path, to_megatron:
     (tmp_path / "out.partial" / "lock").touch()
     to_megatron(*line).succeeded()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "remove", lambda self: None)
+        to_megatron(*line, "--overwrite").succeeded()
+    (tmp_path / "out.partial" / "journal" / "publishing").unlink()  # killed a little before
+    to_megatron(*line).succeeded()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EINTR, errno.ESTALE])
@@ -131,9 +139,9 @@ def test_what_another_run_left_stays(tmp_path: Path) -> None:
     held.note_digest("a plan")
     held.close()
     (tmp_path / "other.partial").rename(tmp_path / "out.partial")
-    beginning.clear_away(tmp_path / "out")
+    beginning.clear_away(tmp_path / "out", "of OUT")
     assert (tmp_path / "out.partial" / "journal" / "digest").exists()
     (tmp_path / "out.partial" / "journal" / "digest").unlink()
     (tmp_path / "out.partial" / "replaced").mkdir()
-    beginning.clear_away(tmp_path / "out")
+    beginning.clear_away(tmp_path / "out", "of OUT")
     assert (tmp_path / "out.partial" / "replaced").exists()

@@ -8,6 +8,8 @@ exit code is 1 (2 of a proof); no traceback. Then the same command without a fau
 --power-cuts N looks at every state that ext4 and XFS may show after a power cut at any moment (powercut.py), and runs
 the same command on N of them.
 
+--ranks R does the same with R processes, as torchrun starts them: any of them fails, or is killed, at any call.
+
 --sample N takes N points of each case, --case and --kind the points of one; without them it runs for hours.
 """
 
@@ -21,8 +23,12 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.robustness import faults
+
+if TYPE_CHECKING:
+    from tests.robustness.cases import Case, Ground
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -37,13 +43,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--power-cuts", type=int, default=0, metavar="N",
         help="power cuts instead: every state of the disk is looked at, and the command run again on N of each case",
     )  # fmt: skip
+    parser.add_argument("--ranks", type=int, default=1, help="so many processes a run, of which one meets the fault")
     parser.add_argument("--folder", type=Path, help="where to convert: a folder of the filesystem to be tried")
     parser.add_argument("--list", action="store_true", help="say how many points each case has, and stop")
     return parser.parse_args(arguments)
 
 
 def work(options: argparse.Namespace, root: Path) -> int:
-    from tests.robustness import cuts, points
+    from tests.robustness import cuts, points, ranks
     from tests.robustness.cases import Ground
     from tests.robustness.warm import Warm
 
@@ -59,6 +66,11 @@ def work(options: argparse.Namespace, root: Path) -> int:
                 sys.stderr.write("".join(f"{problem}\n" for problem in problems))
                 sys.stdout.write(f"{case.name}: {_counted(found)}; {len(problems)} wrong ends\n")
                 sys.stdout.flush()
+            continue
+        if options.ranks > 1:
+            if case.name in ranks.CASES:
+                problems = _ranks(ground, case, options, ends)
+                findings += problems
             continue
         ground.reset(case)
         counts = ground.warm.run(case.line(ground.place), change=case.change).counts
@@ -83,6 +95,28 @@ def work(options: argparse.Namespace, root: Path) -> int:
         sys.stdout.flush()
     sys.stdout.write(f"in all: {_counted(ends) if options.power_cuts else _said(ends)}; {len(findings)} wrong ends\n")
     return 1 if findings else 0
+
+
+def _ranks(ground: Ground, case: Case, options: argparse.Namespace, ends: Counter[str]) -> list[str]:
+    """The points of one case on several ranks; what is wrong with them."""
+    from tests.robustness import ranks
+
+    ground.reset(case)
+    whole = ranks.run(ground, case, options.ranks)
+    if any(ended.code for ended in whole):
+        raise RuntimeError("".join(ended.text for ended in whole))
+    findings, here = [], Counter[str]()
+    wanted = ranks.points([ended.counts for ended in whole], options.sample or 1000, f"{options.seed} {case.name}")
+    for rank, fault in wanted:
+        how, problem = ranks.wrong(ground, case, options.ranks, rank, fault)
+        here[how] += 1
+        if problem:
+            findings.append(problem)
+            sys.stderr.write(f"{problem}\n")
+    ends += here
+    sys.stdout.write(f"{case.name}, {options.ranks} ranks: {_said(here)}; {len(findings)} wrong ends\n")
+    sys.stdout.flush()
+    return findings
 
 
 def _said(ends: Counter[str]) -> str:

@@ -103,7 +103,7 @@ def _is_complete(job: Job, options: RunOptions, run_digest: str) -> bool:
     note = finished.read(job.out)
     complete = note is not None and note.run_digest == run_digest and (note.sure or _is_same(job, options))
     if complete and not options.dry_run:
-        beginning.clear_away(job.out)
+        beginning.clear_away(job.out, run_digest)
     elif note is not None and note.run_digest != run_digest and not _is_left(job.out):
         raise place.is_there(job.out)
     ranks.tell("complete", "yes" if complete else "")

@@ -33,13 +33,14 @@ def prepare(out: Path, run_digest: str, overwrite: bool = False) -> Partial:
     return partial
 
 
-def clear_away(out: Path) -> None:
-    """Removes an OUT.partial that is left of a finished output, as far as that can be done at this moment."""
+def clear_away(out: Path, run_digest: str) -> None:
+    """Removes what is left of OUT.partial once OUT is the finished output of `run_digest`, as far as that can be done
+    at this moment."""
     if not os.path.lexists(place.partial_folder(out)):
         return
     with Partial(out) as left, contextlib.suppress(ConversionError, OSError):
         _hold(left)
-        if left.may_go():
+        if left.may_go(run_digest):
             left.remove()
 
 

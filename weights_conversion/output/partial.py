@@ -98,9 +98,12 @@ class Partial:
         with descriptors.shown_as("writing", self.notes / "digest"):
             descriptors.write_note(self.journal, "digest", run_digest.encode())
 
-    def may_go(self) -> bool:
-        """Whether nothing is left in it that anyone may want: neither another run's work nor what was taken away."""
-        return self.is_published() or (self.digest() is None and "replaced" not in os.listdir(self.top))
+    def may_go(self, run_digest: str) -> bool:
+        """Whether nothing is left in it that anyone may want, now that OUT is the finished output of `run_digest`:
+        neither another run's work nor what was taken away."""
+        if self.is_published():
+            return True
+        return self.digest() in (None, run_digest) and "replaced" not in os.listdir(self.top)
 
     def is_published(self) -> bool:
         found = self.status_of_out()
