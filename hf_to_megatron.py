@@ -78,6 +78,14 @@ def build_parser() -> arguments.Parser:
         help="layers of each interleaved stage (default: stages are not interleaved)",
     )  # fmt: skip
     layout.add_argument(
+        "--expert-model-parallel-size", type=cli.positive, default=1, metavar="N",
+        help="ranks that experts are dealt to, in format torch (default: 1)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--expert-tensor-parallel-size", type=cli.positive, metavar="N",
+        help="ranks that cut each expert, in format torch (default: as many as other tensors)",
+    )  # fmt: skip
+    layout.add_argument(
         "--make-vocab-size-divisible-by", type=cli.positive, metavar="N",
         help="vocabulary rows become a multiple of N x TP (default: 128); without this, a TP size or --true-vocab-size "
         "the table keeps its rows",
@@ -126,7 +134,12 @@ def main(argv: list[str] | None = None) -> int:
             cache_dir=args.cache_dir,
             model_path=args.model_path,
             revision=args.revision,
-            parallel=Parallelism(args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
+            parallel=Parallelism(
+                args.tensor_model_parallel_size,
+                args.pipeline_model_parallel_size,
+                expert=args.expert_model_parallel_size,
+                expert_tensor=args.expert_tensor_parallel_size,
+            ),
             layers_per_virtual_stage=args.num_layers_per_virtual_pipeline_stage,
             divisible_by=args.make_vocab_size_divisible_by,
             true_vocab_size=args.true_vocab_size,

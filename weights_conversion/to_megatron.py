@@ -25,6 +25,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.formats import dist_index, dist_writer, megatron, torch_files
 from weights_conversion.formats.iterations import TRACKER
 from weights_conversion.launch import distributed
+from weights_conversion.layouts import dist
 from weights_conversion.layouts.placement import main_dtype
 from weights_conversion.layouts.plan import Plan
 from weights_conversion.layouts.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
@@ -137,10 +138,12 @@ def _hf_to_megatron(options: ImportOptions, headers: Path | None) -> Report:
             "needs one, and an export asks for it (--vocab_file)"
         )
     if ckpt_format == "torch_dist":
+        stacked = config.moe is None or config.moe.everywhere
         plan = plan_to_dist(
-            architecture, config, sources, opened.dialect, dialect, vocabulary, dtype, "release", options.new_rows
-        )
-        targets, small = dist_targets(plan, config, written, divisible_by, kept_args)
+            architecture, config, sources, opened.dialect, dialect, vocabulary, dtype, "release", options.new_rows,
+            stacked=stacked,
+        )  # fmt: skip
+        targets, small = dist_targets(plan, config, written, divisible_by, kept_args, stacked=stacked)
         files |= small
     else:
         plan = plan_to_megatron(
@@ -271,9 +274,11 @@ def _rank_args(
     config: ModelConfig, parallel: Parallelism, dialect: Dialect, dtype: torch.dtype, divisible_by: int, vocabulary: int
 ) -> dict[str, Any]:
     if dialect is MEGATRON_CORE:
-        return core_args.write_args(
+        args = core_args.write_args(
             config, parallel, dtype=dtype, divisible_by=divisible_by, ckpt_format="torch", vocabulary=vocabulary
         )
+        sizes = {"expert_model_parallel_size": parallel.expert, "expert_tensor_parallel_size": parallel.experts_tensor}
+        return args | (sizes if config.moe is not None else {})
     return megatron_args.write_args(config, parallel, vocabulary=vocabulary, dtype=dtype, divisible_by=divisible_by)
 
 
@@ -304,11 +309,18 @@ def _tokenizer_flags(names: Collection[str], dialect: Dialect, out: Path) -> lis
 
 
 def dist_targets(
-    plan: Plan, config: ModelConfig, dtype: torch.dtype, divisible_by: int, kept_args: Mapping[str, Any]
+    plan: Plan,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    divisible_by: int,
+    kept_args: Mapping[str, Any],
+    *,
+    stacked: bool = True,
 ) -> tuple[list[assembly.TargetFile], dict[str, bytes | Path]]:
     """The .distcp files, and the small files around them."""
     targets = [dist_writer.DistFileTarget(file, refs) for file, refs in plan.targets.items()]
-    states, entries = dist_writer.extra_states(config.num_layers, config.qk_layernorm)
+    names = dist.extra_states((step.instance for step in plan.steps), config, stacked=stacked)
+    states, entries = dist_writer.extra_states(list(names))
     args = core_args.write_args(
         config, Parallelism(), dtype=dtype, divisible_by=divisible_by, ckpt_format="torch_dist", vocabulary=None
     )

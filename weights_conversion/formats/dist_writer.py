@@ -20,14 +20,6 @@ from weights_conversion.formats.torch_dist import COMMON
 from weights_conversion.layouts.placement import PAGE, TensorRef
 
 EXTRA_STATES = "__0_0.distcp"  # holds nothing else
-_EXTRA_STATE_MODULES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-_NORMS_OF_Q_AND_K = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
 @dataclass(frozen=True)
@@ -134,14 +126,11 @@ def metadata(targets: Sequence[DistFileTarget], extra: Mapping[str, tuple[str, i
     return pickle.dumps(Metadata(entries, None, storage), protocol=4)
 
 
-def extra_states(layers: int, qk_layernorm: bool) -> tuple[bytes, dict[str, tuple[str, int, int]]]:
-    """Empty Transformer-Engine states, which a load under the default strictness demands: a file, and its entries."""
+def extra_states(names: Sequence[str]) -> tuple[bytes, dict[str, tuple[str, int, int]]]:
+    """Empty Transformer-Engine states by their keys: a file, and its entries."""
     buffer = io.BytesIO()
     torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
     state = buffer.getvalue()
-    modules = (*_EXTRA_STATE_MODULES, *(_NORMS_OF_Q_AND_K if qk_layernorm else ()))
-    names = [f"decoder.layers.{module}._extra_state/shard_{i}_{layers}" for module in modules for i in range(layers)]
-    names.append("decoder.final_layernorm._extra_state/shard_0_1")
     entries = {name: (EXTRA_STATES, index * len(state), len(state)) for index, name in enumerate(names)}
     return state * len(names), entries
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from weights_conversion.config import ModelConfig
 from weights_conversion.layouts.placement import Block, Placed, TensorRef, two_dimensional
 from weights_conversion.mapping.dialects import MEGATRON_CORE
 from weights_conversion.mapping.parameters import Index, Instance
@@ -23,7 +24,7 @@ def dist_key(instance: Instance, spelled: str, *, stacked: bool) -> tuple[str, I
         name = name.replace(".mlp.experts.", ".mlp.experts.experts.").replace("{expert}", "")
     if instance.layer is None:
         return name, ()
-    if stacked:
+    if stacked and not instance.predicts:  # prediction layers never are
         return name.replace("layers.{layer}.", "layers."), instance.index
     return name.replace("{layer}", str(instance.layer)), instance.index[1:]
 
@@ -56,3 +57,34 @@ def _dist_blocks(
             ref = TensorRef("", f"{key}@{','.join(map(str, (*lead, first)))}", dtype, local)
             blocks.append(Block(ref, 0, (first, last), (0, columns)))
     return tuple(blocks)
+
+
+# Modules without a state of Transformer Engine: Megatron-Core's own.
+_STATELESS = ("embedding.word_embeddings", "output_layer", "mlp.router", "mlp.shared_experts")
+_ATTENTION = "self_attention.core_attention"
+
+
+def extra_states(instances: Iterable[Instance], config: ModelConfig, *, stacked: bool) -> Iterator[str]:
+    """Keys of the states of Transformer Engine's modules, which a load under the default strictness asks for.
+
+    Dense: MODULE._extra_state/shard_LAYER_LAYERS where layers are stacked, shard_0_1 where each has a key of its own;
+    of experts /shard_LAYER.EXPERT_LAYERS.EXPERTS and /shard_EXPERT_EXPERTS.
+    """
+    seen = set()
+    experts = config.moe.num_experts if config.moe is not None else 0
+    for instance in instances:
+        module = instance.row.megatron.rpartition(".")[0]
+        modules = [module]
+        if module.endswith("self_attention.linear_proj"):
+            modules.append(module.replace("self_attention.linear_proj", _ATTENTION))
+        for name in modules:
+            if name.endswith(_STATELESS) or (name, instance.index) in seen:
+                continue
+            seen.add((name, instance.index))
+            shards, of = instance.index, (config.num_layers, experts)[: len(instance.index)]
+            if instance.row.per_expert:
+                name = name.replace(".mlp.experts.", ".mlp.experts.experts.")
+            if not stacked or instance.predicts:
+                name, shards, of = name.replace("{layer}", str(instance.layer)), shards[1:], of[1:]
+            where = ".".join(map(str, shards)) or "0", ".".join(map(str, of)) or "1"
+            yield f"{name.replace('layers.{layer}.', 'layers.')}._extra_state/shard_{where[0]}_{where[1]}"

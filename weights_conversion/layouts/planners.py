@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.dist import place_dist
-from weights_conversion.layouts.placement import PAGE, Located, Placed, TensorRef, slab, whole
+from weights_conversion.layouts.placement import PAGE, Located, Placed, TensorRef, joined, slab
 from weights_conversion.layouts.plan import Plan, Step, balanced
 from weights_conversion.layouts.rank_files import Rank, place_megatron, stage_ranks
 from weights_conversion.mapping.dialects import Dialect
@@ -36,20 +36,48 @@ def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: in
         (tp if shared else groups, "query groups (num_key_value_heads)",
          f"; {dialect.name} cannot share a group so, use one of {divisors}"),
         (config.num_attention_heads, "attention heads", ""),
-        (config.ffn_hidden_size, "MLP rows (ffn_hidden_size)", ""),
+        (0 if config.moe is not None and config.moe.everywhere else config.ffn_hidden_size,
+         "MLP rows (ffn_hidden_size)", ""),
         (vocabulary, "vocabulary rows", "; --make-vocab-size-divisible-by pads them"),
     ]  # fmt: skip
+    if config.mla is not None:
+        del checks[0]
+    if config.moe is not None and config.moe.shared_ffn_hidden_size:
+        checks.append((config.moe.shared_ffn_hidden_size, "rows of the shared experts", ""))
     problems = [
         f"{count} {what} cannot be divided among --tensor-model-parallel-size {tp}{hint}"
         for count, what, hint in checks
         if count % tp
     ]
+    problems += _check_experts(config, parallel)
     if vpp > 1 and pp == 1:
         problems.append("virtual pipeline stages need --pipeline-model-parallel-size 2 or more, not 1")
     if layers % pp:
         problems.append(f"{layers} layers cannot be divided among --pipeline-model-parallel-size {pp}")
     elif layers % (pp * vpp):
         problems.append(f"{layers} layers cannot be divided among {pp} pipeline stages of {vpp} virtual stages each")
+    return problems
+
+
+def _check_experts(config: ModelConfig, parallel: Parallelism) -> list[str]:
+    ep, etp, moe = parallel.expert, parallel.experts_tensor, config.moe
+    if moe is None:
+        sizes = {
+            "--expert-model-parallel-size": parallel.expert,
+            "--expert-tensor-parallel-size": parallel.expert_tensor,
+        }
+        given = [name for name, size in sizes.items() if size not in (None, 1)]
+        return [f"{' and '.join(given)} was given, but {config.family} has no experts"] if given else []
+    problems = []
+    if moe.num_experts % ep:
+        problems.append(f"{moe.num_experts} experts cannot be divided among --expert-model-parallel-size {ep}")
+    if moe.ffn_hidden_size % etp:
+        problems.append(f"{moe.ffn_hidden_size} rows of an expert cannot be divided among the {etp} ranks that cut it")
+    if parallel.tensor % etp:
+        problems.append(
+            f"--expert-tensor-parallel-size {etp} does not divide --tensor-model-parallel-size {parallel.tensor}, so "
+            "several ranks would have one file name; torch_dist has no such limit (--ckpt-format torch_dist)"
+        )
     return problems
 
 
@@ -120,8 +148,7 @@ def plan_to_hf(
     source: Dialect, target: Dialect, shards: int, dtype: torch.dtype | None, *, packed: bool = False,
 ) -> Plan:  # fmt: skip
     """Into `shards` safetensors files, balanced by bytes, tensors in model order; `packed`: all experts in one."""
-    instances = list(architecture.instances(config))
-    wanted = list(_hf_tensors(instances, config, sources, dtype, packed))
+    wanted = list(_hf_tensors(architecture, config, sources, dtype, packed))
     if shards > len(wanted):
         raise ConversionError(f"--num_output_shards {shards} is more than the {len(wanted)} tensors of this model")
     targets: dict[str, list[TensorRef]] = {}
@@ -130,8 +157,8 @@ def plan_to_hf(
         targets[file] = [TensorRef(file, ref.name, ref.dtype, ref.shape) for ref in wanted[group[0] : group[1]]]
     refs = {ref.name: ref for group in targets.values() for ref in group}
     steps = [
-        _step(instance, sources[instance.key], _hf_places(instance, config, refs, packed), config)
-        for instance in instances
+        _step(instance, sources[instance.key], _hf_places(architecture, instance, config, refs, packed), config)
+        for instance in architecture.instances(config)
     ]
     # Tensors of whole pages first: then the ones behind them start on a page too, as direct writes need.
     files = {file: tuple(sorted(group, key=lambda ref: ref.nbytes % PAGE != 0)) for file, group in targets.items()}
@@ -139,15 +166,16 @@ def plan_to_hf(
 
 
 def _hf_tensors(
-    instances: Sequence[Instance], config: ModelConfig, sources: Located, dtype: torch.dtype | None, packed: bool
+    architecture: Architecture, config: ModelConfig, sources: Located, dtype: torch.dtype | None, packed: bool
 ) -> Iterator[TensorRef]:
     """Every tensor of a Hugging Face model, in model order."""
     seen = set()
-    for instance in instances:
+    for instance in architecture.instances(config):
         kept = written_dtype(instance, sources[instance.key], dtype)
         for at, shape in enumerate(instance.row.hf_shapes(config)):
             if not (packed and instance.row.packed):
-                yield TensorRef("", instance.hf_names[at], kept, shape)
+                names = instance.hf_names[at], *architecture.copies(instance, config)
+                yield from (TensorRef("", name, kept, shape) for name in names)
                 continue
             place = instance.row.packed[at]
             name = instance.hf(place.name)
@@ -157,10 +185,11 @@ def _hf_tensors(
 
 
 def _hf_places(
-    instance: Instance, config: ModelConfig, refs: Mapping[str, TensorRef], packed: bool
+    architecture: Architecture, instance: Instance, config: ModelConfig, refs: Mapping[str, TensorRef], packed: bool
 ) -> tuple[Placed, ...]:
     if not (packed and instance.row.packed):
-        return tuple(whole(refs[name]) for name in instance.hf_names)
+        copies = [refs[name] for name in architecture.copies(instance, config)]  # of a row that is one tensor
+        return tuple(joined(name, [refs[name], *copies], None) for name in instance.hf_names)
     return tuple(
         slab(refs[instance.hf(place.name)], instance.expert or 0, place, shape)
         for place, shape in zip(instance.row.packed, instance.row.hf_shapes(config), strict=True)

@@ -117,11 +117,16 @@ def _places(
 ) -> Iterator[tuple[int, str]]:
     """(pipeline stage, name in its files) of every copy of a parameter."""
     row, last = instance.row, chunk_key(parallel.virtual - 1, parallel)
+    if instance.predicts:
+        index = instance.index if instance.expert is None else (instance.index[0], _local(instance, config, parallel))
+        name = dialect.rank_name(instance.megatron(dialect.live(row.megatron), index))
+        yield parallel.pipeline - 1, f"{last}.{name}"
+        return
     if instance.layer is not None:
         location = layer_location(instance.layer, config.num_layers, parallel)
         index = (location.layer, *instance.index[1:])
-        if instance.expert is not None and config.moe is not None:
-            index = (location.layer, instance.expert % (config.moe.num_experts // parallel.expert))
+        if instance.expert is not None:
+            index = (location.layer, _local(instance, config, parallel))
         for spelling in dialect.spellings(row.megatron):
             name = dialect.rank_name(instance.megatron(spelling, index))
             yield location.stage, f"{chunk_key(location.chunk, parallel)}.{name}"
@@ -133,6 +138,14 @@ def _places(
     yield 0, f"{chunk_key(0, parallel)}.{name}"
     if config.tie_word_embeddings and parallel.pipeline > 1:
         yield parallel.pipeline - 1, f"{last}.{dialect.tied_head}"
+    if config.mtp_num_layers and parallel.pipeline > 1:  # the stage that predicts embeds too
+        yield parallel.pipeline - 1, f"{last}.{name}"
+
+
+def _local(instance: Instance, config: ModelConfig, parallel: Parallelism) -> int:
+    """The number of an expert on the rank that it is dealt to."""
+    experts = config.moe.num_experts if config.moe is not None else 1
+    return (instance.expert or 0) % (experts // parallel.expert)
 
 
 def _holders(instance: Instance, config: ModelConfig, parallel: Parallelism) -> list[list[tuple[int, int]]]:

@@ -42,6 +42,10 @@ class Dialect:
         spelled = self.spell(name)
         return (spelled, self.alternatives[spelled]) if spelled in self.alternatives else (spelled,)
 
+    def live(self, name: str) -> str:
+        """The name in a rank file of what a prediction layer holds: since 0.18 its inner layer is mtp_model_layer."""
+        return self.spell(name).replace(".transformer_layer.", ".mtp_model_layer.")
+
     def dist_spellings(self, name: str) -> tuple[str, ...]:
         """Every name under which a torch_dist checkpoint is to have it."""
         spelled = self.spell(name)
@@ -49,6 +53,8 @@ class Dialect:
 
     def other_spelling(self, stored: str) -> str:
         """The other name of a tensor (with its layer's number) that has two, of which a file needs but one."""
+        if ".mtp_model_layer." in stored:
+            return stored.replace(".mtp_model_layer.", ".transformer_layer.")
         for pair in self.alternatives.items():
             ends = [spelled.partition("{layer}")[2] for spelled in pair]
             for this, other in (ends, reversed(ends)):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 from weights_conversion.config import ModelConfig
@@ -136,6 +136,9 @@ def glu(
     return ParamMapping(megatron, (gate, up), (rows, "hidden"), GLU, FuseGLU(), needs, packed=packed)
 
 
+MTP = "mtp.layers.{layer}."  # prediction layers, which Megatron-Core counts by themselves
+
+
 @dataclass(frozen=True)
 class Instance:
     """A row at one index; the only place that makes a name of it. Hugging Face's layer numbers are `offset` greater."""
@@ -155,6 +158,11 @@ class Instance:
     @property
     def hf_layer(self) -> int | None:
         return self.index[0] + self.offset if self.index else None
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it is part of a multi-token prediction layer."""
+        return self.row.megatron.startswith(MTP)
 
     @property
     def expert(self) -> int | None:
@@ -179,12 +187,14 @@ class Instance:
 class Architecture:
     """A family: its parameters, some of which depend on the config.
 
-    `tied_head` is the HF name that a source with tied embeddings may hold as a copy of the embedding.
+    `tied_head` is the HF name that a source with tied embeddings may hold as a copy of the embedding. `mtp_copies` are
+    HF names of the copies that a prediction layer has of a row's tensor, by the row's name in Megatron.
     """
 
     family: str
     rows: tuple[ParamMapping, ...]
     tied_head: str | None = None
+    mtp_copies: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def embedding(self) -> Instance:
@@ -199,12 +209,28 @@ class Architecture:
         """Every parameter at each of its indices, in model order: embedding, layer by layer, final norm, head."""
         rows = self.parameters(config)
         first = next(at for at, row in enumerate(rows) if row.per_layer)
+        predicting = [row for row in rows if row.megatron.startswith(MTP)]
+        layers = [row for row in rows if row.per_layer and not row.megatron.startswith(MTP)]
         yield from (Instance(row) for row in rows[:first] if not row.per_layer)
         for layer in range(config.num_layers):
-            features = config.layer_features(layer)
-            here = [row for row in rows if row.per_layer and features.issuperset(row.needs)]
-            yield from (Instance(row, (layer,)) for row in here if not row.per_expert)
-            experts = [row for row in here if row.per_expert]
-            number = config.moe.num_experts if config.moe is not None and experts else 0
-            yield from (Instance(row, (layer, expert)) for expert in range(number) for row in experts)
+            yield from _at_layer(layers, config, layer, config.layer_features(layer))
+        for layer in range(config.mtp_num_layers):  # each is as the last layer is
+            features = config.layer_features(config.num_layers - 1)
+            yield from _at_layer(predicting, config, layer, features, config.num_layers)
         yield from (Instance(row) for row in rows[first:] if not row.per_layer)
+
+    def copies(self, instance: Instance, config: ModelConfig) -> tuple[str, ...]:
+        """HF names of the copies of a tensor that prediction layers have."""
+        template = self.mtp_copies.get(instance.row.megatron)
+        numbers = range(config.num_layers, config.num_layers + config.mtp_num_layers)
+        return () if template is None else tuple(named(template, (number,)) for number in numbers)
+
+
+def _at_layer(
+    rows: Sequence[ParamMapping], config: ModelConfig, layer: int, features: frozenset[str], offset: int = 0
+) -> Iterator[Instance]:
+    here = [row for row in rows if features.issuperset(row.needs)]
+    yield from (Instance(row, (layer,), offset) for row in here if not row.per_expert)
+    experts = [row for row in here if row.per_expert]
+    number = config.moe.num_experts if config.moe is not None and experts else 0
+    yield from (Instance(row, (layer, expert), offset) for expert in range(number) for row in experts)

@@ -21,7 +21,10 @@ def in_huggingface(
     search = _Search(config, tensors, dialect)
     found = {instance.key: search.find(instance) for instance in architecture.instances(config)}
     if config.tie_word_embeddings and architecture.tied_head:
-        search.join_head(dialect.spell(architecture.tied_head), architecture, found)
+        search.join(dialect.spell(architecture.tied_head), architecture.embedding, found)
+    for instance in architecture.instances(config):
+        for copy in architecture.copies(instance, config):
+            search.join(copy, instance, found)
     unexpected = {
         name: f"the source has a tensor {name} that a {architecture.family} model does not have"
         for name in sorted(tensors)
@@ -107,16 +110,15 @@ class _Search:
             return None
         return slab(block.ref, instance.expert or 0, packed, shape)
 
-    def join_head(self, head: str, architecture: Architecture, found: Located) -> None:
-        """A head that is stored although it is tied is a copy of the embedding."""
-        embedding = architecture.embedding.key
-        if head not in self.tensors or not found[embedding]:
+    def join(self, head: str, instance: Instance, found: Located) -> None:
+        """A table that is stored a second time, as a tied head may be, is a copy of the first."""
+        if head not in self.tensors or not found[instance.key]:
             return
-        (placed,), copy = found[embedding], self.tensors[head]
+        (placed,), copy = found[instance.key], self.tensors[head]
         self.used.add(head)
         if (copy.rows, copy.dtype) != (placed.rows, placed.dtype):
             self.problems.append(f"{head} and {placed.name} are tied, but differ in shape or dtype")
         if copy.deltas:
             said = f"an adapter is for {head}, which is tied to {placed.name}: no single table is both"
             self.problems.append(said)
-        found[embedding] = (replace(placed, copies=placed.copies + copy.copies),)
+        found[instance.key] = (replace(placed, copies=placed.copies + copy.copies),)
