@@ -4,14 +4,19 @@ FAMILIES' keys are the scripts' choices. A new family is one file, and one line 
 """
 
 from weights_conversion.architectures.codellama import CODELLAMA
+from weights_conversion.architectures.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from weights_conversion.architectures.falcon import FALCON
 from weights_conversion.architectures.family import Family
+from weights_conversion.architectures.glm4_moe import GLM4_MOE
 from weights_conversion.architectures.llama import LLAMA, LLAMA2
 from weights_conversion.architectures.llama3 import LLAMA3
 from weights_conversion.architectures.mistral import MISTRAL
+from weights_conversion.architectures.mixtral import MIXTRAL
 from weights_conversion.architectures.qwen2 import QWEN2
+from weights_conversion.architectures.qwen2_moe import QWEN2_MOE
 from weights_conversion.architectures.qwen3 import QWEN3
+from weights_conversion.architectures.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {
-    family.family: family for family in (CODELLAMA, FALCON, LLAMA, LLAMA2, LLAMA3, MISTRAL, QWEN2, QWEN3)
-}
+_DENSE = (CODELLAMA, FALCON, LLAMA, LLAMA2, LLAMA3, MISTRAL, QWEN2, QWEN3)
+_EXPERTS = (GLM4_MOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
+FAMILIES: dict[str, Family] = {family.family: family for family in (*_DENSE, *_EXPERTS)}
