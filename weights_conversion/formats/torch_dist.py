@@ -90,7 +90,13 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
     stated = plain.get("params_dtype") if prefix == MEGATRON_FSDP and weights == "model" else None
     trained = stated if isinstance(stated, torch.dtype) else None
     return DistCheckpoint(
-        folder, iteration, plain, lost, stored, trained_dtype=trained, said_by=None if args is None else said_by,
+        folder,
+        iteration,
+        plain,
+        lost,
+        stored,
+        trained_dtype=trained,
+        said_by=None if args is None else said_by,
         adapters=adapters,
     )
 

@@ -62,8 +62,14 @@ def _prove(
     family = model or choose_family(source, checkpoint, source_iters, checkpoint_iters)
     one, two = common_vocabulary(
         open_model(
-            source, family, source_iters, fields=fields, true_vocab_size=true_vocab_size, weights=weights,
-            adapter=adapter, adapter_alpha=adapter_alpha,
+            source,
+            family,
+            source_iters,
+            fields=fields,
+            true_vocab_size=true_vocab_size,
+            weights=weights,
+            adapter=adapter,
+            adapter_alpha=adapter_alpha,
         ),
         open_model(checkpoint, family, checkpoint_iters),
     )
