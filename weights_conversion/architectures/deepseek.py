@@ -1,7 +1,7 @@
 """DeepSeek-V2, V3 and R1, Moonlight, Kimi-K2: latent attention, dense first layers, shared experts, prediction."""
 
 from weights_conversion.architectures.experts import EXPERT_BIAS, EXPERTS, NORM, ROUTER, SHARED
-from weights_conversion.architectures.family import Family
+from weights_conversion.architectures.family import Family, Signs
 from weights_conversion.architectures.latent import ATTENTION
 from weights_conversion.architectures.llama import EMBEDDING, LAST, MLP
 from weights_conversion.architectures.prediction import COPIES, predicting
@@ -17,6 +17,7 @@ DEEPSEEK_V2 = Family(
     repositories={"16": "deepseek-ai/DeepSeek-V2-Lite", "236": "deepseek-ai/DeepSeek-V2"},
     defaults={"layernorm_epsilon": 1e-6, "rope_theta": 1e4},
     ropes=("default", "yarn"),
+    signs=(Signs(experts=True, shared_experts=True, latent=True),),
 )
 DEEPSEEK_V3 = Family(
     "deepseek-v3",
@@ -32,4 +33,5 @@ DEEPSEEK_V3 = Family(
     },
     defaults={"layernorm_epsilon": 1e-6, "rope_theta": 1e4},
     ropes=("default", "yarn"),
+    signs=(Signs(experts=True, shared_experts=True, latent=True, sigmoid=True),),
 )
