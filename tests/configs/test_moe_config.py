@@ -13,7 +13,16 @@ import torch
 from moe_families import CONFIGS, CORE, NAMES, families, from_args, read
 
 from weights_conversion.config import Moe, Parallelism
-from weights_conversion.configs import core_args, hf_config, manifest, moe_layers
+from weights_conversion.configs import (
+    core_args,
+    core_foreign,
+    hf_config,
+    hf_parts,
+    manifest,
+    megatron_args,
+    moe,
+    moe_layers,
+)
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.stored_args import plain_args
 
@@ -338,6 +347,33 @@ def test_malformed_layer_freq(text: str) -> None:
         moe_layers.parse_freq(text)
 
 
+# --- layers that predict further tokens, which the files decide -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "stated", "held", "expected"),
+    [
+        ("glm4-moe", 1, 1, 1),
+        ("glm4-moe", 1, 0, 0),  # as transformers writes a model that it has made: it saves no such layer
+        ("glm4-moe", ..., 1, 1),
+        ("deepseek-v3", 0, 0, 0),
+        ("qwen3-moe", ..., 1, 0),  # the class knows none; the tensor is refused where rows are looked for
+    ],
+)
+def test_further_layers_are_those_of_the_files(family: str, stated: Any, held: int, expected: int) -> None:
+    config = read(family, num_nextn_predict_layers=stated)
+    names = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(config.num_layers + held)]
+    found, notes = hf_parts.with_further_layers(hf_config.class_of(family), config, names)
+    assert found.mtp_num_layers == expected
+    assert bool(notes) == (stated == 1 and not held)
+
+
+def test_further_layers_of_a_wrapper_that_stores_no_such_arg() -> None:
+    names = ["mtp.layers.0.enorm.weight", "mtp.layers.1.enorm.weight", "decoder.layers.0.mlp.router.weight"]
+    assert core_foreign.shown(names, {})["mtp_num_layers"] == 2
+    assert "mtp_num_layers" not in core_foreign.shown(names, {"mtp_num_layers": 2})
+
+
 # --- what training must be given --------------------------------------------------------------------------------------
 
 
@@ -369,14 +405,14 @@ def test_groups_that_megatron_core_scores_otherwise() -> None:
 # --- the manifest -----------------------------------------------------------------------------------------------------
 
 
-def stored(family: str, tmp_path: Path, **moe: Any) -> dict[str, Any]:
+def stored(family: str, tmp_path: Path, **changes: Any) -> dict[str, Any]:
     """An import's manifest, with other values of its experts."""
     text = manifest.build(
         read(family), true_vocab_size=181, repository=None, revision=None, source_config=CONFIGS[family],
         generation_config=None, tokenizer=[],
     )  # fmt: skip
     content = json.loads(text)
-    content["model"]["moe"] |= moe
+    content["model"]["moe"] |= changes
     (tmp_path / manifest.NAME).write_text(json.dumps(content))
     found = manifest.find([tmp_path])
     assert found is not None
@@ -396,3 +432,32 @@ def test_through_the_manifest(family: str, tmp_path: Path) -> None:
 def test_a_manifest_that_was_edited(changes: dict[str, Any], word: str, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=word):
         stored("qwen3-moe", tmp_path, **changes)
+
+
+def resolved(family: str, args: dict[str, Any], imported: dict[str, Any]) -> megatron_args.Resolved:
+    return megatron_args.resolve(family, core_args.normalise(args, Path("ckpt")), imported, {}, 181)
+
+
+def test_training_outranks_the_import(tmp_path: Path) -> None:
+    """Of a router's numbers it is warned; other experts are another model."""
+    imported, args = stored("qwen3-moe", tmp_path), args_of("qwen3-moe")
+    found = resolved("qwen3-moe", args | {"moe_router_topk": 3}, imported)
+    assert found.config.moe == dataclasses.replace(EXPECTED["qwen3-moe"], topk=3)
+    (warning,) = found.warnings
+    assert "moe_router_topk 3 in the args and moe_router_topk 2 in the manifest" in warning
+    with pytest.raises(ConversionError, match=r"num_experts 8 .* belongs to another model"):
+        resolved("qwen3-moe", args | {"num_experts": 8}, imported)
+
+
+def test_what_args_have_no_place_for_is_the_imports(tmp_path: Path) -> None:
+    imported, args = stored("deepseek-v3", tmp_path), args_of("deepseek-v3")
+    for name in ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"):
+        del args[name]
+    found = resolved("deepseek-v3", args, imported)
+    assert (found.config.moe, found.warnings) == (EXPECTED["deepseek-v3"], ())
+
+
+def test_tokens_that_were_left_out_are_told() -> None:
+    args = core_args.normalise(args_of("qwen3-moe") | {"moe_expert_capacity_factor": 1.25}, Path("ckpt"))
+    assert "moe_expert_capacity_factor 1.25" in moe.trained_warnings(args)[0]
+    assert moe.trained_warnings(core_args.normalise(args_of("qwen3-moe"), Path("ckpt"))) == []

@@ -167,6 +167,21 @@ def test_another_family_is_refused(name, model, word, source, to_megatron, to_hf
     )
 
 
+def test_constants_of_rope_scaling_by_the_reference(source, to_megatron, to_hf, tmp_path: Path) -> None:
+    """Args carry the factor alone: the context of before is the manifest's, and without it the reference's."""
+    hf = source("llama3")
+    config = tm.read_json(hf / "config.json")
+    config[ROPE]["original_max_position_embeddings"] = 4096
+    tm.write_json(hf / "config.json", config)
+    to_megatron("llama3", "--model-path", hf, "--out", tmp_path / "m").succeeded()
+    (tmp_path / "m" / "conversion_manifest.json").unlink()
+    to_hf(
+        "--input_dir", tmp_path / "m", "--output_dir", tmp_path / "out", "--no_tokenizer", "--model", "llama3",
+        "--reference", hf,
+    ).succeeded()  # fmt: skip
+    assert tm.read_json(tmp_path / "out" / "config.json")[ROPE] == config[ROPE]
+
+
 def test_what_stock_training_does_with_a_factor(source, to_megatron, tmp_path: Path) -> None:
     """Llama 3.2 has factor 32: stock Megatron-LM always takes 8, which the import says."""
     hf = source("llama3")

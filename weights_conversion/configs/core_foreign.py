@@ -60,6 +60,9 @@ def shown(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, Any]:
         switch: any(name.endswith(end) for name in names) and not (latent and switch == "qk_layernorm")
         for switch, (_, end) in _SWITCHES.items()
     }
+    further = {match[1] for name in names if (match := re.match(r"mtp\.layers\.(\d+)\.", name))}
+    if len(further) > (args.get("mtp_num_layers") or 0):
+        found["mtp_num_layers"] = len(further)
     experts = args.get("moe")
     return found if experts is None else found | {"moe": dataclasses.replace(experts, **moe.shown_by(experts, names))}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from weights_conversion.config import Mla, ModelConfig
@@ -29,6 +31,31 @@ def read(
         raise ConversionError(f"{where} has num_nextn_predict_layers {sorted(map(repr, further))}, where one number "
                               "of layers was expected")  # fmt: skip
     return found | {"mtp_num_layers": next(iter(further), 0)}
+
+
+def with_further_layers(
+    known: ConfigClass, config: ModelConfig, names: Collection[str]
+) -> tuple[ModelConfig, list[str]]:
+    """The config with as many layers that predict further tokens as files hold, and a note where it says others.
+
+    Their weights stand behind the last layer's, as `model.layers.{num_layers}`. transformers knows their number and
+    neither loads nor saves them.
+    """
+    if len(known.spellings("num_nextn_predict_layers")) == 1:
+        return config, []
+    numbers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))}
+    found = 0
+    while config.num_layers + found in numbers:
+        found += 1
+    if found and config.mtp_num_layers == 0:
+        return replace(config, mtp_num_layers=found), []
+    if found or config.mtp_num_layers == 0:
+        return config, []
+    note = (
+        f"config     num_nextn_predict_layers is {config.mtp_num_layers}, and the files hold no such layer: the model "
+        "is taken to have none"
+    )
+    return replace(config, mtp_num_layers=0), [note]
 
 
 def write(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) -> None:

@@ -43,10 +43,9 @@ _MAY_BE_NONE = ("sliding_window", "rope_scaling", "moe", "mla")
 # Fields that the original's resharding tool re-creates, and its defaults: another value cannot have been reset.
 _RESET = {"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "rope_scaling_factor": 1.0, "sliding_window": None}
 RESET_BY_RESHARDING: dict[str, Any] = _RESET
-# What no weight's shape would betray.
 SILENT = ("max_position_embeddings", "rope_scaling", "rotary_percent", *RESET_BY_RESHARDING)
-_NO_FLAG = ("rope_scaling", "rotary_percent", "moe")
-# What --use_checkpoint_args does not restore, by ModelConfig field.
+_NO_FLAG = ("rope_scaling", "rotary_percent", "moe", "mtp_num_layers")
+# What --use_checkpoint_args does not restore.
 NOT_RESTORED = ("rope_theta", "rope_scaling_factor", "layernorm_epsilon")
 
 
@@ -171,7 +170,8 @@ def _disagreement(name: str, said: Sequence[tuple[str, Any]]) -> str | None:
 def _is_silent(name: str, said: Sequence[tuple[str, Any]]) -> bool:
     """Whether no shape betrays in what the values differ that were stated."""
     first, *others = [value for origin, value in said if origin != "family"] or [None]
-    return name in SILENT or all(value == first or parts.is_silent(first, value) for value in others)
+    alike = all(value == first or parts.is_silent(first, value) for value in others)
+    return alike or name in (*SILENT, "mtp_num_layers")
 
 
 def _lost(family: str, name: str, stated: Any, origin: str, value: Any) -> list[str]:
@@ -292,8 +292,8 @@ def resolve(
             warnings.append(f"nothing says what {usual}; --{NAMES[name]} or --reference gives another")
         if name in lost:
             warnings += _lost(family, name, args.get(NAMES[name]), origins[name], values[name])
-    lacking = [name for name in ("moe", "mla") if values.get(name) is None and name in features.of(family)]
-    problems += [f"nothing says what {name} is; the checkpoint's args lack it" for name in lacking]
+    for name in (name for name in ("moe", "mla") if values.get(name) is None and name in features.of(family)):
+        problems.append(f"nothing says what {name} is; the checkpoint's args lack it")
     if problems:
         raise ConversionError(*problems)
     return Resolved(ModelConfig(**values), origins, tuple(warnings))

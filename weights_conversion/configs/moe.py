@@ -287,3 +287,13 @@ def core_warnings(config: ModelConfig) -> list[str]:
         f"(--moe-router-topk {moe.topk} // --moe-router-group-topk {moe.group_topk}), so that tokens get other experts "
         "there, in every release"
     ]
+
+
+def trained_warnings(args: Mapping[str, Any]) -> list[str]:
+    """What a run did with its experts that no other code does."""
+    if args.get("moe") is None or args.get("moe_expert_capacity_factor") is None:
+        return []
+    return [
+        f"training left out tokens above each expert's capacity (moe_expert_capacity_factor "
+        f"{args['moe_expert_capacity_factor']}); transformers leaves out none"
+    ]

@@ -13,7 +13,7 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import core_args, core_foreign, manifest, megatron_args, rope
+from weights_conversion.configs import core_args, core_foreign, manifest, megatron_args, moe, rope
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import hybrid
 from weights_conversion.formats.dist_index import METADATA
@@ -150,7 +150,7 @@ def open_checkpoint(
     resolved = megatron_args.resolve(model, args, fields, flags or {}, kept.rows)
     warnings += resolved.warnings
     if files.dialect is MEGATRON_CORE:
-        warnings += rope.trained_warnings(resolved.config) + hybrid.warnings(files.args)
+        warnings += rope.trained_warnings(resolved.config) + hybrid.warnings(files.args) + moe.trained_warnings(args)
     for name in (said or {}).get("assumed", []):
         if resolved.origins.get(name) == "manifest":
             flag, value = megatron_args.NAMES[name], getattr(resolved.config, name)

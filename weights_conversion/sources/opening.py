@@ -12,7 +12,7 @@ from typing import Any
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import hf_config, megatron_args, meta_params, secrets
+from weights_conversion.configs import hf_config, hf_parts, megatron_args, meta_params, secrets
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, meta
 from weights_conversion.launch import distributed
@@ -153,6 +153,7 @@ def open_hf(model: str, folder: Path, target: Dialect, adapter: Path | None = No
     merged = [] if adapter is None else [f"adapter    {adapter}, merged in float32, rounded once"]
     if adapter is not None:
         tensors = peft.merged(tensors, peft.open_adapter(adapter))
+    config, further = hf_parts.with_further_layers(hf_config.class_of(model), config, tensors)
     unread = hf_config.unread(model, raw)
     shown = ", ".join(map(short, unread[:10])) + (f" and {len(unread) - 10} more" if len(unread) > 10 else "")
     notes = [f"keys of config.json that are not known here are kept as they are: {shown}"] if unread else []
@@ -164,7 +165,7 @@ def open_hf(model: str, folder: Path, target: Dialect, adapter: Path | None = No
     return Opened(
         folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
         raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
-        notes=(*merged, *notes),
+        notes=(*merged, *further, *notes),
         what=described.of_files(HF.name, tensors.values()),
     )  # fmt: skip
 

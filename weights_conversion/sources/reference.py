@@ -131,7 +131,7 @@ def disagreements(reference: Reference, config: ModelConfig) -> list[str]:
         mine, its = getattr(config, name), getattr(stated, name)
         if mine == its or name == "family":
             continue
-        shown, silent = NAMES.get(name, name), name in SILENT or parts.is_silent(mine, its)
+        shown, silent = NAMES.get(name, name), name in (*SILENT, "mtp_num_layers") or parts.is_silent(mine, its)
         mine, its = parts.shown(name, mine, its), parts.shown(name, its, mine)
         if silent:
             warnings.append(

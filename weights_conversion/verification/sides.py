@@ -12,7 +12,16 @@ import torch
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import Mla, ModelConfig, Moe, RopeScaling
-from weights_conversion.configs import core_args, hf_config, manifest, megatron_args, meta_params, parts, rope
+from weights_conversion.configs import (
+    core_args,
+    hf_config,
+    hf_parts,
+    manifest,
+    megatron_args,
+    meta_params,
+    parts,
+    rope,
+)
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, megatron, meta
 from weights_conversion.formats.iterations import MODEL_FILES
@@ -193,6 +202,7 @@ def _open(
         tensors = huggingface.read_hf(path)
         if adapter is not None:
             tensors = peft.merged(tensors, peft.open_adapter(adapter))
+        config, _ = hf_parts.with_further_layers(hf_config.class_of(family), config, tensors)
         return _apart(path, HF, config, tensors, frozenset())  # an absent key is stated: transformers has a default
     if here.kind is Kind.META:
         tensors, raw = meta.read_meta(path), meta.read_params(path)
