@@ -202,7 +202,7 @@ def _is_deep(content: Any) -> bool:
 def sha256(path: Path, stop: threading.Event | None = None) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal; of no use once `stop` is set, which ends it early."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_BYTES))
-    with named("reading", path), path.open("rb", buffering=0) as file:
+    with named("reading", path), os.fdopen(open_descriptor(path, noted=False), "rb", buffering=0) as file:
         while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
             digest.update(buffer[:count])
     return digest.hexdigest()

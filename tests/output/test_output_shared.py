@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from neighbours import B, Place, as_user
 
+from weights_conversion import fileio
+from weights_conversion.errors import ConversionError
 from weights_conversion.output import finished, partial
 
 MODEL = "llama2-gqa"
@@ -127,3 +129,28 @@ def test_a_requeued_job_in_a_groups_folder(place: Place) -> None:
     place.converts(umask=0o002).refused("--overwrite")
     place.converts("--overwrite", umask=0o002).succeeded()
     place.is_right()
+
+
+def test_folders_without_end_and_pipes_are_no_output(sources, to_megatron, tmp_path: Path) -> None:
+    """Made in OUT by somebody who may write in it: a sentence, and no wait."""
+    out = tmp_path / "out"
+    line = ("llama2", "--model-path", sources(MODEL), "--out", out, "--checksums")
+    to_megatron(*line).succeeded()
+    opened(out)
+    (out / "/".join("a" * 50)).mkdir(parents=True)
+    to_megatron(*line).refused("exists")
+    shutil.rmtree(out / "a")
+    to_megatron(*line).succeeded()
+    for name in ("checksums.sha256", "conversion_manifest.json"):
+        content = (out / name).read_bytes()
+        (out / name).unlink()
+        os.mkfifo(out / name)
+        to_megatron(*line).refused("exists")
+        (out / name).unlink()
+        (out / name).write_bytes(content)
+
+
+def test_a_sum_waits_for_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConversionError, match="a pipe"):
+        fileio.sha256(tmp_path / "pipe")

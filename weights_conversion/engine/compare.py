@@ -54,7 +54,7 @@ def difference(job: Job, checksums: bool, workers: int) -> str | None:
                 wanted = file_sums.sums(descriptors.path_of(top), names, job.last, workers)
                 if descriptors.read_note(top, file_sums.NAME, len(wanted)) != wanted:
                     raise _Differs(file_sums.NAME)
-    except _Differs as differs:
+    except (_Differs, ValueError) as differs:  # ValueError: folders nested beyond all bounds
         return str(differs)
     except OSError as error:
         return error.filename if isinstance(error.filename, str) else str(error.strerror)

@@ -17,6 +17,7 @@ from pathlib import Path
 from weights_conversion.output import descriptors
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_DEPTH = 8
 _NAME = "user.weights_conversion.run"
 
 
@@ -71,7 +72,12 @@ def _state(top: int) -> str:
 
 
 def entries(top: int, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
-    """Relative name and status of everything below; no link is followed."""
+    """Relative name and status of everything below; no link is followed.
+
+    Raises ValueError where folders are nested more deeply than in any output, as somebody may have made them.
+    """
+    if prefix.count("/") > _DEPTH:
+        raise ValueError(f"{prefix} is nested too deeply")
     for name in os.listdir(top):
         status = os.stat(name, dir_fd=top, follow_symlinks=False)
         yield f"{prefix}{name}", status
