@@ -123,3 +123,13 @@ def test_what_only_the_family_says_is_warned_of(name: str, arg: str, said: str, 
     out = ("--input_dir", tmp_path / "m", "--no_tokenizer", "--model", family, "--output_dir")
     assert f"nothing says what {said} is" in to_hf(*out, tmp_path / "out").succeeded().text
     assert "nothing says what" not in to_hf(*out, tmp_path / "again", "--reference", hf).succeeded().text
+
+
+def test_a_window_by_flag_needs_no_family_by_flag(imported, to_hf, tmp_path: Path) -> None:
+    """The checkpoint says whose window it is; a family without one refuses it by name."""
+    flag = ("--no_tokenizer", "--sliding_window_size", 64)
+    to_hf("--input_dir", imported("mistral-v0.1"), "--output_dir", tmp_path / "out", *flag).succeeded()
+    assert tm.read_json(tmp_path / "out" / "config.json")["sliding_window"] == 64
+    to_hf("--input_dir", imported("llama2"), "--output_dir", tmp_path / "no", *flag).refused("llama2", "window")
+    flag = ("--no_tokenizer", "--model", "llama2", "--sliding_window_size", 64)
+    to_hf("--input_dir", imported("llama2"), "--output_dir", tmp_path / "no", *flag).refused("mistral's", code=2)

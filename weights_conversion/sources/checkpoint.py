@@ -119,6 +119,8 @@ def open_checkpoint(
     said = found[1] if found else None
     notes = here.notes
     model = _family(model, files, said, root, true_vocab_size, notes)
+    if (flags or {}).get("sliding_window") is not None and not FAMILIES[model].windowed:
+        raise ConversionError(f"--sliding_window_size was given, but {root} holds a {model} model, which has no window")
     if files.dialect is MEGATRON_CORE:
         files = dataclasses.replace(files, args={**files.args, **core_foreign.shown(files.names, files.args)})
         problems = core_foreign.foreign_tensors(files.names, model, files.folder)
