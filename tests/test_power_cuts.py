@@ -37,7 +37,7 @@ def record(place: Path, *steps: str) -> Record:
 
 def contents(made: Record) -> set[bytes]:
     """What `file` may hold after a cut, in classes."""
-    found = {state.bytes["file"] for _, state in made.states()}
+    found = {state.files["file"][0] for _, state in made.states()}
     return {data if data in (b"old", NEW) else b"neither" for data in found}
 
 
@@ -51,8 +51,8 @@ def test_a_rename_after_the_bytes_are_synced(tmp_path: Path) -> None:
 
 def test_a_rename_is_durable_once_its_folder_is_synced(tmp_path: Path) -> None:
     made = record(tmp_path, "create", "write", "sync", "rename", "sync folder")
-    after = {state.bytes["file"] for where, state in made.states() if where.startswith("5 operations")}
-    before = {state.bytes["file"] for where, state in made.states() if where.startswith("4 operations")}
+    after = {state.files["file"][0] for where, state in made.states() if where.startswith("5 operations")}
+    before = {state.files["file"][0] for where, state in made.states() if where.startswith("4 operations")}
     assert (before, after) == ({b"old", NEW}, {NEW})
 
 

@@ -1,6 +1,7 @@
 """Converts mutated inputs: `python -m tests.robustness.fuzz --inputs 5000 --seed 0`.
 
-Each input is a tiny checkpoint of one of five kinds (HF safetensors, HF .bin, Meta, Megatron's rank files, torch_dist)
+Each input is a tiny checkpoint of one of ten kinds (HF safetensors, HF .bin, Meta, Megatron's rank files, torch_dist,
+torch_dcp, fsdp_dtensor, Megatron-Bridge's with run_config.yaml, adapters of Megatron-Bridge and of peft)
 with one to three mutations of a header, index, config, pickle, tracker, archive or rank folder. It is converted in a
 forked child with a bound on time and memory. Two ends are right: exit 0 with the weights that the input holds, as
 others read them; or exit 1 with sentences. A traceback, any other exit, a hang, an allocation beyond the bound: a
@@ -24,6 +25,7 @@ from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from tests.robustness import borrowed
 from tests.robustness.mutations import BINARY, bytes_of, edit_args, mutate_json, mutate_ranks, mutate_tracker
 from tests.robustness.oracle import MODEL, compare
 from tests.robustness.sources import tm
@@ -36,11 +38,13 @@ KINDS = ("safetensors", "bin", "meta", "megatron", "torch_dist")
 class Kind:
     """A sort of input: how it is made, mutated, converted, and read by others."""
 
-    def __init__(self, name: str, base: Path) -> None:
-        self.name, self.base = name, base
+    def __init__(self, name: str, base: Path, lent: borrowed.Borrowed | None = None) -> None:
+        self.name, self.base, self.lent = name, base, lent
         self.export = name in ("megatron", "torch_dist")
 
     def line(self, folder: Path, out: Path) -> list[str]:
+        if self.lent is not None:
+            return self.lent.line(folder, out)
         if self.export:
             return ["megatron_to_hf", "--input_dir", str(folder), "--output_dir", str(out), "--no_tokenizer"]
         where = "--cache-dir" if self.name == "meta" else "--model-path"
@@ -74,6 +78,8 @@ class Kind:
                     change(rng, path)
                 except Exception:  # what an earlier mutation left cannot be taken apart
                     path.write_bytes(bytes_of(rng, path.read_bytes()))
+            elif path.suffix == ".yaml":
+                borrowed.mutate_yaml(rng, path)
             elif path.name.endswith(".txt"):
                 mutate_tracker(rng, path)
             else:
@@ -100,7 +106,8 @@ def write_kinds(root: Path) -> list[Kind]:
         code += importlib.import_module("megatron_to_hf").main(export)
     if code:
         raise RuntimeError("the inputs themselves do not convert")
-    return [Kind(name, root / name) for name in KINDS]
+    lent = borrowed.write(root)
+    return [Kind(name, root / name) for name in KINDS] + [Kind(other.name, other.folder, other) for other in lent]
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -182,7 +189,11 @@ class Fuzzer:
         code, said = convert(kind.line(folder, out), self.root / "log")
         wrong = judge(kind, folder, out, code, said)
         if wrong is None and code == 0:
-            wrong = compare(kind.name, folder, out, self.root / f"reference-{kind.name}")
+            reference = self.root / f"reference-{kind.name}"
+            if kind.lent is None:
+                wrong = compare(kind.name, folder, out, reference)
+            else:
+                wrong = borrowed.compare(kind.lent, folder, out, reference)
         self.counts["converted" if code == 0 else "refused"] += 1
         if wrong:
             sys.stderr.write(f"{kind.name} {number} ({what}): {wrong}\n")

@@ -44,24 +44,25 @@ class Node:
 
 @dataclass(frozen=True)
 class State:
-    """What is on the disk: for each path its node, and the bytes of the files."""
+    """What is on the disk: for each path its node, and the bytes and SHA-256 of the files."""
 
     names: dict[str, Node]
-    bytes: dict[str, bytes]
+    files: dict[str, tuple[bytes, str]]
     first: int  # operations whose names are durable
 
     def tree(self, folder: str) -> dict[str, str] | None:
         """SHA-256 by relative path, as sources.tree has it; None where the folder is not there."""
         if folder not in self.names:
             return None
-        found = {name: data for name, data in sorted(self.bytes.items()) if name.startswith(folder + "/")}
-        return {name[len(folder) + 1 :]: hashlib.sha256(data).hexdigest() for name, data in found.items()}
+        found = {name: sha for name, (_, sha) in sorted(self.files.items()) if name.startswith(folder + "/")}
+        return {name[len(folder) + 1 :]: sha for name, sha in found.items()}
 
     def key(self) -> str:
         digest = hashlib.sha256()
         for name, node in sorted(self.names.items()):
             marks = [value for at, _, value in node.attributes if at < self.first]
-            digest.update(f"{name} {node.folder} {self._mode(node):o} {marks}\n".encode() + self.bytes.get(name, b""))
+            _, sha = self.files.get(name, (b"", ""))
+            digest.update(f"{name} {node.folder} {self._mode(node):o} {marks} {sha}\n".encode())
         return digest.hexdigest()
 
     def _mode(self, node: Node) -> int:
@@ -77,7 +78,7 @@ class State:
             if node.folder:
                 path.mkdir()
             else:
-                path.write_bytes(self.bytes[name])
+                path.write_bytes(self.files[name][0])
             inodes[node.inode] = path.stat().st_ino
         self._again(place, inodes)
         for name, node in sorted(self.names.items(), reverse=True):
@@ -86,8 +87,9 @@ class State:
     def _again(self, place: Path, inodes: dict[int, int]) -> None:
         """What names inodes names those that the files have now."""
         note = "out.partial/journal/publishing"
-        if self.bytes.get(note):
-            inode, owner = self.bytes[note].split()
+        content, _ = self.files.get(note, (b"", ""))
+        if len(content.split()) == 2:
+            inode, owner = content.split()
             (place / note).write_text(f"{inodes.get(int(inode), 0)} {owner.decode()}")
         from weights_conversion.output import descriptors, finished
 
@@ -109,6 +111,7 @@ class Record:
         self._top = Node(True, place.stat().st_ino, 0o755)
         self._nodes = {node.inode: node for node in (self._top, *self.before.values())}
         self._names = dict(self.before)
+        self._made: dict[tuple[int, int, int, int, str], tuple[bytes, str]] = {}
 
     def read(self, data: bytes) -> None:
         at = 0
@@ -192,19 +195,30 @@ class Record:
         for cut in range(len(named)):
             for first in range(self._durable(cut), cut + 1):
                 for what in DATA:
-                    rng = random.Random(f"{seed} {cut} {first} {what}")
                     where = f"{cut} operations ({first} durable, of unsynced bytes {what})"
-                    yield where, _state(named[first], cut, first, what, rng)
+                    yield where, self._state(named[first], cut, first, what, seed)
 
     def last(self) -> State:
         """After the whole run, without a cut."""
         count = len(self.operations)
-        return _state(_applied(self.before, self.operations), count, count, "all", random.Random(0))
+        return self._state(_applied(self.before, self.operations), count, count, "all", 0)
 
+    def _state(self, names: dict[str, Node], cut: int, first: int, what: str, seed: int) -> State:
+        files = {name: self._file(node, cut, first, what, seed) for name, node in names.items() if not node.folder}
+        return State(names, files, first)
 
-def _state(names: dict[str, Node], cut: int, first: int, what: str, rng: random.Random) -> State:
-    files = {name: _bytes(node, cut, first, what, rng) for name, node in names.items() if not node.folder}
-    return State(names, files, first)
+    def _file(self, node: Node, cut: int, first: int, what: str, seed: int) -> tuple[bytes, str]:
+        """A file's bytes and their SHA-256. Equal ones are made once: most files of two states are the same."""
+        synced = max((at for at in node.synced if at < cut), default=-1)
+        written = [at for at, _, _ in node.writes if at < cut]
+        if not written or written[-1] < synced:
+            what = "all"
+        key = (id(node), len(written), sum(at < first for at, _, _ in node.sizes), synced, what)
+        if key not in self._made:
+            rng = random.Random(f"{seed} {node.inode} {key[1:]}")
+            data = _bytes(node, cut, first, what, synced, rng)
+            self._made[key] = data, hashlib.sha256(data).hexdigest()
+        return self._made[key]
 
 
 def _node(path: Path) -> Node:
@@ -238,9 +252,9 @@ def _taken(names: dict[str, Node], name: str) -> dict[str, Node]:
     return {path[len(name) :]: node for path, node in found.items()}
 
 
-def _bytes(node: Node, cut: int, first: int, what: str, rng: random.Random) -> bytes:
-    """The bytes of a file when `cut` operations were done, and the metadata of `first` are there."""
-    synced = max((at for at in node.synced if at < cut), default=-1)
+def _bytes(node: Node, cut: int, first: int, what: str, synced: int, rng: random.Random) -> bytes:
+    """The bytes of a file when `cut` operations were done, the last fsync was `synced`, and the metadata of `first` are
+    there."""
     content = bytearray(node.content)
     changes = [(at, "write", offset, data) for at, offset, data in node.writes if at < cut]
     changes += [(at, how, size, b"") for at, how, size in node.sizes if at < first]
