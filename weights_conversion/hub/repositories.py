@@ -158,7 +158,7 @@ def _from_hub(
     if headers is not None:
         check_readable(files, repository, size(needed), cache)
         write_folder(headers, first.parent, repository, commit, names, files)
-    _check_space(needed, first.parent, repository)
+    _check_space(info, files, first.parent, repository)
     if headers is not None:
         note = f"hub        {size(needed)} would be fetched into {cache}, which has {_free(cache)} free"
         return Snapshot(headers, repository, commit, (*names, *files), note)
@@ -265,13 +265,14 @@ def _to_fetch(info: ModelInfo, files: list[str], folder: Path) -> int:
     return needed
 
 
-def _check_space(needed: int, folder: Path, repository: str) -> None:
+def _check_space(info: ModelInfo, files: list[str], folder: Path, repository: str) -> None:
     """Refuse before the first byte what will not fit into the cache."""
+    needed = _to_fetch(info, files, folder)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConversionError(
-            f"Repository {repository} needs {size(needed)} more in the cache {folder.parents[2]}, which has "
-            f"{size(free)} free: free some, or name another place with --cache-dir or HF_HOME."
+            f"Repository {repository} needs {needed / 1e9:.2f} GB more in the cache {folder.parents[2]}, which has "
+            f"{free / 1e9:.2f} GB free: free some, or name another place with --cache-dir or HF_HOME."
         )
 
 
