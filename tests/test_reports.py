@@ -42,12 +42,12 @@ def test_iterations_and_origins(imported, to_hf, tmp_path: Path) -> None:
         shutil.copytree(root / "release", root / f"iter_{number:07d}")
         for file in (root / f"iter_{number:07d}").rglob("*.pt"):
             torch.save(torch.load(file, weights_only=False) | {"iteration": number}, file)
-    found = to_hf("--input_dir", root, "--output_dir", tmp_path / "hf", "--load_iters", 800).succeeded()
-    first = found.out.splitlines()[0]
+    found = to_hf("--input_dir", root, "--output_dir", tmp_path / "hf", "--load_iters", 800, "--rope_theta", 5e5)
+    first = found.succeeded().out.splitlines()[0]
     what = "llama2, Megatron-LLM, TP 2 PP 1, iteration 800 (there are 400, 800, release), float32"
     assert first == f"source      {root}: {what}"
     (values,) = [line for line in found.out.splitlines() if line.startswith("note        values")]
-    assert re.search(r"values     \d+ from the args; from the manifest: add_qkv_bias, ", values)
+    assert re.search(r"values     \d+ from the args; from flags: rope_theta$", values)
 
 
 def test_warnings_come_before_the_work_on_stderr(imported, to_hf, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     if generation or not said.config:
         files["generation_config.json"] = _json(generation or _default_generation(exported))
     report.notes += _differences(said, exported)
-    report.notes.append(f"values     {described.values(opened.origins)}")
+    report.notes.append(f"values     {described.values(config, opened.origins)}")
     prove = proof(
         opened.root, config.family, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
         source_iters=opened.load_iters, fields=options.fields, true_vocab_size=config.vocab_size,

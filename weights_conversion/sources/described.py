@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 
+from weights_conversion.config import ModelConfig
 from weights_conversion.formats.iterations import iterations, named, number_of
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
@@ -25,10 +27,16 @@ def of_megatron(root: Path, files: RankFiles | DistCheckpoint) -> str:
     return f"{files.dialect.name}, {layout}, {which}" + (f" (there are {named(there)})" if len(there) > 1 else "")
 
 
-def values(origins: Mapping[str, str]) -> str:
-    """Where each value of a model comes from: most of them as a number, the others by name."""
+def values(config: ModelConfig, origins: Mapping[str, str]) -> str:
+    """Where each value of a model comes from: most of them as a number, the others by name.
+
+    What a model has not (a bias, a window) is left out.
+    """
+    usual = {field.name: field.default for field in fields(config)}
     by_origin: dict[str, list[str]] = {}
     for name, origin in sorted(origins.items()):
+        if origin != "flag" and getattr(config, name) in (usual[name], None, False):
+            continue
         by_origin.setdefault(origin, []).append(name)
     first, *others = sorted(by_origin, key=lambda origin: -len(by_origin[origin]))
     said = [f"{len(by_origin[first])} from {_FROM.get(first, first)}"]
