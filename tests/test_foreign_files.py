@@ -66,6 +66,35 @@ def test_no_tokenizer_is_exported(what: str, name: str, imported, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("what", ["docker", "deep"])
+def test_no_generation_config_is_imported(what: str, tmp_path: Path, to_megatron: Script) -> None:
+    """It is kept in the manifest, which everybody may read."""
+    source = hf(tmp_path)
+    (tmp_path / "private").write_text(NO_TOKENIZER[what])
+    (source / "generation_config.json").unlink(missing_ok=True)
+    (source / "generation_config.json").symlink_to(tmp_path / "private")
+    to_megatron("llama2", "--model-path", source, "--out", tmp_path / "out").refused("generation_config.json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"do_sample": true}', '{"transformers_version": "4.57.1"}'])
+def test_what_is_a_generation_config(content: str, tmp_path: Path, to_megatron: Script) -> None:
+    source = hf(tmp_path)
+    (source / "generation_config.json").write_text(content)
+    to_megatron("llama2", "--model-path", source, "--out", tmp_path / "out").succeeded()
+
+
+@pytest.mark.parametrize("what", ["key", "docker"])
+def test_a_tracker_that_is_none_is_not_printed(what: str, imported, tmp_path: Path, to_hf: Script) -> None:
+    source = Path(shutil.copytree(imported("llama2-gqa"), tmp_path / "source"))
+    (tmp_path / "private").write_text(NO_TOKENIZER[what])
+    (source / "latest_checkpointed_iteration.txt").unlink()
+    (source / "latest_checkpointed_iteration.txt").symlink_to(tmp_path / "private")
+    done = to_hf("--input_dir", source, "--output_dir", tmp_path / "out")
+    done.refused("holds other text")
+    assert NO_TOKENIZER[what].split()[1] not in done.text
+
+
 def test_what_is_a_tokenizers_file(tmp_path: Path) -> None:
     """Also tiktoken's format, which Llama 3 calls tokenizer.model, and settings of few words."""
     for name, text in {

@@ -118,8 +118,10 @@ def _tracked(tracker: Path) -> int | str:
         ) from error
     if text != "release" and not re.fullmatch(r"[0-9]{1,12}", text):
         present = iterations(tracker.parent)
+        # It may be a link to anything that its user can read, of which nothing is printed.
+        says = f"says {text!r}" if re.fullmatch(r"[\w.+-]{0,24}", text) else "holds other text"
         raise ConversionError(
-            f"{tracker} says {text[:80]!r}, where 'release' or a number was expected"
+            f"{tracker} {says}, where 'release' or a number was expected"
             + (f"; --load_iters names one of: {named(present)}" if present else "")
         )
     return text if text == "release" else int(text)

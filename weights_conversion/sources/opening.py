@@ -12,7 +12,7 @@ from typing import Any
 from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import hf_config, hf_parts, megatron_args, meta_params, secrets
+from weights_conversion.configs import generation, hf_config, hf_parts, megatron_args, meta_params, secrets
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, meta
 from weights_conversion.launch import distributed
@@ -147,8 +147,7 @@ def _found(path: Path, model: str, size: str | None, load_iters: int | str | Non
 def open_hf(model: str, folder: Path, target: Dialect, adapter: Path | None = None) -> Opened:
     raw = fileio.read_json(folder / "config.json")
     config = hf_config.read_config(model, raw, target, str(folder / "config.json"))
-    generation = folder / "generation_config.json"
-    generation_config = fileio.read_json(generation) if generation.is_file() else None
+    generation_config = generation.read(folder)
     tensors = huggingface.read_hf(folder)
     merged = [] if adapter is None else [f"adapter    {adapter}, merged in float32, rounded once"]
     if adapter is not None:
@@ -161,7 +160,7 @@ def open_hf(model: str, folder: Path, target: Dialect, adapter: Path | None = No
     notes += [secrets.note(dropped, str(folder / "config.json"))] if dropped else []
     if generation_config is not None:
         generation_config, dropped = secrets.without_secrets(generation_config)
-        notes += [secrets.note(dropped, str(generation))] if dropped else []
+        notes += [secrets.note(dropped, str(folder / generation.NAME))] if dropped else []
     return Opened(
         folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
         raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),

@@ -17,6 +17,7 @@ from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, hf_config, manifest, parts
+from weights_conversion.configs.generation import read as read_generation
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.errors import ConversionError
 from weights_conversion.launch import distributed
@@ -115,11 +116,7 @@ def open_reference(name: str, cache: Path | None) -> Reference:
             folder = repositories.snapshot(name, cache_dir=cache, weights=False).folder
     if not (folder / "config.json").is_file():
         raise ConversionError(f"--reference {name} holds no config.json; name a Hugging Face model")
-    generation = folder / "generation_config.json"
-    return Reference(
-        name, folder, fileio.read_json(folder / "config.json"),
-        fileio.read_json(generation) if generation.is_file() else None,
-    )  # fmt: skip
+    return Reference(name, folder, fileio.read_json(folder / "config.json"), read_generation(folder))
 
 
 def disagreements(reference: Reference, config: ModelConfig) -> list[str]:
