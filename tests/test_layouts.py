@@ -475,11 +475,10 @@ def test_standalone_embedding_stage(to_hf, tmp_path: Path) -> None:
 
 def test_layout_to_layout(imported, tmp_path: Path) -> None:
     """Merge and cut in one pass gives what a direct import gives; the way there and back gives the same again."""
-    from weights_conversion.config import Parallelism
-    from weights_conversion.to_megatron import megatron_to_megatron
+    from weights_conversion import hf_to_megatron
 
     direct = imported("llama2-gqa", *layout_options(2, 2, 1, 4))
     other = imported("llama2-gqa", *layout_options(4, 1, 1, 4))
     shutil.copytree(other, tmp_path / "in")
-    megatron_to_megatron(tmp_path / "in", tmp_path / "out", "llama2", parallel=Parallelism(2, 2))
+    hf_to_megatron("llama2", tmp_path / "in", out=tmp_path / "out", tensor_parallel=2, pipeline_parallel=2)
     assert_same_ranks(read_checkpoint(tmp_path / "out").tensors, read_checkpoint(direct).tensors)

@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizer_models
 from megatron_files import read_checkpoint, write_checkpoint
-
-from weights_conversion.tokenizer import megatron_token_ids
 
 SIZES = ["--true-vocab-size", 325, "--make-vocab-size-divisible-by", 64]
 
@@ -43,7 +42,7 @@ def test_tokens_of_training_are_kept(target: list, trained: Path, to_megatron, t
     to_hf("--input_dir", trained, "--output_dir", tmp_path / "direct").succeeded()
     to_hf("--input_dir", again, "--output_dir", tmp_path / "hf").succeeded()
     assert tokens(tmp_path / "hf") == tokens(tmp_path / "direct")
-    ids = megatron_token_ids(again / "tokenizer.model", new_tokens=True)
+    ids = tokenizer_models.megatron_token_ids(again / "tokenizer.model", new_tokens=True)
     assert tokens(tmp_path / "hf")["<CLS>"] == ids["<CLS>"] == 320
 
 

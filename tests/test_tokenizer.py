@@ -17,7 +17,6 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.tokenizer import (
     TokenizerOptions,
     TokenizerPlan,
-    megatron_token_ids,
     plan_tokenizer,
     source_tokenizer_files,
 )
@@ -53,7 +52,7 @@ def export(plan: TokenizerPlan, out: Path, model_type: str = "llama") -> Any:
     from transformers import AutoTokenizer
 
     out.mkdir()
-    plan.write(out)
+    tiny.write(plan, out)
     (out / "config.json").write_text(json.dumps({"model_type": model_type}))
     return AutoTokenizer.from_pretrained(out)
 
@@ -102,7 +101,7 @@ def test_ids_follow_the_rule(
     assert size == {"llama": 400, "padded": 400, "codellama": 416}[name]
     expected = {token: i for i, token in enumerate([*map(theirs.model.IdToPiece, range(size)), *behind])}
     assert theirs.ids == expected
-    assert megatron_token_ids(model, **args) == expected
+    assert tiny.megatron_token_ids(model, **args) == expected
 
     family = "codellama" if name == "codellama" else "llama2"
     plan = plan_tokenizer(family, with_model(root, model), args, TokenizerOptions(), embedding_rows=len(expected))
@@ -612,17 +611,18 @@ def test_source_tokenizer_files(models: dict[str, Path], tmp_path: Path) -> None
 
 
 def test_neither_transformers_nor_protobuf_is_needed(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
-    """Planning and writing a tokenizer from tokenizer.model; importing the module needs no tokenizer library at all."""
+    """Planning a tokenizer from tokenizer.model; importing the module needs no tokenizer library at all."""
     (tmp_path / "out").mkdir()
     program = """
-import sys
+import json, sys
 from pathlib import Path
 for name in ("google.protobuf", "transformers", "tiktoken"):
     sys.modules[name] = None
 from weights_conversion.tokenizer import TokenizerOptions, plan_tokenizer
 assert "sentencepiece" not in sys.modules and "tokenizers" not in sys.modules
 plan = plan_tokenizer("llama", Path(sys.argv[1]), {"new_tokens": True}, TokenizerOptions(), embedding_rows=405)
-plan.write(Path(sys.argv[2]))
+text = json.dumps(plan.written["tokenizer.json"])
+(Path(sys.argv[2]) / "tokenizer.json").write_text(text)
 """
     command = [sys.executable, "-c", program, str(with_model(root, models["llama"])), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)

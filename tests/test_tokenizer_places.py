@@ -48,7 +48,7 @@ def test_json_alone_stays_byte_for_byte(root: Path, tmp_path: Path, core: bool) 
     size = max(tiny.ids_of(source).values()) + 1
     found = plan(root, rows=size, core=core, iteration=None, options={"vocab_file": source})
     (tmp_path / "out").mkdir()
-    found.write(tmp_path / "out")
+    tiny.write(found, tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
         path.name: path.read_bytes() for path in source.iterdir()
     }

@@ -883,8 +883,8 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 def test_help_without_torch() -> None:
     code = (
-        "import sys; from weights_conversion import verify\n"
-        "try:\n    verify.main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "import sys; from weights_conversion.verify import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "sys.exit(1 if 'torch' in sys.modules else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)

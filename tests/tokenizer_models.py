@@ -11,6 +11,10 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which the package itself does not
 
+from weights_conversion.tokenizer import TokenizerPlan
+from weights_conversion.tokenizer.special_tokens import Extension, token_ids
+from weights_conversion.tokenizer.vocabulary import read_sentencepiece
+
 SPACE = "\u2581"
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and then the dog sleeps",
@@ -256,3 +260,18 @@ def hub_encode(model: Path, ids: dict[str, int], special: list[str], text: str, 
         prefix = scheme == "training" or (not spaced and (scheme == "always" or i == 0))
         result += (prefixing if prefix else plain).EncodeAsIds(part)
     return result
+
+
+def write(plan: TokenizerPlan, folder: Path) -> None:
+    """A planned tokenizer's files, as an export writes them."""
+    for name, path in plan.copied.items():
+        shutil.copyfile(path, folder / name)
+    for name, content in plan.written.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def megatron_token_ids(
+    model_file: Path, new_tokens: bool = True, vocab_extra_ids: int = 0, vocab_extra_ids_list: str | None = None
+) -> dict[str, int]:
+    """The id of every token, as the converter has it, where training added tokens to a tokenizer.model."""
+    return token_ids(read_sentencepiece(model_file), Extension(new_tokens, vocab_extra_ids, vocab_extra_ids_list))

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from weights_conversion.text import one_line
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ALIKE = 4  # more problems than that, which differ in numbers alone, are one line
 SHOWN = 10  # of a list of problems; how many more there are is told
@@ -45,3 +50,28 @@ def _alike(problems: tuple[str, ...]) -> list[str]:
         many = len(alike) > ALIKE
         told += [f"{alike[0]} (and {len(alike) - 1} more like it; the last: {alike[-1]})"] if many else alike
     return told
+
+
+class Problems:
+    """What the checks of one stage have found, to be raised together at its end: arguments and OUT; source; plan."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.found)
+
+    def of(self, check: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """What `check` returns; None where it raises ConversionError, whose problems are kept."""
+        try:
+            return check(*args, **kwargs)
+        except ConversionError as error:
+            self.found += [problem for problem in error.problems if problem not in self.found]
+            return None
+
+    def raise_all(self, report: str = "") -> None:
+        """Raises ConversionError where anything was found; `report` is said in front of it."""
+        if self.found:
+            error = ConversionError(*self.found)
+            error.report = report
+            raise error

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from weights_conversion import links
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import hf_config, rope
+from weights_conversion.configs import exported, hf_config, rope
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.engine.job import DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
-from weights_conversion.errors import ConversionError
+from weights_conversion.errors import ConversionError, Problems
 from weights_conversion.formats import huggingface
 from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.hub import repositories as hub
 from weights_conversion.launch import distributed
-from weights_conversion.layouts.placement import main_dtype
+from weights_conversion.layouts.placement import Located, main_dtype
 from weights_conversion.layouts.planners import plan_to_hf
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
 from weights_conversion.output import place
@@ -75,74 +76,118 @@ class ExportOptions(RunOptions):
 
 @watched
 def megatron_to_hf(options: ExportOptions) -> Report:
-    """Writes a Hugging Face folder. Raises ConversionError, before a byte is written, for everything that is wrong."""
-    out = options.output_dir
-    say_found(megatron_root(options.input_dir, options.load_iters))
-    with distributed.rank_zero_first("output"):
-        replaced = place.check(out, options.overwrite, options.verify)
+    """Writes a Hugging Face folder. Raises ConversionError, before a byte is written, for everything that is wrong.
+
+    Problems are raised together at the end of three stages: arguments and OUT; the source; plan and machine (run).
+    """
+    replaced = _check_arguments(options)
     if options.adapter_as == "peft":
         return _adapters_alone(options, replaced)
+    source = _read(options)
+    job = _plan(options, source)
+    read = [*job.plan.source_files(), *opened_files()]
+    job.report.notes += links.told(source.opened.root, read, TOKENIZER_FILES)
+    job.report.replaced(replaced)
+    return run(job, options)
+
+
+def _check_arguments(options: ExportOptions) -> list[str]:
+    """The files of an earlier output that would go."""
+    problems = Problems()
+    say_found(problems.of(megatron_root, options.input_dir, options.load_iters))
+    with distributed.rank_zero_first("output"):
+        replaced = problems.of(place.check, options.output_dir, options.overwrite, options.verify)
+    problems.raise_all()
+    return replaced or []
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A source that has passed every check of its own."""
+
+    opened: OpenedCheckpoint
+    located: Located
+    reference: Reference | None
+    said: Stated  # config.json and generation_config.json of the model that it was made from
+    tokenizer: TokenizerPlan | None
+    notes: list[str]
+    warnings: list[str]
+
+
+def _read(options: ExportOptions) -> _Read:
     opened, reference = _open(options)
-    config, architecture = opened.config, FAMILIES[opened.config.family]
-    sources, notes, warnings = locate_merged(
-        opened.files, architecture, config, options.adapter, options.adapter_alpha
-    )  # fmt: skip
-    check_floating(sources, opened.files.folder)
+    config, files, problems = opened.config, opened.files, Problems()
+    merged = problems.of(locate_merged, files, FAMILIES[config.family], config, options.adapter, options.adapter_alpha)
+    located, notes, warnings = merged or ({}, [], [])
+    problems.of(check_floating, located, files.folder)
+    asked = options.checksums or options.verify
+    checked = problems.of(sums.checked, files.folder, options.workers) if asked else None
+    said = stated(opened.manifest, reference, chosen=options.reference is not None)
+    problems.found += hf_config.foreign(config.family, said.config, said.where)
+    tokenizer = None
+    if not options.no_tokenizer:
+        # Nothing is downloaded for a source that is refused.
+        tokenizer = problems.of(
+            _tokenizer, _with_reference(options, reference), opened, dict(said.generation), may_fetch=not problems
+        )
+    problems.raise_all()
+    notes = [*opened.notes, *notes, *(checked or []), *said.notes]
+    return _Read(opened, located, reference, said, tokenizer, notes, [*opened.warnings, *warnings])
+
+
+def _plan(options: ExportOptions, source: _Read) -> Job:
+    opened, config = source.opened, source.opened.config
     dtype = DTYPES.get(options.dtype) or opened.files.trained_dtype
     plan = plan_to_hf(
-        architecture, config, sources, opened.files.dialect, HF,
-        options.num_output_shards, dtype,
-    )  # fmt: skip
+        FAMILIES[config.family], config, source.located, opened.files.dialect, HF, options.num_output_shards, dtype
+    )
     targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
-    report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
-    report.notes += notes
-    report.warnings += warnings
-    if options.checksums or options.verify:
-        report.notes += sums.checked(opened.files.folder, options.workers)
-    stored = main_dtype([placed for group in sources.values() for placed in group])
-    report.reads(opened.root, f"{config.family}, {described.of_megatron(opened.root, opened.files)}", stored)
-    if options.weights == "master":
-        report.notes.append("weights    the optimizer's float32 weights (--weights master), not the model's own")
-    files: dict[str, bytes | Path] = {}
+    stored = main_dtype([placed for group in source.located.values() for placed in group])
+    report = _report(options, source, stored, dtype)
+    files, changed = _configs(source, dtype or stored)
+    report.notes += [*changed, f"values     {described.values(config, opened.origins)}"]
     if len(targets) > 1:
         files["model.safetensors.index.json"] = huggingface.Index(targets).text().encode()
-
-    written_dtype = dtype or stored
-    if dtype is not None and options.dtype not in DTYPES:
-        report.notes.append(f"dtype      {dtype}, as trained; the checkpoint holds the optimizer's own (--dtype)")
-    said = stated(opened.manifest, reference, chosen=options.reference is not None)
-    report.notes += said.notes
-    if problems := hf_config.foreign(config.family, said.config, said.where):
-        raise ConversionError(*problems)
-    exported = hf_config.write_config(config, said.config, str(written_dtype).removeprefix("torch."))
-    generation = dict(said.generation)
-    if reference is not None:
-        report.warnings += disagreements(reference, config)
-        report.notes.append(f"reference  {reference.name} gives what the checkpoint does not state")
-    if options.no_tokenizer:
-        report.notes.append("tokenizer  left out (--no_tokenizer)")
-    else:
-        planned = _tokenizer(_with_reference(options, reference), opened, generation)
-        report.notes += planned.report
-        report.warnings += planned.warnings
-        _set_token_ids(exported, generation, planned, has_base=bool(said.config))
-        files |= planned.copied
-        files |= {name: _json(content) for name, content in planned.written.items()}
-    files["config.json"] = _json(exported)
-    if generation or not said.config:
-        files["generation_config.json"] = _json(generation or _default_generation(exported))
-    report.notes += _differences(said, exported)
-    report.notes.append(f"values     {described.values(config, opened.origins)}")
     prove = proof(
         opened.root, config.family, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
         source_iters=opened.load_iters, fields=options.fields, true_vocab_size=config.vocab_size,
         weights=options.weights, adapter=options.adapter, adapter_alpha=options.adapter_alpha,
     )  # fmt: skip
-    copied = [content for content in files.values() if isinstance(content, Path)]
-    place.check_apart(out, [*map(Path, plan.source_files()), opened.root, options.input_dir, *copied])
-    report.notes += links.told(opened.root, [*plan.source_files(), *opened_files()], TOKENIZER_FILES)
-    report.replaced(replaced)
-    return run(Job(plan, report, targets, out, files, prove=prove), options)
+    read = (opened.root, options.input_dir)
+    return Job(plan, report, targets, options.output_dir, files, prove=prove, read=read)
+
+
+def _report(options: ExportOptions, source: _Read, stored: torch.dtype, dtype: torch.dtype | None) -> Report:
+    opened, reference, tokenizer = source.opened, source.reference, source.tokenizer
+    report = Report(notes=list(source.notes), warnings=list(source.warnings))
+    report.reads(opened.root, f"{opened.config.family}, {described.of_megatron(opened.root, opened.files)}", stored)
+    if options.weights == "master":
+        report.notes.append("weights    the optimizer's float32 weights (--weights master), not the model's own")
+    if dtype is not None and options.dtype not in DTYPES:
+        report.notes.append(f"dtype      {dtype}, as trained; the checkpoint holds the optimizer's own (--dtype)")
+    if reference is not None:
+        report.warnings += disagreements(reference, opened.config)
+        report.notes.append(f"reference  {reference.name} gives what the checkpoint does not state")
+    report.notes += ["tokenizer  left out (--no_tokenizer)"] if tokenizer is None else tokenizer.report
+    report.warnings += [] if tokenizer is None else tokenizer.warnings
+    return report
+
+
+def _configs(source: _Read, dtype: torch.dtype) -> tuple[dict[str, bytes | Path], list[str]]:
+    """config.json, generation_config.json and the tokenizer's files; and how the first differs from the source's."""
+    files: dict[str, bytes | Path] = {}
+    said, generation, tokenizer = source.said, dict(source.said.generation), source.tokenizer
+    config = hf_config.write_config(source.opened.config, said.config, str(dtype).removeprefix("torch."))
+    if tokenizer is not None:
+        exported.set_token_ids(
+            config, generation, tokenizer.token_ids, tokenizer.config_overrides, has_base=bool(said.config)
+        )
+        files |= tokenizer.copied
+        files |= {name: exported.as_json(content) for name, content in tokenizer.written.items()}
+    files["config.json"] = exported.as_json(config)
+    if generation or not said.config:
+        files["generation_config.json"] = exported.as_json(generation or exported.default_generation(config))
+    return files, exported.differences(said.config, said.where, said.of, config)
 
 
 def _adapters_alone(options: ExportOptions, replaced: list[str]) -> Report:
@@ -196,7 +241,9 @@ def _with_reference(options: ExportOptions, reference: Reference | None) -> Expo
     return replace(options, tokenizer=replace(options.tokenizer, vocab_file=reference.folder))
 
 
-def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Mapping[str, Any]) -> TokenizerPlan:
+def _tokenizer(
+    options: ExportOptions, opened: OpenedCheckpoint, generation: Mapping[str, Any], may_fetch: bool
+) -> TokenizerPlan:
     args = opened.files.args
 
     def fetch(repository: str, cache: Path | None) -> Path:
@@ -207,7 +254,8 @@ def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Map
         return plan_tokenizer(
             opened.config.family, opened.root, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
             rows_known=opened.true_rows_known, core=opened.files.dialect is MEGATRON_CORE,
-            iteration=opened.files.folder, search=trained_from(args), fetch=fetch, generation=generation,
+            iteration=opened.files.folder, search=trained_from(args), fetch=fetch if may_fetch else None,
+            generation=generation,
         )  # fmt: skip
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         place = options.tokenizer.vocab_file or opened.root
@@ -215,49 +263,3 @@ def _tokenizer(options: ExportOptions, opened: OpenedCheckpoint, generation: Map
             f"the tokenizer files of {place} are malformed ({type(error).__name__}: {error}); "
             "--vocab_file names others, --no_tokenizer leaves them out"
         ) from error
-
-
-def _set_token_ids(config: dict, generation: dict, planned: TokenizerPlan, has_base: bool) -> None:
-    """Overrides reach config.json and generation_config.json; a config made from nothing gets bos and eos too."""
-    if not has_base:
-        for key in ("bos", "eos"):
-            if key in planned.token_ids:
-                config.setdefault(f"{key}_token_id", planned.token_ids[key][1])
-                generation.setdefault(f"{key}_token_id", planned.token_ids[key][1])
-    for key, value in planned.config_overrides.items():
-        config[key] = value
-        generation[key] = value
-
-
-def _default_generation(config: Mapping[str, Any]) -> dict[str, Any]:
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
-    return {"_from_model_config": True, **ids}
-
-
-def _differences(said: Stated, exported: Mapping[str, Any]) -> list[str]:
-    """Fields whose meaning differs from the source's config.json (keys written for other readers do not count)."""
-    source = said.config
-    if not source:
-        return []
-    rope = ("rope_theta", "rope_scaling", "rope_parameters")  # in two spellings: compared by what they mean
-    pairs = {key: (source[key], exported[key]) for key in sorted(set(source) & set(exported) - set(rope))}
-    for name, one, two in zip(
-        ("rope theta", "rope scaling"),
-        hf_config.read_rope(source, said.where),
-        hf_config.read_rope(exported, "config.json"),
-        strict=True,
-    ):
-        pairs[name] = (one, two)
-    left = [key for key in hf_config.LEFT_BEHIND if source.get(key) is not None and key not in exported]
-    differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-    return [
-        *(f"config     {key}: {one!r} in the {said.of}, {two!r} here" for key, (one, two) in differing.items()),
-        *(f"config     {key} is left out: the export holds nothing of what it names" for key in left),
-    ]
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    try:
-        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-        return (json.dumps(content, indent=2) + "\n").encode()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shlex
 import tempfile
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +15,26 @@ import torch
 from weights_conversion import links
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import core_args, manifest, megatron_args
+from weights_conversion.configs import core_args, manifest, model_size, training_lines
+from weights_conversion.configs.training_lines import Shape
 from weights_conversion.engine.job import DIVISIBLE_BY, DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
-from weights_conversion.errors import ConversionError
-from weights_conversion.formats import dist_index, dist_writer, megatron, torch_files
+from weights_conversion.errors import ConversionError, Problems
 from weights_conversion.formats.iterations import TRACKER
+from weights_conversion.formats.targets import dist_targets, rank_file, rank_targets
 from weights_conversion.launch import distributed
-from weights_conversion.layouts import dist
-from weights_conversion.layouts.placement import main_dtype
+from weights_conversion.layouts.placement import Located, main_dtype
 from weights_conversion.layouts.plan import Plan
 from weights_conversion.layouts.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
-from weights_conversion.layouts.rank_files import Rank, rank_folder
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
 from weights_conversion.mapping.parameters import is_buffer
-from weights_conversion.output import assembly, place, space
+from weights_conversion.output import place, space
+from weights_conversion.output.assembly import TargetFile
 from weights_conversion.sources import sums
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating
-from weights_conversion.sources.opening import find_local, open_source
+from weights_conversion.sources.opening import Opened, check_named, find_local, open_source
 from weights_conversion.tokenizer.carried import carried
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
 from weights_conversion.verify import proof
@@ -67,8 +65,22 @@ class ImportOptions(RunOptions):
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What is asked for, once arguments and OUT are known to be right."""
+
+    out: Path
+    dialect: Dialect
+    ckpt_format: str
+    replaced: tuple[str, ...]  # files of an earlier output
+    headers: Path | None = None  # where a dry run puts the headers of a repository's weights
+
+
 def hf_to_megatron(options: ImportOptions) -> Report:
-    """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong."""
+    """Writes a Megatron checkpoint. Raises ConversionError, before a byte is written, for everything that is wrong.
+
+    Problems are raised together at the end of three stages: arguments and OUT; the source; plan and machine (run).
+    """
     with contextlib.ExitStack() as held:
         headers = None
         if options.dry_run:  # of a repository, no weights are fetched
@@ -78,86 +90,85 @@ def hf_to_megatron(options: ImportOptions) -> Report:
 
 @watched
 def _hf_to_megatron(options: ImportOptions, headers: Path | None) -> Report:
-    architecture = FAMILIES[options.model]
-    out = options.out or _default_out(options)
-    say_found(find_local(options.model_path, options.model, options.size, options.load_iters))
+    wanted = replace(_check_arguments(options), headers=headers)
+    opened, located, notes = _open(options, wanted)
+    job = _plan(options, wanted, opened, located, notes)
+    read = [*job.plan.source_files(), *opened_files()]
+    job.report.notes += links.told(opened.folder, read, TOKENIZER_FILES)
+    job.report.replaced(list(wanted.replaced))
+    return run(job, options)
+
+
+def _check_arguments(options: ImportOptions) -> _Wanted:
+    problems, out = Problems(), options.out or _default_out(options)
+    here = problems.of(find_local, options.model_path, options.model, options.size, options.load_iters)
+    say_found(here)
+    if not problems:
+        problems.of(
+            check_named, options.model_path, here, revision=options.revision, fields=options.fields,
+            adapter=options.adapter,
+        )  # fmt: skip
     with distributed.rank_zero_first("output"):
-        replaced = place.check(out, options.overwrite, options.verify)
-    dialect = TARGETS[options.target or architecture.target]
+        replaced = problems.of(place.check, out, options.overwrite, options.verify)
+    dialect = TARGETS[options.target or FAMILIES[options.model].target]
     ckpt_format = options.ckpt_format or ("torch_dist" if dialect is MEGATRON_CORE else "torch")
+    problems.of(_check_format, options, dialect, ckpt_format)
+    problems.raise_all()
+    return _Wanted(out, dialect, ckpt_format, tuple(replaced or ()))
+
+
+def _check_format(options: ImportOptions, dialect: Dialect, ckpt_format: str) -> None:
+    parallel, problems = options.parallel, []
     if ckpt_format == "torch_dist" and dialect is not MEGATRON_CORE:
-        raise ConversionError("--ckpt-format torch_dist is Megatron-Core's; add --target megatron-core")
-    opened = open_source(
-        options.model, options.model_path, dialect, cache=options.cache_dir, size=options.size,
-        revision=options.revision, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
-        fields=options.fields, recheck=options.verify, adapter=options.adapter,
-        early=lambda config, dtype: _check_early(options, config, dtype, out, dialect), headers=headers,
-    )  # fmt: skip
-    config = opened.config
-    if options.size is not None:
-        _check_size(config, options.size)
-    parallel = _with_virtual(options, config)
-    if ckpt_format == "torch_dist" and parallel != Parallelism():
-        raise ConversionError(
-            f"--ckpt-format torch_dist is free of {parallel}: any run can load it; leave the sizes out"
-        )
-    padded = opened.stored_vocabulary is not None and opened.stored_vocabulary != config.vocab_size
-    vocabulary, true_rows = _vocabulary(options, config, parallel, padded and ckpt_format == "torch")
-    if problems := check_parallelism(config, parallel, vocabulary, dialect):
+        problems.append("--ckpt-format torch_dist is Megatron-Core's; add --target megatron-core")
+    if options.layers_per_virtual_stage is not None and parallel.pipeline == 1:
+        problems.append("--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size 2 or more, not 1")
+    elif ckpt_format == "torch_dist" and (parallel != Parallelism() or options.layers_per_virtual_stage):
+        problems.append(f"--ckpt-format torch_dist is free of {parallel}: any run can load it; leave the sizes out")
+    if problems:
         raise ConversionError(*problems)
 
-    sources = opened.sources(architecture)
-    check_floating(sources, opened.folder)
-    dtype = DTYPES.get(options.dtype)
-    written = dtype or main_dtype([placed for group in sources.values() for placed in group])
-    divisible_by = options.divisible_by or DIVISIBLE_BY
-    report = Report(notes=list(opened.notes), warnings=list(opened.warnings))
+
+def _open(options: ImportOptions, wanted: _Wanted) -> tuple[Opened, Located, list[str]]:
+    """The source, where its parameters are, and what is to be reported of it."""
+    opened = open_source(
+        options.model, options.model_path, wanted.dialect, cache=options.cache_dir, size=options.size,
+        revision=options.revision, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
+        fields=options.fields, recheck=options.verify, adapter=options.adapter,
+        early=lambda config, dtype: _check_early(options, config, dtype, wanted), headers=wanted.headers,
+    )  # fmt: skip
+    problems = Problems()
+    if options.size is not None:
+        problems.of(model_size.check, opened.config, options.size)
+    located = problems.of(opened.sources, FAMILIES[options.model])
+    if located is not None:
+        problems.of(check_floating, located, opened.folder)
+    notes = None
     if opened.iteration is not None and (options.checksums or options.verify):
-        report.notes += sums.checked(opened.iteration, options.workers)
-    at = f"; {opened.repository} at {opened.revision}" if opened.repository and not opened.dialect.megatron else ""
-    stored = main_dtype([placed for group in sources.values() for placed in group])
-    hollow = headers is not None and opened.folder.is_relative_to(headers)
-    report.reads(
-        Path(str(opened.repository)) if hollow else opened.folder, f"{options.model}, {opened.what}", stored, at
-    )
-    report.ignored = [name for name in opened.tensors if is_buffer(name)]
+        notes = problems.of(sums.checked, opened.iteration, options.workers)
+    problems.raise_all()
+    assert located is not None
+    return opened, located, notes or []
+
+
+def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Located, notes: list[str]) -> Job:
+    config, dialect, problems = opened.config, wanted.dialect, Problems()
+    parallel = problems.of(_with_virtual, options, config) or options.parallel
+    padded = opened.stored_vocabulary is not None and opened.stored_vocabulary != config.vocab_size
+    rows = problems.of(_vocabulary, options, config, parallel, padded and wanted.ckpt_format == "torch")
+    vocabulary, true_rows = rows or (config.vocab_size, config.vocab_size)
+    problems.found += check_parallelism(config, parallel, vocabulary, dialect)
+    problems.raise_all()
+
+    stored = main_dtype([placed for group in located.values() for placed in group])
+    report = _report(options, opened, stored, notes, wanted.headers)
     files, notes = carried(opened.tokenizer)
     report.notes += notes
-    names = set(files)
-    kept_args = dict(opened.kept_args)
-    if dialect is MEGATRON_CORE and names & {"tokenizer.json", "tekken.json"} and "tokenizer.model" not in names:
-        kept_args.setdefault("tokenizer_type", "HuggingFaceTokenizer")
-    if "tekken.json" in names and not names & {"tokenizer.model", "tokenizer.json"}:
-        report.notes.append(
-            "tokenizer  tekken.json alone, which transformers reads with the package mistral-common; an export builds "
-            "tokenizer.json from it"
-        )
-    elif not names & {"tokenizer.model", "tokenizer.json"} and not {"vocab_file", "tokenizer_model"} & set(kept_args):
-        report.warnings.append(
-            f"{opened.folder} holds no tokenizer (tokenizer.model or tokenizer.json), so none is written; training "
-            "needs one, and an export asks for it (--vocab_file)"
-        )
-    if ckpt_format == "torch_dist":
-        stacked = config.moe is None or config.moe.everywhere
-        plan = plan_to_dist(
-            architecture, config, sources, opened.dialect, dialect, vocabulary, dtype, "release", options.new_rows,
-            stacked=stacked,
-        )  # fmt: skip
-        targets, small = dist_targets(plan, config, written, divisible_by, kept_args, stacked=stacked)
-        files |= small
-    else:
-        plan = plan_to_megatron(
-            architecture, config, sources, opened.dialect, dialect, parallel, vocabulary, dtype,
-            rank_file("release", parallel), options.new_rows,
-        )  # fmt: skip
-        args = _rank_args(config, parallel, dialect, written, divisible_by, vocabulary) | kept_args
-        targets = rank_targets(plan, args, "release" if dialect is MEGATRON_LLM else 0, flat=dialect is MEGATRON_CORE)
-    report.training_flags = _training_flags(
-        config, dialect, ckpt_format, out, vocabulary, divisible_by, parallel, written
-    )
-    if dialect is MEGATRON_CORE:
-        report.warnings += core_args.training_warnings(config)
-    report.training_flags += _tokenizer_flags(names, dialect, out)
+    shape = Shape(parallel, dialect, wanted.ckpt_format, vocabulary, options.divisible_by or DIVISIBLE_BY)
+    dtype = DTYPES.get(options.dtype)
+    args = training_lines.rank_args(config, shape, dtype or stored) | _kept_args(opened, dialect, set(files), report)
+    plan, targets, small = _targets(options, opened, located, shape, args)
+    _say_training(report, config, shape, dtype or stored, wanted.out, set(files))
     if vocabulary != config.vocab_size:
         report.notes.append(
             f"vocabulary {config.vocab_size} rows of the source, {vocabulary} written (new: {options.new_rows} row)"
@@ -165,35 +176,88 @@ def _hf_to_megatron(options: ImportOptions, headers: Path | None) -> Report:
     text = manifest.build(
         config, true_vocab_size=true_rows if opened.true_rows_known or options.true_vocab_size else None,
         repository=opened.repository, revision=opened.revision, source_config=opened.raw_config,
-        generation_config=opened.generation_config, tokenizer=opened.tokenizer,
-        assumed=opened.assumed,
+        generation_config=opened.generation_config, tokenizer=opened.tokenizer, assumed=opened.assumed,
     )  # fmt: skip
-    files[manifest.NAME] = text.encode()
     prove = proof(
         opened.folder, options.model, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
         source_iters=opened.load_iters, fields=options.fields,
         true_vocab_size=config.vocab_size if opened.dialect.megatron else None, adapter=options.adapter,
     )  # fmt: skip
-    copied = [content for content in files.values() if isinstance(content, Path)]
-    place.check_apart(out, [*map(Path, plan.source_files()), opened.folder, *copied])
-    report.notes += links.told(opened.folder, [*plan.source_files(), *opened_files()], TOKENIZER_FILES)
-    report.replaced(replaced)
-    return run(Job(plan, report, targets, out, files, {TRACKER: b"release"}, prove), options)
+    files |= {**small, manifest.NAME: text.encode()}
+    return Job(plan, report, targets, wanted.out, files, {TRACKER: b"release"}, prove, (opened.folder,))
 
 
-def _check_early(
-    options: ImportOptions, config: ModelConfig, dtype: str | None, out: Path, dialect: Dialect
-) -> None:  # fmt: skip
+def _report(
+    options: ImportOptions, opened: Opened, stored: torch.dtype, notes: list[str], headers: Path | None
+) -> Report:
+    report = Report(notes=[*opened.notes, *notes], warnings=list(opened.warnings))
+    at = f"; {opened.repository} at {opened.revision}" if opened.repository and not opened.dialect.megatron else ""
+    hollow = headers is not None and opened.folder.is_relative_to(headers)
+    read = Path(str(opened.repository)) if hollow else opened.folder
+    report.reads(read, f"{options.model}, {opened.what}", stored, at)
+    report.ignored = [name for name in opened.tensors if is_buffer(name)]
+    return report
+
+
+def _kept_args(opened: Opened, dialect: Dialect, names: set[str], report: Report) -> dict[str, Any]:
+    """Args of the source that go along, and the tokenizer's type; what training lacks of a tokenizer is reported."""
+    kept = dict(opened.kept_args)
+    if dialect is MEGATRON_CORE and names & {"tokenizer.json", "tekken.json"} and "tokenizer.model" not in names:
+        kept.setdefault("tokenizer_type", "HuggingFaceTokenizer")
+    if "tekken.json" in names and not names & {"tokenizer.model", "tokenizer.json"}:
+        report.notes.append(
+            "tokenizer  tekken.json alone, which transformers reads with the package mistral-common; an export builds "
+            "tokenizer.json from it"
+        )
+    elif not names & {"tokenizer.model", "tokenizer.json"} and not {"vocab_file", "tokenizer_model"} & set(kept):
+        report.warnings.append(
+            f"{opened.folder} holds no tokenizer (tokenizer.model or tokenizer.json), so none is written; training "
+            "needs one, and an export asks for it (--vocab_file)"
+        )
+    return kept
+
+
+def _targets(
+    options: ImportOptions, opened: Opened, located: Located, shape: Shape, args: Mapping[str, Any]
+) -> tuple[Plan, list[TargetFile], dict[str, bytes | Path]]:
+    """The plan, the files of its tensors, and the small files that are part of the format."""
+    architecture, config, dtype = FAMILIES[options.model], opened.config, DTYPES.get(options.dtype)
+    if shape.ckpt_format == "torch_dist":
+        stacked = config.moe is None or config.moe.everywhere
+        plan = plan_to_dist(
+            architecture, config, located, opened.dialect, shape.dialect, shape.vocabulary, dtype, "release",
+            options.new_rows, stacked=stacked,
+        )  # fmt: skip
+        return plan, *dist_targets(plan, config, args, stacked=stacked)
+    plan = plan_to_megatron(
+        architecture, config, located, opened.dialect, shape.dialect, shape.parallel, shape.vocabulary, dtype,
+        rank_file("release", shape.parallel), options.new_rows,
+    )  # fmt: skip
+    core = shape.dialect is MEGATRON_CORE
+    return plan, rank_targets(plan, args, 0 if core else "release", flat=core), {}
+
+
+def _say_training(
+    report: Report, config: ModelConfig, shape: Shape, dtype: torch.dtype, out: Path, names: set[str]
+) -> None:
+    report.training_flags = training_lines.training_flags(config, shape, out, dtype)
+    report.training_flags += training_lines.tokenizer_flags(names, shape.dialect, out)
+    if shape.dialect is MEGATRON_CORE:
+        report.warnings += core_args.training_warnings(config)
+
+
+def _check_early(options: ImportOptions, config: ModelConfig, dtype: str | None, wanted: _Wanted) -> None:
     """What a config.json shows to be impossible, before the weights that it is of are fetched: size, layout, disk."""
+    problems = Problems()
     if options.size is not None:
-        _check_size(config, options.size)
-    parallel = _with_virtual(options, config)
-    vocabulary, _ = _vocabulary(options, config, parallel, False)
-    if problems := check_parallelism(config, parallel, vocabulary, dialect):
-        raise ConversionError(*problems)
+        problems.of(model_size.check, config, options.size)
+    parallel = problems.of(_with_virtual, options, config) or options.parallel
+    rows = problems.of(_vocabulary, options, config, parallel, False)
+    problems.found += check_parallelism(config, parallel, rows[0] if rows else config.vocab_size, wanted.dialect)
     kept = DTYPES.get(options.dtype) or DTYPES.get(dtype or "") or torch.bfloat16
     if distributed.current().rank == 0:
-        space.check_space(out, _parameter_count(config) * kept.itemsize)
+        problems.of(space.check_space, wanted.out, model_size.parameter_count(config) * kept.itemsize)
+    problems.raise_all()
 
 
 def _default_out(options: ImportOptions) -> Path:
@@ -204,47 +268,10 @@ def _default_out(options: ImportOptions) -> Path:
     return Path(f"{options.model}-{options.size or FAMILIES[options.model].default_size}b-megatron")
 
 
-def megatron_to_megatron(
-    source: Path, out: Path, model: str, parallel: Parallelism = Parallelism(), target: str | None = None,
-    **options: Any,
-) -> Report:  # fmt: skip
-    """Writes the Megatron checkpoint at `source` in another layout or dialect: merged and cut in one pass, no HF files.
-
-    `options` are further fields of ImportOptions.
-    """
-    return hf_to_megatron(
-        ImportOptions(model=model, model_path=str(source), out=out, parallel=parallel, target=target, **options)
-    )
-
-
-def _parameter_count(config: ModelConfig) -> int:
-    return sum(prod(each.row.megatron_shape(config)) for each in FAMILIES[config.family].instances(config))
-
-
-def _billions(size: str) -> float:
-    """Of parameters, as a size's name has them: "70", or "8x7" of experts that share the rest."""
-    return prod(float(number) for number in size.split("x"))
-
-
-def _check_size(config: ModelConfig, size: str) -> None:
-    """A size in billions is a round name, off by up to a quarter (Llama "1B" has 1.24): the family's nearest."""
-    billions = _parameter_count(config) / 1e9
-    nearest = min(FAMILIES[config.family].repositories, key=lambda name: abs(_billions(name) / billions - 1))
-    if nearest != size or abs(billions - _billions(size)) > _billions(size) / 4:
-        raise ConversionError(
-            f"--size {size} was given, but this checkpoint's config makes a model of {billions:.3g} billion parameters "
-            f"({config.num_layers} layers of hidden size {config.hidden_size}); leave --size out or correct it"
-        )
-
-
 def _with_virtual(options: ImportOptions, config: ModelConfig) -> Parallelism:
     parallel, per_stage = options.parallel, options.layers_per_virtual_stage
     if per_stage is None:
         return parallel
-    if parallel.pipeline == 1:
-        raise ConversionError(
-            "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size 2 or more, not 1"
-        )
     if config.num_layers % (parallel.pipeline * per_stage):
         raise ConversionError(
             f"{config.num_layers} layers cannot be divided among {parallel.pipeline} pipeline stages with "
@@ -268,81 +295,3 @@ def _vocabulary(options: ImportOptions, config: ModelConfig, parallel: Paralleli
     if parallel.tensor == 1 and not asked and not padded:
         return rows, rows
     return padded_vocabulary(rows, options.divisible_by or DIVISIBLE_BY, parallel.tensor), rows
-
-
-def _rank_args(
-    config: ModelConfig, parallel: Parallelism, dialect: Dialect, dtype: torch.dtype, divisible_by: int, vocabulary: int
-) -> dict[str, Any]:
-    if dialect is MEGATRON_CORE:
-        args = core_args.write_args(
-            config, parallel, dtype=dtype, divisible_by=divisible_by, ckpt_format="torch", vocabulary=vocabulary
-        )
-        sizes = {"expert_model_parallel_size": parallel.expert, "expert_tensor_parallel_size": parallel.experts_tensor}
-        return args | (sizes if config.moe is not None else {})
-    return megatron_args.write_args(config, parallel, vocabulary=vocabulary, dtype=dtype, divisible_by=divisible_by)
-
-
-def _training_flags(
-    config: ModelConfig, dialect: Dialect, ckpt_format: str, out: Path, vocabulary: int, divisible_by: int,
-    parallel: Parallelism, dtype: torch.dtype,
-) -> list[str]:  # fmt: skip
-    """What training is to be started with, as a shell takes it."""
-    load = f"--load {shlex.quote(str(out))}"
-    if dialect is not MEGATRON_CORE:
-        flags = megatron_args.training_flags(config, vocabulary, divisible_by, parallel.tensor)
-        return [f"{load} --use_checkpoint_args", *flags]
-    form = f"{load} --ckpt-format {ckpt_format} --use-checkpoint-args --no-load-optim --no-load-rng"
-    # Without it a run of other sizes cannot find its rank files, says so in one line, and trains from nothing.
-    sizes = ["--use-mp-args-from-checkpoint-args"] if parallel != Parallelism() else []
-    return [form, *sizes, *core_args.training_flags(config, dtype)]
-
-
-def _tokenizer_flags(names: Collection[str], dialect: Dialect, out: Path) -> list[str]:
-    """Which tokenizer Megatron-LM is to be given; Megatron-LLM has a flag for a file that the user chooses."""
-    if dialect is not MEGATRON_CORE:
-        return []
-    if "tokenizer.model" in names:
-        return [f"--tokenizer-model {shlex.quote(str(out / 'tokenizer.model'))}"]
-    if {"tokenizer.json", "tekken.json"} & set(names):
-        return [f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {shlex.quote(str(out))}"]
-    return []
-
-
-def dist_targets(
-    plan: Plan,
-    config: ModelConfig,
-    dtype: torch.dtype,
-    divisible_by: int,
-    kept_args: Mapping[str, Any],
-    *,
-    stacked: bool = True,
-) -> tuple[list[assembly.TargetFile], dict[str, bytes | Path]]:
-    """The .distcp files, and the small files around them."""
-    targets = [dist_writer.DistFileTarget(file, refs) for file, refs in plan.targets.items()]
-    names = dist.extra_states((step.instance for step in plan.steps), config, stacked=stacked)
-    states, entries = dist_writer.extra_states(list(names))
-    args = core_args.write_args(
-        config, Parallelism(), dtype=dtype, divisible_by=divisible_by, ckpt_format="torch_dist", vocabulary=None
-    )
-    args |= kept_args
-    files: dict[str, bytes | Path] = {
-        f"release/{dist_writer.EXTRA_STATES}": states,
-        f"release/{dist_index.METADATA}": dist_writer.metadata(targets, entries),
-    }
-    files |= {f"release/{name}": content for name, content in dist_writer.small_files(args, 0).items()}
-    return list(targets), files
-
-
-def rank_file(folder: str, parallel: Parallelism) -> Callable[[Rank], str]:
-    """The path of each rank's file below the checkpoint's root."""
-    return lambda rank: f"{folder}/{rank_folder(rank, parallel)}/model_optim_rng.pt"
-
-
-def rank_targets(
-    plan: Plan, args: Mapping[str, Any], iteration: int | str, *, flat: bool = False
-) -> list[assembly.TargetFile]:
-    """One torch file per rank."""
-    return [
-        torch_files.TorchFileTarget(file, megatron.rank_content(refs, args, iteration, flat=flat), refs)
-        for file, refs in plan.targets.items()
-    ]

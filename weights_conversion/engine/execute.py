@@ -211,14 +211,18 @@ def execute(
                 failed.set()
                 raise
 
+    before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism; torch's own threads would fight them
-    with ThreadPoolExecutor(threads, thread_name_prefix="convert") as pool:
-        try:
-            futures = [pool.submit(work) for _ in range(threads)]
-            wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:
-            failed.set()
-            raise
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="convert") as pool:
+            try:
+                futures = [pool.submit(work) for _ in range(threads)]
+                wait(futures, return_when=FIRST_EXCEPTION)
+            except BaseException:
+                failed.set()
+                raise
+    finally:
+        torch.set_num_threads(before)
     for future in futures:
         future.result()
 

@@ -38,7 +38,8 @@ class RunOptions:
 class Job:
     """A checked plan with everything that has to be written around its tensors.
 
-    `prove` compares the finished folder with the source; it returns a report, or raises ConversionError.
+    `prove` compares the finished folder with the source; it returns a report, or raises ConversionError. `read` are
+    folders and files that are read beside those of the plan and of `files`.
     """
 
     plan: Plan
@@ -48,3 +49,4 @@ class Job:
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
     last: Mapping[str, bytes] = field(default_factory=dict)
     prove: Callable[[Path], str] | None = None
+    read: Sequence[Path] = ()

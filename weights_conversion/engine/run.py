@@ -17,7 +17,7 @@ from weights_conversion.engine.job import Job, RunOptions
 from weights_conversion.engine.prediction import predictions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.streams import Source, Target
-from weights_conversion.errors import ConversionError
+from weights_conversion.errors import ConversionError, Problems
 from weights_conversion.launch import distributed, signals
 from weights_conversion.layouts.placement import Written
 from weights_conversion.layouts.plan import Chunk
@@ -31,9 +31,12 @@ BASE_BYTES = 300 << 20  # an interpreter that has imported torch
 
 
 def run(job: Job, options: RunOptions) -> Report:
-    """Executes a job (this rank's part of it, under a launcher), or only describes it where a dry run was asked for."""
-    report = job.report
-    ranks = distributed.current()
+    """Executes a job (this rank's part of it, under a launcher), or only describes it where a dry run was asked for.
+
+    What is wrong with the plan or this machine is raised together, before anything is written; a dry run says the plan
+    in front of it.
+    """
+    report, ranks = job.report, distributed.current()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a save of 512 ranks has more files than the usual limit
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -44,53 +47,48 @@ def run(job: Job, options: RunOptions) -> Report:
         ranks.agree(identity.view(job, plan, small))
     run_digest = identity.run_digest(plan, small, options)
     peak = peak_bytes(options.workers, chunks)
-    files = [target.file for target in job.targets]
-    report.planned(job.out, needed, space.free_space(job.out), files, peak)
+    report.planned(job.out, needed, space.free_space(job.out), [target.file for target in job.targets], peak)
     if ranks.size > 1:
         hosts = f"{ranks.hosts} host{'s' * (ranks.hosts > 1)}"
         report.notes.append(f"{ranks.size} ranks on {hosts} share the work; the memory is that of each")
     if ranks.rank == 0:
         report.warn()
-    if _is_complete(job, options, run_digest):
-        return report
-    problems = _lacking(job, needed, peak)
-    if problems and not options.dry_run:
-        raise ConversionError(*problems)
-    source = Source()
+    problems, source = Problems(), Source()
     try:
+        if problems.of(_is_complete, job, options, run_digest):
+            return report
+        _check_machine(problems, job, needed, peak)
         if ranks.rank == 0:
-            differences = inconsistencies(job.plan, source)
-            if differences and not options.allow_inconsistent:
-                raise ConversionError(*differences)
-            report.warnings += differences
-            report.warn()
-            if not options.dry_run:
-                report.begin()
+            _check_copies(problems, job, options, source)
         if options.dry_run:
             report.notes += predictions(needed, options)
-            if problems:
-                failure = ConversionError(*problems)
-                failure.report = report.text()
-                raise failure
-            return report
-        _write(job, options, chunks, source, run_digest, needed)
+        problems.raise_all(report.text() if options.dry_run else "")
+        if not options.dry_run:
+            if ranks.rank == 0:
+                report.begin()
+            _write(job, options, chunks, source, run_digest, needed)
     finally:
         source.close()
     return report
 
 
-def _lacking(job: Job, needed: int, peak: int) -> list[str]:
-    """Why this machine cannot do it: memory (of every rank, since each has its own machine or limit), and the disk."""
-    ranks, problems = distributed.current(), []
-    checks = [lambda: memory.check(peak - memory.peak(), -(-ranks.size // ranks.hosts))]
+def _check_machine(problems: Problems, job: Job, needed: int, peak: int) -> None:
+    """Memory (of every rank, since each has its own machine or limit), and the disk."""
+    ranks = distributed.current()
+    problems.of(memory.check, peak - memory.peak(), -(-ranks.size // ranks.hosts))
     if ranks.rank == 0:
-        checks.append(lambda: space.check_space(job.out, needed))
-    for check in checks:
-        try:
-            check()
-        except ConversionError as error:
-            problems += error.problems
-    return problems
+        copied = [content for content in job.files.values() if isinstance(content, Path)]
+        problems.of(place.check_apart, job.out, [*map(Path, job.plan.source_files()), *job.read, *copied])
+        problems.of(space.check_space, job.out, needed)
+
+
+def _check_copies(problems: Problems, job: Job, options: RunOptions, source: Source) -> None:
+    differences = problems.of(inconsistencies, job.plan, source) or []
+    if differences and not options.allow_inconsistent:
+        problems.found += differences
+    else:
+        job.report.warnings += differences
+        job.report.warn()
 
 
 def _is_complete(job: Job, options: RunOptions, run_digest: str) -> bool:
@@ -153,13 +151,34 @@ def _write(
 def _convert(
     job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, output: start.Output, needed: int
 ) -> None:  # fmt: skip
-    ranks, journal = distributed.current(), output.journal
-    done, seen = output.done, watch.current()
+    ranks, seen = distributed.current(), watch.current()
     stands = seen.check if seen is not None else lambda: None
-    remaining = [(number, chunk) for number, chunk in enumerate(chunks) if number not in done]
+    remaining = [(number, chunk) for number, chunk in enumerate(chunks) if number not in output.done]
     mine = sharing.share(remaining, [chunk.nbytes for _, chunk in remaining], ranks.size)[ranks.rank]
+    _write_chunks(job, options, mine, source, output, needed)
+    if ranks.rank:
+        ranks.hear("finished")
+        return
+    ranks.settle()
+    done = output.journal.load_all(len(chunks)) if ranks.size > 1 and remaining else output.done
+    written = [write for writes in done.values() for write in writes]
+    if output.hold.complete and open_to_others(output.hold.checkpoint):
+        _is_same(job, options)
+    finishing.finish(
+        output.hold, job.targets, output.offsets, written, job.files, job.last, options.overwrite,
+        options.workers if options.checksums else 0, _proof(job) if options.verify else None, stands,
+    )  # fmt: skip
+    signals.leaves(str)
+    ranks.tell("finished")
+
+
+def _write_chunks(
+    job: Job, options: RunOptions, mine: Sequence[tuple[int, Chunk]], source: Source, output: start.Output, needed: int
+) -> None:
+    """This rank's share of the chunks. Rank 0 comes back when all ranks have written theirs."""
+    ranks, journal, seen = distributed.current(), output.journal, watch.current()
     target = Target(output.hold.shown, output.offsets, folder=output.hold.checkpoint)
-    before = counted = sum(w.length for writes in done.values() for w in writes)
+    before = counted = sum(w.length for writes in output.done.values() for w in writes)
     try:
         with progress.bar(needed, before) if ranks.rank == 0 else contextlib.nullcontext(lambda _: None) as advance:
 
@@ -173,7 +192,7 @@ def _convert(
                 signals.leaves(lambda: _left_behind(output.hold.path, counted, needed))
 
             def finished(number: int, _: object, written: list[Written]) -> None:
-                done[number] = written
+                output.done[number] = written
                 journal.add(number, written, target.sync)
                 ranks.count(sum(w.length for w in written))
 
@@ -182,28 +201,14 @@ def _convert(
             finally:
                 journal.flush(target.sync)
             ranks.check()
-            stands()
+            if seen is not None:
+                seen.check()
             target.close()
             if ranks.rank:
                 output.hold.close()  # nothing more is written here
             ranks.gather("written")
     finally:
         target.close()
-    if ranks.rank:
-        ranks.hear("finished")
-        return
-    ranks.settle()
-    if ranks.size > 1 and remaining:
-        done = journal.load_all(len(chunks))
-    written = [write for writes in done.values() for write in writes]
-    if output.hold.complete and open_to_others(output.hold.checkpoint):
-        _is_same(job, options)
-    finishing.finish(
-        output.hold, job.targets, output.offsets, written, job.files, job.last, options.overwrite,
-        options.workers if options.checksums else 0, _proof(job) if options.verify else None, stands,
-    )  # fmt: skip
-    signals.leaves(str)
-    ranks.tell("finished")
 
 
 def _left_behind(partial: Path, done: int, needed: int) -> str:

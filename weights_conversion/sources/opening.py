@@ -70,17 +70,7 @@ def open_source(
     before weights are fetched. `headers`, a folder to be made: of a repository's weights, fetch the headers alone.
     """
     here = find_local(path, model, size, load_iters)
-    if fields and (here is None or here.kind is not Kind.MEGATRON):
-        names = ", ".join(f"--{megatron_args.NAMES[name]}" for name in fields)
-        raise ConversionError(f"{names} is for Megatron sources; a Hugging Face or Meta source has a config of its own")
-    if adapter is not None and here is not None and here.kind is not Kind.HUGGINGFACE:
-        raise ConversionError(
-            f"--adapter {adapter} is for a Hugging Face model, but {here.root} is a folder of {here.kind.value}; "
-            "export that first (megatron_to_hf.py merges Megatron's own adapters)"
-        )
     if here is not None:
-        if revision is not None:
-            raise ConversionError(f"--revision {revision} is for repositories, but {path} is a local folder")
         if here.kind is Kind.MEGATRON:
             opened = open_megatron(model, here.root, target, here.iteration, true_vocab_size, fields)
         else:
@@ -101,8 +91,6 @@ def open_source(
     from weights_conversion.hub import repositories as hub
 
     repository = path or FAMILIES[model].repositories[size or FAMILIES[model].default_size]
-    if path is not None and (repository.count("/") != 1 or repository.startswith((".", "/", "~"))):
-        raise ConversionError(f"--model-path {repository} is neither a folder here nor the name of a repository")
 
     def accept(folder: Path) -> None:
         """The family, and what the target cannot express, before the weights are fetched."""
@@ -118,6 +106,27 @@ def open_source(
     opened = open_hf(model, snapshot.folder, target, adapter)
     notes = (*opened.notes, *([snapshot.note] if getattr(snapshot, "note", "") else []))
     return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision, notes=notes)
+
+
+def check_named(
+    path: str | None, here: Found | None, *, revision: str | None, fields: Mapping[str, Any], adapter: Path | None
+) -> None:
+    """Refuses options that say nothing of `here`, which `path` is (None: not here), with all of them that do not."""
+    problems = []
+    if fields and (here is None or here.kind is not Kind.MEGATRON):
+        names = ", ".join(f"--{megatron_args.NAMES[name]}" for name in fields)
+        problems.append(f"{names} is for Megatron sources; a Hugging Face or Meta source has a config of its own")
+    if adapter is not None and here is not None and here.kind is not Kind.HUGGINGFACE:
+        problems.append(
+            f"--adapter {adapter} is for a Hugging Face model, but {here.root} is a folder of {here.kind.value}; "
+            "export that first (megatron_to_hf.py merges Megatron's own adapters)"
+        )
+    if revision is not None and here is not None:
+        problems.append(f"--revision {revision} is for repositories, but {path} is a local folder")
+    if path is not None and here is None and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        problems.append(f"--model-path {path} is neither a folder here nor the name of a repository")
+    if problems:
+        raise ConversionError(*problems)
 
 
 def find_local(

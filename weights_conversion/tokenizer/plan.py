@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,13 +57,6 @@ class TokenizerPlan:
     warnings: list[str] = field(default_factory=list)
     copied: Mapping[str, Path] = field(default_factory=dict)
     written: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def write(self, folder: Path) -> None:
-        """Writes the files into an existing folder; tokenizer.model and whatever did not change byte for byte."""
-        for name, path in self.copied.items():
-            shutil.copyfile(path, folder / name)
-        for name, content in self.written.items():
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def plan_tokenizer(

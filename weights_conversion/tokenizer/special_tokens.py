@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.tokenizer.files import json_alone
-from weights_conversion.tokenizer.vocabulary import Vocabulary, read_sentencepiece
+from weights_conversion.tokenizer.vocabulary import Vocabulary
 
 KEYS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 CONFIG_KEYS = ("bos", "eos", "pad")  # those that config.json and generation_config.json hold the id of
@@ -63,13 +62,6 @@ def token_ids(vocabulary: Vocabulary, extension: Extension) -> dict[str, int]:
     for token in added_tokens(vocabulary, extension):
         ids.setdefault(token, len(ids))
     return ids
-
-
-def megatron_token_ids(
-    model_file: Path, new_tokens: bool = True, vocab_extra_ids: int = 0, vocab_extra_ids_list: str | None = None
-) -> dict[str, int]:
-    """Ids of Megatron-LLM's SentencePieceTokenizer for a tokenizer.model, from sentencepiece alone."""
-    return token_ids(read_sentencepiece(model_file), Extension(new_tokens, vocab_extra_ids, vocab_extra_ids_list))
 
 
 def falcon_token_ids(base: Mapping[str, int], extension: Extension) -> dict[str, int]:

@@ -1,0 +1,63 @@
+"""What training is told of an import: the args in its rank files, and the line that it is started with."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weights_conversion.config import ModelConfig, Parallelism
+from weights_conversion.configs import core_args, megatron_args
+from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How an import is laid out: `vocabulary` rows, a multiple of `divisible_by` x TP where padding was asked for."""
+
+    parallel: Parallelism
+    dialect: Dialect
+    ckpt_format: str
+    vocabulary: int
+    divisible_by: int
+
+
+def rank_args(config: ModelConfig, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """The args of every rank file, or of a torch_dist checkpoint, in the names of the one that reads them."""
+    sizes: dict[str, Any] = {"dtype": dtype, "divisible_by": shape.divisible_by}
+    if shape.dialect is not MEGATRON_CORE:
+        return megatron_args.write_args(config, shape.parallel, vocabulary=shape.vocabulary, **sizes)
+    if shape.ckpt_format == "torch_dist":
+        return core_args.write_args(config, shape.parallel, ckpt_format="torch_dist", vocabulary=None, **sizes)
+    args = core_args.write_args(config, shape.parallel, ckpt_format="torch", vocabulary=shape.vocabulary, **sizes)
+    if config.moe is not None:
+        args["expert_model_parallel_size"] = shape.parallel.expert
+        args["expert_tensor_parallel_size"] = shape.parallel.experts_tensor
+    return args
+
+
+def training_flags(config: ModelConfig, shape: Shape, out: Path, dtype: torch.dtype) -> list[str]:
+    """What training is to be started with, as a shell takes it."""
+    load = f"--load {shlex.quote(str(out))}"
+    if shape.dialect is not MEGATRON_CORE:
+        flags = megatron_args.training_flags(config, shape.vocabulary, shape.divisible_by, shape.parallel.tensor)
+        return [f"{load} --use_checkpoint_args", *flags]
+    form = f"{load} --ckpt-format {shape.ckpt_format} --use-checkpoint-args --no-load-optim --no-load-rng"
+    # Without it a run of other sizes cannot find its rank files, says so in one line, and trains from nothing.
+    sizes = ["--use-mp-args-from-checkpoint-args"] if shape.parallel != Parallelism() else []
+    return [form, *sizes, *core_args.training_flags(config, dtype)]
+
+
+def tokenizer_flags(names: Collection[str], dialect: Dialect, out: Path) -> list[str]:
+    """Which tokenizer Megatron-LM is to be given; Megatron-LLM has a flag for a file that the user chooses."""
+    if dialect is not MEGATRON_CORE:
+        return []
+    if "tokenizer.model" in names:
+        return [f"--tokenizer-model {shlex.quote(str(out / 'tokenizer.model'))}"]
+    if {"tokenizer.json", "tekken.json"} & set(names):
+        return [f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {shlex.quote(str(out))}"]
+    return []
