@@ -145,3 +145,24 @@ def test_what_another_run_left_stays(tmp_path: Path) -> None:
     (tmp_path / "out.partial" / "replaced").mkdir()
     beginning.clear_away(tmp_path / "out", "of OUT")
     assert (tmp_path / "out.partial" / "replaced").exists()
+
+
+def test_trouble_after_the_exchange(sources, imported, tmp_path: Path, to_megatron: Script, monkeypatch) -> None:
+    """What stood at OUT cannot be looked into any more: OUT is the new one, and the sentence says so, with a path."""
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out", "--overwrite")
+    samples.write_older(tmp_path / "out")
+    looked, lists = [], os.listdir
+
+    def listdir(path="."):
+        if isinstance(path, int) and (tmp_path / "out" / "tokenizer.model").exists():
+            looked.append(path)
+            failing(errno.EACCES)()
+        return lists(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", listdir)
+        to_megatron(*line).refused(f"{tmp_path / 'out'} is complete", f"{tmp_path / 'out.partial'}", "cannot be read")
+    assert looked
+    assert samples.tree(tmp_path / "out") == samples.tree(imported("llama2-gqa"))
+    to_megatron(*line).succeeded()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--power-cuts", type=int, default=0, metavar="N",
         help="power cuts instead: every state of the disk is looked at, and the command run again on N of each case",
     )  # fmt: skip
+    parser.add_argument("--without-sync", action="store_true", help="with runs that sync nothing: wrong ends are found")
     parser.add_argument("--ranks", type=int, default=1, help="so many processes a run, of which one meets the fault")
     parser.add_argument("--folder", type=Path, help="where to convert: a folder of the filesystem to be tried")
     parser.add_argument("--list", action="store_true", help="say how many points each case has, and stop")
@@ -60,6 +62,7 @@ def work(options: argparse.Namespace, root: Path) -> int:
     for case in ground.cases:
         if options.power_cuts:
             if case.out:
+                case = replace(case, syncs=not options.without_sync)
                 found, problems = cuts.wrong(ground, case, options.power_cuts, options.seed)
                 findings += problems
                 ends += found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ class Case:
     out: str | None
     older: bool = False
     exchange: bool = True  # whether the filesystem can exchange two folders
+    syncs: bool = True  # False: a broken converter, to see that its faults are found
 
     @property
     def trouble(self) -> int:
@@ -40,6 +42,8 @@ class Case:
             from weights_conversion.output import publish
 
             publish.exchange = lambda *_: False
+        if not self.syncs:
+            os.fsync = lambda _: None
 
 
 class Ground:

@@ -74,9 +74,10 @@ def output_in(folder: Path | int) -> Found:
     except FileNotFoundError:
         return Found(Kind.ABSENT)
     except NotADirectoryError as error:
-        raise ConversionError(f"{folder} exists and is not a folder; name another one") from error
+        raise ConversionError(f"{_path(folder)} exists and is not a folder; name another one") from error
     except PermissionError as error:
-        raise ConversionError(f"{folder} cannot be read, so what it holds is not known; name another folder") from error
+        path = _path(folder)
+        raise ConversionError(f"{path} cannot be read, so what it holds is not known; name another folder") from error
     if not entries:
         return Found(Kind.EMPTY)
     if kind is Kind.FOREIGN:
@@ -98,6 +99,10 @@ def partial_in(folder: Path | int) -> Found:
     except NotADirectoryError:
         return Found(Kind.FOREIGN, (), (str(folder),))
     return Found(Kind.FOREIGN if foreign else Kind.PARTIAL, (), tuple(sorted(foreign)))
+
+
+def _path(folder: Path | int) -> str:
+    return str(folder) if isinstance(folder, Path) else descriptors.place_of(folder) or "a folder of the output"
 
 
 def _shown(folder: Path | int) -> contextlib.AbstractContextManager[None]:

@@ -165,7 +165,7 @@ class Partial:
                 finished.mark(self.checkpoint, run_digest)
             try:
                 publish.publish(self, overwrite)
-            except OSError as error:
+            except (OSError, ConversionError) as error:
                 self._say_if_published(error)
                 raise
         self.remove()
@@ -181,12 +181,13 @@ class Partial:
             descriptors.sync_folder(".", self.parent)
         self.remove()
 
-    def _say_if_published(self, error: OSError) -> None:
-        """Raises ConversionError where OUT is the new output already, of which an OSError's usual words are untrue."""
+    def _say_if_published(self, error: OSError | ConversionError) -> None:
+        """Raises ConversionError where OUT is the new output already, of which the usual words are untrue."""
         if self.published:
+            why = fileio.failed(error) if isinstance(error, OSError) else str(error)
             raise ConversionError(
                 f"{self.out} is complete, and what was there before is replaced, but the last step has failed "
-                f"({fileio.failed(error)}), so that a power cut might still undo it; the same command sees to that"
+                f"({why}), so that a power cut might still undo it; the same command sees to that"
             ) from error
 
     def set_aside(self) -> Path:
