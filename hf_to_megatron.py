@@ -99,13 +99,25 @@ def build_parser() -> arguments.Parser:
         help="what added rows hold: a copy of the last row, or the mean row (default: last)",
     )  # fmt: skip
     layout.add_argument(
-        "--target", choices=("megatron-llm", "megatron-core"),
+        "--target", choices=("megatron-llm", "megatron-core", "megatron-bridge"),
         help="whose checkpoint to write (default: megatron-llm for codellama, falcon, llama, llama2 and mistral, which "
         "it trains; megatron-core for the others)",
     )  # fmt: skip
     layout.add_argument(
         "--ckpt-format", choices=("torch", "torch_dist"),
         help="format on disk (default: torch; for megatron-core torch_dist, which fits any TP and PP)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--core-release", choices=("auto", "before-0.19", "0.19"), default="auto",
+        help="for torch_dist: a release that must read it; 0.19 has no common.pt (default: readable by all)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--hybrid-layer-pattern", metavar="PATTERN",
+        help="for torch_dist: write a HybridModel of this pattern, as *-*- for two layers (Megatron-LM's flag)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--spec", nargs=2, metavar=("MODULE", "NAME"),
+        help="Megatron-LM's flag beside the pattern: the two names of its stack of layers",
     )  # fmt: skip
     cli.add_fields(parser)
     cli.add_common(parser)
@@ -146,6 +158,9 @@ def main(argv: list[str] | None = None) -> int:
             new_rows=args.new_rows,
             load_iters=args.load_iters,
             adapter=args.adapter,
+            core_release=args.core_release,
+            hybrid_layer_pattern=args.hybrid_layer_pattern,
+            spec=tuple(args.spec) if args.spec else None,
             target=args.target,
             ckpt_format=args.ckpt_format,
             fields=fields,

@@ -645,7 +645,7 @@ def test_manifest(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "big").write_bytes(os.urandom(20 << 20))
     (tmp_path / "small").write_bytes(b"")
-    text = file_sums.sums(tmp_path, ["small", "a/big"], {"tracker": b"release"}, 2)
+    text = file_sums.sums(tmp_path, ["small", "a/big"], {"tracker": b"release"}, 2)[file_sums.NAME]
     assert text.decode().splitlines() == [
         f"{hashlib.sha256((tmp_path / 'a' / 'big').read_bytes()).hexdigest()}  a/big",
         f"{hashlib.sha256(b'').hexdigest()}  small",

@@ -21,6 +21,8 @@ from weights_conversion.engine.job import DIVISIBLE_BY, DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
 from weights_conversion.errors import ConversionError, Problems
+from weights_conversion.formats import hybrid
+from weights_conversion.formats.core_forms import Form, checked, training
 from weights_conversion.formats.iterations import TRACKER
 from weights_conversion.formats.targets import dist_targets, rank_file, rank_targets
 from weights_conversion.launch import distributed
@@ -40,7 +42,9 @@ from weights_conversion.tokenizer.files import TOKENIZER_FILES
 from weights_conversion.verify import proof
 from weights_conversion.watch import opened_files, watched
 
-TARGETS: dict[str, Dialect] = {"megatron-llm": MEGATRON_LLM, "megatron-core": MEGATRON_CORE}
+TARGETS: dict[str, Dialect] = {
+    "megatron-llm": MEGATRON_LLM, "megatron-core": MEGATRON_CORE, "megatron-bridge": MEGATRON_CORE,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ class ImportOptions(RunOptions):
     target: str | None = None  # the family's own
     ckpt_format: str | None = None
     adapter: Path | None = None
+    core_release: str = "auto"
+    hybrid_layer_pattern: str | None = None
+    spec: tuple[str, ...] | None = None  # Megatron-LM's flag beside the pattern
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -73,6 +80,7 @@ class _Wanted:
     dialect: Dialect
     ckpt_format: str
     replaced: tuple[str, ...]  # files of an earlier output
+    form: Form  # of a torch_dist output
     headers: Path | None = None  # where a dry run puts the headers of a repository's weights
 
 
@@ -113,8 +121,28 @@ def _check_arguments(options: ImportOptions) -> _Wanted:
     dialect = TARGETS[options.target or FAMILIES[options.model].target]
     ckpt_format = options.ckpt_format or ("torch_dist" if dialect is MEGATRON_CORE else "torch")
     problems.of(_check_format, options, dialect, ckpt_format)
+    form = problems.of(_form, options, dialect, ckpt_format) or Form()
     problems.raise_all()
-    return _Wanted(out, dialect, ckpt_format, tuple(replaced or ()))
+    return _Wanted(out, dialect, ckpt_format, tuple(replaced or ()), form)
+
+
+def _form(options: ImportOptions, dialect: Dialect, ckpt_format: str) -> Form:
+    """The form of a torch_dist output. Raises ConversionError where another format is written in it."""
+    if options.spec is not None and list(options.spec) != hybrid.SPEC:
+        raise ConversionError(f"--spec {' '.join(options.spec)} is not known; {' '.join(hybrid.SPEC)} was expected")
+    form = Form(options.core_release, options.target == "megatron-bridge", options.hybrid_layer_pattern)
+    if ckpt_format == "torch_dist" or form == Form():
+        return form
+    asked = {
+        "--target megatron-bridge": form.bridge,
+        f"--core-release {form.release}": form.release != "auto",
+        "--hybrid-layer-pattern": form.pattern is not None,
+    }
+    names = ", ".join(name for name, there in asked.items() if there)
+    raise ConversionError(
+        f"{names} is for --ckpt-format torch_dist, which is Megatron-Core's; {dialect.name} is written here in "
+        f"{ckpt_format}"
+    )
 
 
 def _check_format(options: ImportOptions, dialect: Dialect, ckpt_format: str) -> None:
@@ -167,8 +195,12 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
     shape = Shape(parallel, dialect, wanted.ckpt_format, vocabulary, options.divisible_by or DIVISIBLE_BY)
     dtype = DTYPES.get(options.dtype)
     args = training_lines.rank_args(config, shape, dtype or stored) | _kept_args(opened, dialect, set(files), report)
-    plan, targets, small = _targets(options, opened, located, shape, args)
+    form = checked(wanted.form, config)
+    plan, targets, small = _targets(options, opened, located, shape, args, form, dtype or stored)
     _say_training(report, config, shape, dtype or stored, wanted.out, set(files))
+    if form != Form():
+        report.training_flags, further = training(form, report.training_flags, wanted.out, config)
+        report.warnings += further
     if vocabulary != config.vocab_size:
         report.notes.append(
             f"vocabulary {config.vocab_size} rows of the source, {vocabulary} written (new: {options.new_rows} row)"
@@ -184,7 +216,7 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
         true_vocab_size=config.vocab_size if opened.dialect.megatron else None, adapter=options.adapter,
     )  # fmt: skip
     files |= {**small, manifest.NAME: text.encode()}
-    return Job(plan, report, targets, wanted.out, files, {TRACKER: b"release"}, prove, (opened.folder,))
+    return Job(plan, report, targets, wanted.out, files, {TRACKER: form.tracker}, prove, (opened.folder,))
 
 
 def _report(
@@ -218,17 +250,20 @@ def _kept_args(opened: Opened, dialect: Dialect, names: set[str], report: Report
 
 
 def _targets(
-    options: ImportOptions, opened: Opened, located: Located, shape: Shape, args: Mapping[str, Any]
-) -> tuple[Plan, list[TargetFile], dict[str, bytes | Path]]:
+    options: ImportOptions, opened: Opened, located: Located, shape: Shape, args: Mapping[str, Any], form: Form,
+    written: torch.dtype,
+) -> tuple[Plan, list[TargetFile], dict[str, bytes | Path]]:  # fmt: skip
     """The plan, the files of its tensors, and the small files that are part of the format."""
     architecture, config, dtype = FAMILIES[options.model], opened.config, DTYPES.get(options.dtype)
     if shape.ckpt_format == "torch_dist":
         stacked = config.moe is None or config.moe.everywhere
         plan = plan_to_dist(
-            architecture, config, located, opened.dialect, shape.dialect, shape.vocabulary, dtype, "release",
-            options.new_rows, stacked=stacked,
+            architecture, config, located, opened.dialect, shape.dialect, shape.vocabulary, dtype, form.folder,
+            options.new_rows, stacked=stacked, hybrid=form.pattern is not None,
         )  # fmt: skip
-        return plan, *dist_targets(plan, config, args, stacked=stacked)
+        return plan, *dist_targets(
+            plan, config, args, form, shape.vocabulary, written, shape.divisible_by, stacked=stacked
+        )  # fmt: skip
     plan = plan_to_megatron(
         architecture, config, located, opened.dialect, shape.dialect, shape.parallel, shape.vocabulary, dtype,
         rank_file("release", shape.parallel), options.new_rows,

@@ -52,8 +52,9 @@ def difference(job: Job, checksums: bool, workers: int) -> str | None:
             if checksums:
                 names = [*(target.file for target in job.targets), *job.files]
                 wanted = file_sums.sums(descriptors.path_of(top), names, job.last, workers)
-                if descriptors.read_note(top, file_sums.NAME, len(wanted)) != wanted:
-                    raise _Differs(file_sums.NAME)
+                for name, content in wanted.items():
+                    if descriptors.read_note(top, name, len(content)) != content:
+                        raise _Differs(name)
     except (_Differs, ValueError) as differs:  # ValueError: folders nested beyond all bounds
         return str(differs)
     except OSError as error:
@@ -67,12 +68,8 @@ def difference(job: Job, checksums: bool, workers: int) -> str | None:
 
 def _compare_names(job: Job, checksums: bool, top: int) -> None:
     """The files are those of the job, and all belong to whom OUT belongs to."""
-    expected = {
-        *(target.file for target in job.targets),
-        *job.files,
-        *job.last,
-        *([file_sums.NAME] if checksums else []),
-    }
+    names = [*(target.file for target in job.targets), *job.files]
+    expected = {*names, *job.last, *(file_sums.written(names) if checksums else [])}
     owner, present = os.fstat(top).st_uid, set()
     for name, status in finished.entries(top):
         if status.st_uid != owner or stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):

@@ -19,7 +19,8 @@ from weights_conversion.formats.archives import patch_crcs
 from weights_conversion.formats.torch_dist import COMMON
 from weights_conversion.layouts.placement import PAGE, TensorRef
 
-EXTRA_STATES = "__0_0.distcp"  # holds nothing else
+EXTRA_STATES = "__0_0.distcp"  # holds no parameters
+COMMON_STATE = "common_state/shard_0_1"
 
 
 @dataclass(frozen=True)
@@ -135,20 +136,26 @@ def extra_states(names: Sequence[str]) -> tuple[bytes, dict[str, tuple[str, int,
     return state * len(names), entries
 
 
-def small_files(args: Mapping[str, Any], iteration: int) -> dict[str, bytes]:
-    """common.pt and metadata.json."""
+def small_files(args: Mapping[str, Any] | None, iteration: int, apart: bool = True) -> dict[str, bytes]:
+    """metadata.json, and common.pt; not `apart`: the common state is an entry among the items (common_state)."""
+    kinds: dict[str, Any] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    if not apart:
+        return {"metadata.json": json.dumps(kinds).encode()}
     buffer = io.BytesIO()
-    common = {
-        "args": argparse.Namespace(**args),
-        "checkpoint_version": 3.0,
-        "iteration": iteration,
-        "content_metadata": {"singleton_local_shards": False},
-    }
-    torch.save(common, buffer)
-    kinds = {
-        "sharded_backend": "torch_dist",
-        "sharded_backend_version": 1,
-        "common_backend": "torch",
-        "common_backend_version": 1,
-    }
+    torch.save(_common(args, iteration), buffer)
+    kinds |= {"common_backend": "torch", "common_backend_version": 1}
     return {COMMON: buffer.getvalue(), "metadata.json": json.dumps(kinds).encode()}
+
+
+def common_state(args: Mapping[str, Any] | None, iteration: int) -> bytes:
+    """The common state as Megatron-Core 0.19 and newer keep it among the items, under COMMON_STATE."""
+    buffer = io.BytesIO()
+    torch.save([_common(args, iteration)], buffer)
+    return buffer.getvalue()
+
+
+def _common(args: Mapping[str, Any] | None, iteration: int) -> dict[str, Any]:
+    """`args` None: a wrapper's file states the model."""
+    stated = {} if args is None else {"args": argparse.Namespace(**args)}
+    kept = {"singleton_local_shards": False}
+    return {**stated, "checkpoint_version": 3.0, "iteration": iteration, "content_metadata": kept}

@@ -74,6 +74,15 @@ def as_gpt_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     return changed | {IS_HYBRID: True}
 
 
+def hybrid_args(args: Mapping[str, Any], pattern: str) -> dict[str, Any]:
+    """What of a GPTModel's args another HybridModel's are: its layers are sub-blocks."""
+    count = len(sub_blocks(pattern, f"the {PATTERN}"))
+    sizes = {"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_groups": 8}  # of no layer here: their defaults
+    return {
+        PATTERN: pattern, "spec": SPEC, "num_layers": count, "encoder_num_layers": count, "moe_layer_freq": 1, **sizes,
+    }  # fmt: skip
+
+
 def as_gpt_names(stored: Mapping[str, T], where: str) -> dict[str, T]:
     """`stored` under the names of a GPTModel."""
     found: dict[str, T] = {}

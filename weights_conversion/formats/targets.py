@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.formats import dist_index, dist_writer, megatron, torch_files
+from weights_conversion.formats import bridge_files, dist_index, dist_writer, hybrid, megatron, torch_files
+from weights_conversion.formats.core_forms import Form
 from weights_conversion.layouts import dist
 from weights_conversion.layouts.plan import Plan
 from weights_conversion.layouts.rank_files import Rank, rank_folder
@@ -15,17 +18,31 @@ from weights_conversion.output.assembly import TargetFile
 
 
 def dist_targets(
-    plan: Plan, config: ModelConfig, args: Mapping[str, Any], *, stacked: bool = True
-) -> tuple[list[TargetFile], dict[str, bytes | Path]]:
-    """The .distcp files, and the small files around them."""
+    plan: Plan, config: ModelConfig, args: Mapping[str, Any], form: Form, vocabulary: int, dtype: torch.dtype,
+    divisible_by: int, *, stacked: bool = True,
+) -> tuple[list[TargetFile], dict[str, bytes | Path]]:  # fmt: skip
+    """The .distcp files, and the small files around them. `args` are a GPTModel's."""
     targets = [dist_writer.DistFileTarget(file, refs) for file, refs in plan.targets.items()]
-    names = dist.extra_states((step.instance for step in plan.steps), config, stacked=stacked)
-    states, entries = dist_writer.extra_states(list(names))
-    files: dict[str, bytes | Path] = {
-        f"release/{dist_writer.EXTRA_STATES}": states,
-        f"release/{dist_index.METADATA}": dist_writer.metadata(targets, entries),
+    is_hybrid = form.pattern is not None
+    names = list(dist.extra_states((step.instance for step in plan.steps), config, stacked=stacked and not is_hybrid))
+    if is_hybrid:
+        names = [*map(dist.hybrid_key, names), "output_layer._extra_state/shard_0_1"]
+    states, entries = dist_writer.extra_states(names)
+    stated: dict[str, Any] | None = None if form.bridge else dict(args)
+    if stated is not None and form.pattern is not None:
+        stated |= hybrid.hybrid_args(stated, form.pattern)
+    if form.release == "0.19":
+        common = dist_writer.common_state(stated, 0)
+        entries[dist_writer.COMMON_STATE] = (dist_writer.EXTRA_STATES, len(states), len(common))
+        states += common
+    inside: dict[str, bytes] = {
+        dist_writer.EXTRA_STATES: states,
+        dist_index.METADATA: dist_writer.metadata(targets, entries),
+        **dist_writer.small_files(stated, 0, apart=form.release != "0.19"),
     }
-    files |= {f"release/{name}": content for name, content in dist_writer.small_files(dict(args), 0).items()}
+    files: dict[str, bytes | Path] = {f"{form.folder}/{name}": content for name, content in inside.items()}
+    if form.bridge:
+        files |= bridge_files.files(config, vocabulary, dtype, divisible_by)
     return list(targets), files
 
 

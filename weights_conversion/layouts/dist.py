@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -29,22 +30,37 @@ def dist_key(instance: Instance, spelled: str, *, stacked: bool) -> tuple[str, I
     return name.replace("{layer}", str(instance.layer)), instance.index[1:]
 
 
-def place_dist(instance: Instance, shape: Sequence[int], dtype: torch.dtype, *, stacked: bool = True) -> Placed:
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+def hybrid_key(key: str) -> str:
+    """A GPTModel's own key as HybridModel has it: attention is layer 2i, the rest 2i+1; the last norm is final_norm."""
+    match = _LAYER.fullmatch(key)
+    if match is None:
+        return key.replace("decoder.final_layernorm.", "decoder.final_norm.")
+    attention = match[2].startswith(("self_attention.", "input_layernorm."))
+    return f"decoder.layers.{2 * int(match[1]) + (not attention)}.{match[2]}"
+
+
+def place_dist(
+    instance: Instance, shape: Sequence[int], dtype: torch.dtype, *, stacked: bool = True, hybrid: bool = False
+) -> Placed:  # fmt: skip
     """A parameter of a torch_dist checkpoint: items of at most ITEM_BYTES, gate and up apart, as Megatron-Core has it.
 
     The refs are named KEY@OFFSETS, where OFFSETS begin with the indices that are leading axes of the tensor KEY.
     """
     rows, columns = two_dimensional(shape)
     spellings = MEGATRON_CORE.dist_spellings(instance.row.megatron)
-    copies = [_dist_blocks(instance, spelled, shape, dtype, stacked) for spelled in spellings]
+    copies = [_dist_blocks(instance, spelled, shape, dtype, stacked, hybrid) for spelled in spellings]
     return Placed(instance.megatron(), dtype, rows, columns, tuple(copies))
 
 
 def _dist_blocks(
-    instance: Instance, spelled: str, shape: Sequence[int], dtype: torch.dtype, stacked: bool
+    instance: Instance, spelled: str, shape: Sequence[int], dtype: torch.dtype, stacked: bool, hybrid: bool
 ) -> tuple[Block, ...]:
     rows, columns = two_dimensional(shape)
     key, lead = dist_key(instance, spelled, stacked=stacked)
+    key = hybrid_key(key) if hybrid else key
     shard = instance.row.shard
     parts = shard.blocks if shard else 1
     step = max(min(ITEM_BYTES // (columns * dtype.itemsize), rows // parts), 1)

@@ -115,14 +115,17 @@ def written_dtype(instance: Instance, source: tuple[Placed, ...], dtype: torch.d
 def plan_to_dist(
     architecture: Architecture, config: ModelConfig, sources: Located,
     source: Dialect, target: Dialect, vocabulary: int, dtype: torch.dtype | None, folder: str, new_rows: str = "last",
-    *, stacked: bool = True,
+    *, stacked: bool = True, hybrid: bool = False,
 ) -> Plan:  # fmt: skip
-    """Into torch_dist files of about FILE_BYTES below `folder`; `stacked`: the layers along a leading axis."""
+    """Into torch_dist files of about FILE_BYTES below `folder`; `stacked`: the layers along a leading axis.
+
+    `hybrid`: under the names of a HybridModel, whose layers are never stacked.
+    """
     instances = list(architecture.instances(config))
     placed = [
         place_dist(
             each, each.row.megatron_shape(config, vocabulary), written_dtype(each, sources[each.key], dtype),
-            stacked=stacked,
+            stacked=stacked and not hybrid, hybrid=hybrid,
         )
         for each in instances
     ]  # fmt: skip

@@ -1,20 +1,34 @@
-"""checksums.sha256: the SHA-256 of every file of an output, as sha256sum writes and checks them."""
+"""The SHA-256 of every file of an output: checksums.sha256, as sha256sum writes and checks them.
+
+A torch_dist folder has Megatron-Core's own list too, integrity.json, which a run with --verify-integrity wants to see.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from weights_conversion.fileio import sha256
 
 NAME = "checksums.sha256"
+INTEGRITY = "integrity.json"
+_INDEX = "/.metadata"
 
 
-def sums(root: Path, names: Sequence[str], further: Mapping[str, bytes], workers: int) -> bytes:
-    """The lines for files below `root`, and for `further` contents, on so many threads. Reads the disk."""
+def written(names: Iterable[str]) -> list[str]:
+    """The files of sums that an output with files of these `names` has."""
+    return [*_listings(names), NAME]
+
+
+def sums(root: Path, names: Sequence[str], further: Mapping[str, bytes], workers: int) -> dict[str, bytes]:
+    """The files of sums (`written`), of files below `root`, and of `further` contents, on so many threads.
+
+    Reads the disk.
+    """
     stop = threading.Event()
     with ThreadPoolExecutor(workers, thread_name_prefix="checksums") as pool:
         try:
@@ -23,4 +37,17 @@ def sums(root: Path, names: Sequence[str], further: Mapping[str, bytes], workers
             stop.set()
             raise
     found |= {name: hashlib.sha256(content).hexdigest() for name, content in further.items()}
-    return "".join(f"{found[name]}  {name}\n" for name in sorted(found)).encode()
+    result: dict[str, bytes] = {}
+    for listing in _listings(names):
+        folder = listing.rpartition("/")[0]
+        inside = {name.rpartition("/")[2]: found[name] for name in sorted(names) if name.rpartition("/")[0] == folder}
+        result[listing] = json.dumps({"algorithm": "sha256", "files": inside}, indent=2).encode()
+        found[listing] = hashlib.sha256(result[listing]).hexdigest()
+    result[NAME] = "".join(f"{found[name]}  {name}\n" for name in sorted(found)).encode()
+    return result
+
+
+def _listings(names: Iterable[str]) -> list[str]:
+    """Megatron-Core's list of each folder of items."""
+    folders = sorted(name.removesuffix(_INDEX) for name in names if name.endswith(_INDEX))
+    return [f"{folder}/{INTEGRITY}" for folder in folders]

@@ -46,7 +46,7 @@ def finish(
     """
     names = [*(target.file for target in targets), *files]
     if held.complete:
-        _check_complete(held, {*names, *last, *([file_sums.NAME] if sum_workers else [])})
+        _check_complete(held, {*names, *last, *(file_sums.written(names) if sum_workers else [])})
         _prove(held, prove)
         with descriptors.shown_as("syncing", held.out.absolute().parent):
             descriptors.sync_folder(".", held.parent)  # which may be what the earlier run did not come to
@@ -64,7 +64,8 @@ def finish(
         else:
             held.write(name, content)
     if sum_workers:
-        held.write(file_sums.NAME, file_sums.sums(held.shown, names, last, sum_workers))
+        for name, content in file_sums.sums(held.shown, names, last, sum_workers).items():
+            held.write(name, content)
     assembly.sync_all(held, targets)
     for name, text in last.items():
         held.write(name, text)

@@ -1,0 +1,151 @@
+"""Forms of a torch_dist output: of a release of Megatron-Core, of Megatron-Bridge, of a HybridModel; integrity.json.
+
+Megatron-Bridge 0.6.2's own load_megatron_model and megatron-core 0.19.2's own load_common_state_dict and
+verify_integrity_manifest were run on such outputs by hand: logits within 2.1e-6 of transformers'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tm
+import torch
+import yaml
+from conftest import GOLDEN, Result
+from golden_core import COMMON, Reader, read_torch_dist, root_of
+
+HYBRID = ("--hybrid-layer-pattern", "*-*-", "--spec", "megatron.core.models.hybrid.hybrid_layer_specs",
+          "hybrid_stack_spec")  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def write(to_megatron, case: str, out: Path, *options: Any) -> Result:
+    family = tm.read_json(GOLDEN / case / "case.json")["family"]
+    return to_megatron(family, "--model-path", GOLDEN / case / "hf", "--out", out, *options)
+
+
+def comes_back(to_hf, case: str, out: Path, to: Path) -> None:
+    to_hf("--input_dir", out, "--output_dir", to, "--no_tokenizer", "--verify").succeeded()
+    found, expected = tm.read_huggingface(to), tm.read_huggingface(GOLDEN / case / "hf")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for key in ("rms_norm_eps", "max_position_embeddings", "num_hidden_layers", "tie_word_embeddings"):
+        assert tm.read_json(to / "config.json")[key] == tm.read_json(GOLDEN / case / "hf" / "config.json")[key]
+
+
+# ---- a HybridModel
+
+
+def test_a_hybrid_model_as_megatron_wrote_it(to_megatron, to_hf, tmp_path: Path) -> None:
+    case = "core-llama3-hybrid"
+    sizes = ("--make-vocab-size-divisible-by", 32)
+    said = write(to_megatron, case, tmp_path / "out", *HYBRID, *sizes, "--verify").succeeded()
+    assert "--hybrid-layer-pattern '*-*-'" in said.out
+    (wanted, wanted_args), (found, args) = (
+        read_torch_dist(root) for root in (GOLDEN / case / "megatron-hybrid", tmp_path / "out")
+    )
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        rows = 232 if name in ("embedding.word_embeddings.weight", "output_layer.weight") else len(tensor)
+        assert torch.equal(found[name][:rows], tensor[:rows]), name
+    for name in ("num_layers", "encoder_num_layers", "hybrid_layer_pattern", "moe_layer_freq", "mamba_state_dim"):
+        assert args[name] == wanted_args[name]
+    assert list(args["spec"]) == list(wanted_args["spec"])
+    entries = [Reader(root_of(root)).read_metadata().state_dict_metadata
+               for root in (GOLDEN / case / "megatron-hybrid", tmp_path / "out")]  # fmt: skip
+    states = [{key for key in each if "_extra_state" in key} for each in entries]
+    assert states[0] <= states[1]
+    comes_back(to_hf, case, tmp_path / "out", tmp_path / "hf")
+
+
+def test_a_scaling_is_warned_of(to_megatron, tmp_path: Path) -> None:
+    said = write(to_megatron, "core-llama3", tmp_path / "out", "--hybrid-layer-pattern", "*-*-|*-").succeeded()
+    assert "HybridModel ignores --use-rope-scaling" in said.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--hybrid-layer-pattern", "*-*-*-"), ("is not this model's", "*-*-")),
+        (("--hybrid-layer-pattern", "*E*E"), ("is not this model's",)),
+        (("--hybrid-layer-pattern", "M-*-"), ("Mamba",)),
+        (("--hybrid-layer-pattern", "*-*-", "--spec", "a", "b"), ("--spec a b",)),
+        (("--hybrid-layer-pattern", "*-*-", "--ckpt-format", "torch"), ("torch_dist",)),
+        (("--hybrid-layer-pattern", "*-*-", "--target", "megatron-bridge"), ("megatron-bridge",)),
+        (("--target", "megatron-bridge", "--ckpt-format", "torch"), ("torch_dist",)),
+        (("--core-release", "0.19", "--ckpt-format", "torch"), ("torch_dist",)),
+    ],
+)
+def test_forms_that_are_refused(options: Any, words: Any, to_megatron, tmp_path: Path) -> None:
+    write(to_megatron, "core-llama3-hybrid", tmp_path / "out", *options).refused(*words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_megatron_llm_has_no_form_of(to_megatron, imported, sources, tmp_path: Path) -> None:
+    to_megatron("llama2", "--model-path", sources("llama2"), "--out", tmp_path / "out",
+                "--core-release", "0.19").refused("torch_dist")  # fmt: skip
+
+
+# ---- releases
+
+
+@pytest.mark.parametrize(("release", "apart"), [("auto", True), ("before-0.19", True), ("0.19", False)])
+def test_where_the_common_state_is(release: str, apart: bool, to_megatron, to_hf, tmp_path: Path) -> None:
+    write(to_megatron, "core-qwen3", tmp_path / "out", "--core-release", release).succeeded()
+    folder = tmp_path / "out" / "release"
+    assert (folder / "common.pt").is_file() == apart
+    assert (COMMON in Reader(folder).read_metadata().state_dict_metadata) == (not apart)
+    assert ("common_backend" in tm.read_json(folder / "metadata.json")) == apart
+    assert read_torch_dist(tmp_path / "out")[1]["num_layers"] == 3
+    comes_back(to_hf, "core-qwen3", tmp_path / "out", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("target", ["megatron-core", "megatron-bridge"])
+def test_megatron_cores_own_sums(target: str, to_megatron, tmp_path: Path) -> None:
+    options = ("--checksums", "--target", target)
+    write(to_megatron, "core-qwen3", tmp_path / "out", *options, "--verify").succeeded()
+    folder = root_of(tmp_path / "out")
+    said = json.loads((folder / "integrity.json").read_text())
+    inside = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    del inside["integrity.json"]
+    assert said == {"algorithm": "sha256", "files": inside}
+    assert "already" in write(to_megatron, "core-qwen3", tmp_path / "out", *options, "--verify").succeeded().text
+
+
+# ---- Megatron-Bridge
+
+
+@pytest.mark.parametrize("case", ["core-llama3", "core-qwen2", "core-qwen3"])
+def test_bridge(case: str, to_megatron, to_hf, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(to_megatron, case, out, "--target", "megatron-bridge", "--make-vocab-size-divisible-by", 64).succeeded()
+    assert (out / "latest_checkpointed_iteration.txt").read_text() == "0"
+    run_config = yaml.safe_load((out / "iter_0000000" / "run_config.yaml").read_text())
+    model, config = run_config["model"], tm.read_json(GOLDEN / case / "hf" / "config.json")
+    assert model["_target_"] == "megatron.bridge.models.gpt_provider.GPTModelProvider"
+    assert (model["layernorm_epsilon"], model["vocab_size"]) == (config["rms_norm_eps"], config["vocab_size"])
+    assert model["should_pad_vocab"] == (config["vocab_size"] % 64 != 0)
+    assert run_config["checkpoint"]["save_optim"] is False
+    for path in (out / "latest_train_state.pt", out / "iter_0000000" / "train_state.pt"):
+        assert torch.load(path, weights_only=True)["step"] == 0
+    comes_back(to_hf, case, out, tmp_path / "hf")
+
+
+def test_bridge_alone_without_our_manifest(to_megatron, to_hf, tmp_path: Path) -> None:
+    """What is stated in run_config.yaml is enough."""
+    out = tmp_path / "out"
+    write(to_megatron, "core-llama3", out, "--target", "megatron-bridge").succeeded()
+    (out / "conversion_manifest.json").unlink()
+    said = to_hf("--input_dir", out, "--output_dir", tmp_path / "hf", "--no_tokenizer").succeeded()
+    assert "run_config.yaml" in said.out
+    one, two = (tm.read_json(p / "config.json") for p in (GOLDEN / "core-llama3" / "hf", tmp_path / "hf"))
+    assert two["rope_scaling"].items() >= one["rope_scaling"].items()
+    assert (two["rope_theta"], two["rms_norm_eps"]) == (one["rope_theta"], one["rms_norm_eps"])
+
+
+def test_what_bridges_form_is_not_written_for(to_megatron, tmp_path: Path) -> None:
+    write(to_megatron, "core-qwen3-yarn", tmp_path / "out", "--target", "megatron-bridge").refused("yarn", "yet")
