@@ -13,9 +13,10 @@ from conftest import REPOSITORY, Script
 
 from tests.robustness import faults
 from tests.robustness import sources as samples
-from weights_conversion import fileio
+from weights_conversion import fileio, watch
 from weights_conversion import verify as verifying
 from weights_conversion.errors import ConversionError
+from weights_conversion.launch import line
 from weights_conversion.output import beginning, descriptors
 from weights_conversion.output.partial import Partial
 
@@ -23,8 +24,8 @@ from weights_conversion.output.partial import Partial
 @pytest.mark.skipif(faults.lacking() is not None, reason=str(faults.lacking()))
 @pytest.mark.parametrize("options", [("--sample", "2"), ("--ranks", "2", "--sample", "4", "--case", "export")])
 def test_a_sample_of_points(options: tuple[str, ...]) -> None:
-    line = [sys.executable, "-m", "tests.robustness", *options]
-    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    call = [sys.executable, "-m", "tests.robustness", *options]
+    done = subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "; 0 wrong ends" in done.stdout.splitlines()[-1]
 
@@ -38,7 +39,7 @@ def failing(number: int, path: object = None):
 
 def test_trouble_in_a_proof_is_no_failed_proof(sources, imported, tmp_path: Path, to_megatron: Script, monkeypatch):
     """What could not be read may be right: it is not set aside, and the same command proves it again."""
-    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out", "--verify")
+    call = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out", "--verify")
 
     def verify(*_, **__):
         try:
@@ -48,14 +49,14 @@ def test_trouble_in_a_proof_is_no_failed_proof(sources, imported, tmp_path: Path
 
     with monkeypatch.context() as patch:
         patch.setattr(verifying, "verify", verify)
-        to_megatron(*line).refused("/x/y")
+        to_megatron(*call).refused("/x/y")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial"]
-    to_megatron(*line).succeeded()
+    to_megatron(*call).succeeded()
     assert samples.tree(tmp_path / "out") == samples.tree(imported("llama2-gqa"))
 
 
 def test_an_error_after_the_rename_says_so(sources, imported, tmp_path: Path, to_megatron: Script, monkeypatch):
-    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
+    call = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
     sync = descriptors.sync_folder
 
     def fails_at_the_end(name, within=None):
@@ -65,26 +66,26 @@ def test_an_error_after_the_rename_says_so(sources, imported, tmp_path: Path, to
 
     with monkeypatch.context() as patch:
         patch.setattr(descriptors, "sync_folder", fails_at_the_end)
-        said = to_megatron(*line).refused("out is complete", "Input/output error", "the same command")
+        said = to_megatron(*call).refused("out is complete", "Input/output error", "the same command")
     assert "nothing that was there is changed" not in said.err
     assert samples.tree(tmp_path / "out") == samples.tree(imported("llama2-gqa"))
-    to_megatron(*line).succeeded()
+    to_megatron(*call).succeeded()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_leftovers_of_a_finished_output_go(sources, tmp_path: Path, to_megatron: Script, monkeypatch) -> None:
     """Killed when all but the folder itself was removed: the same command, which finds OUT complete, removes it."""
-    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
-    to_megatron(*line).succeeded()
+    call = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
+    to_megatron(*call).succeeded()
     (tmp_path / "out.partial").mkdir(mode=0o700)
     (tmp_path / "out.partial" / "lock").touch()
-    to_megatron(*line).succeeded()
+    to_megatron(*call).succeeded()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     with monkeypatch.context() as patch:
         patch.setattr(Partial, "remove", lambda self: None)
-        to_megatron(*line, "--overwrite").succeeded()
+        to_megatron(*call, "--overwrite").succeeded()
     (tmp_path / "out.partial" / "journal" / "publishing").unlink()  # killed a little before
-    to_megatron(*line).succeeded()
+    to_megatron(*call).succeeded()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
@@ -99,8 +100,8 @@ def test_what_cannot_be_looked_for_is_not_absent(number: int, imported, tmp_path
         return look(path, *rest, **named)
 
     monkeypatch.setattr(os, "lstat", lstat)
-    line = ("--input_dir", imported("llama2-gqa"), "--output_dir", tmp_path / "back")
-    to_hf(*line).refused("conversion_manifest.json", os.strerror(number))
+    call = ("--input_dir", imported("llama2-gqa"), "--output_dir", tmp_path / "back")
+    to_hf(*call).refused("conversion_manifest.json", os.strerror(number))
 
 
 def test_an_error_in_a_folder_gets_a_whole_path(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_what_another_run_left_stays(tmp_path: Path) -> None:
 
 def test_trouble_after_the_exchange(sources, imported, tmp_path: Path, to_megatron: Script, monkeypatch) -> None:
     """What stood at OUT cannot be looked into any more: OUT is the new one, and the sentence says so, with a path."""
-    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out", "--overwrite")
+    call = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out", "--overwrite")
     samples.write_older(tmp_path / "out")
     looked, lists = [], os.listdir
 
@@ -161,8 +162,30 @@ def test_trouble_after_the_exchange(sources, imported, tmp_path: Path, to_megatr
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", listdir)
-        to_megatron(*line).refused(f"{tmp_path / 'out'} is complete", f"{tmp_path / 'out.partial'}", "cannot be read")
+        to_megatron(*call).refused(f"{tmp_path / 'out'} is complete", f"{tmp_path / 'out.partial'}", "cannot be read")
     assert looked
     assert samples.tree(tmp_path / "out") == samples.tree(imported("llama2-gqa"))
-    to_megatron(*line).succeeded()
+    to_megatron(*call).succeeded()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_store_that_is_gone_is_a_sentence() -> None:
+    """Rank 0 is killed while the others wait for all to come."""
+
+    class Gone:
+        def check(self, keys: list[str]) -> bool:
+            raise RuntimeError("Connection reset by peer\nException raised from recvBytes")
+
+    with pytest.raises(ConversionError, match=r"the connection to rank 0 is lost \(Connection reset by peer\)"):
+        line.Store(Gone(), "a job").has("joined")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_source_that_cannot_be_looked_at_has_not_failed_its_proof(tmp_path: Path, monkeypatch) -> None:
+    """The sentence's cause is the system's error, by which a proof knows trouble from a difference."""
+    (tmp_path / "weights").write_text("x")
+    with watch.watching() as seen:
+        fileio.open_file(tmp_path / "weights").close()
+        monkeypatch.setattr(os, "stat", failing(errno.ESTALE, str(tmp_path / "weights")))
+        with pytest.raises(ConversionError, match="Stale file handle") as error:
+            seen.check()
+    assert isinstance(error.value.__cause__, OSError)

@@ -68,16 +68,16 @@ class Watch:
 
     def check(self) -> None:
         """Raises ConversionError where a noted file is not what it was when it was opened."""
-        changes = []
+        changes, cause = [], None
         for path, before in list(self._seen.items()):
             try:
                 change = before.change(Stamp.of(os.stat(path)))
             except OSError as error:
-                change = f"it is gone ({error.strerror})"
+                change, cause = f"it is gone ({error.strerror})", error
             if change:
                 changes.append((path, change))
         if changes:
-            raise _changed(changes)
+            raise _changed(changes) from cause
 
 
 def _changed(changes: list[tuple[str, str]]) -> ConversionError:

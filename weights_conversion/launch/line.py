@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from weights_conversion.errors import ConversionError
+from weights_conversion.launch.endings import CONTINUES
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -23,17 +27,33 @@ class Store:
         self._store, self._prefix = store, f"weights_conversion/{launch}/"
 
     def set(self, key: str, value: str) -> None:
-        self._store.set(self._prefix + key, value)
+        with _reached():
+            self._store.set(self._prefix + key, value)
 
     def set_first(self, key: str, value: str) -> None:
         """The first value that any rank gives it stays."""
-        self._store.compare_set(self._prefix + key, "", value)
+        with _reached():
+            self._store.compare_set(self._prefix + key, "", value)
 
     def has(self, *keys: str) -> bool:
-        return self._store.check([self._prefix + key for key in keys])
+        with _reached():
+            return self._store.check([self._prefix + key for key in keys])
 
     def get(self, *keys: str) -> list[str]:
-        return [value.decode() for value in self._store.multi_get([self._prefix + key for key in keys])]
+        with _reached():
+            return [value.decode() for value in self._store.multi_get([self._prefix + key for key in keys])]
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """What torch says of a store that is gone, in a sentence: before all have met, nobody watches yet."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConversionError(
+            f"the connection to rank 0 is lost ({why}): it was killed or its node is down; {CONTINUES}"
+        ) from error
 
 
 class Line:

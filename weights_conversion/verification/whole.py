@@ -87,7 +87,10 @@ def _safetensors(path: Path) -> dict[str, Callable[[slice | None], Tensor]]:
 
 
 # Of which libraries of C++ and Rust tell in words alone.
-_OF_THE_SYSTEM = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_OF_THE_SYSTEM = (
+    errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC,
+    errno.EDQUOT, errno.EROFS, errno.EINTR, errno.ENODEV, errno.EBUSY, errno.ETIMEDOUT, errno.ENOSYS, errno.EOPNOTSUPP,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
