@@ -16,3 +16,16 @@ def test_limits_of_files() -> None:
     assert sizes is not None
     limits = (fileio.MAX_CONFIG_BYTES, fileio.MAX_INDEX_BYTES, fileio.MAX_TOKENIZER_BYTES)
     assert tuple(int(size) * 10**6 for size in sizes.groups()) == limits
+
+
+def test_commands_are_there() -> None:
+    """Each command of the page is a module of the tests, with the options that it is given."""
+    from tests.robustness.__main__ import parse
+
+    lines = re.findall(r"`python -m (tests\.robustness[a-z_.]*)( [^`]*)?`", PAGE)
+    assert len(lines) > 5
+    for module, options in lines:
+        path = Path(__file__).parents[1].joinpath(*module.split("."))
+        assert path.is_dir() or path.with_suffix(".py").is_file()
+        if path.is_dir():
+            parse(options.split())
