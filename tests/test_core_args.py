@@ -281,3 +281,42 @@ def test_the_printed_flag_says_since_when_it_works(to_megatron, tmp_path: Path) 
     source = tm.write_huggingface(tmp_path / "hf", LINEAR, tokenizer=False, spelling=4)
     said = to_megatron("llama2", "--model-path", source, "--out", tmp_path / "mt", "--target", "megatron-core")
     assert "--rotary-seq-len-interpolation-factor reaches the model in Megatron-LM 0.19" in said.succeeded().text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logits_soft_cap", 30.0),
+        ("residual_multiplier", 0.22),
+        ("embedding_multiplier", 12),
+        ("my_attention_scale", 0.5),
+        ("use_parallel_residual", True),
+        ("attn_temperature_tuning", True),
+        ("rope_ntk_alpha", 2.0),
+        ("use_sandwich_norms", True),
+    ],
+)
+def test_unknown_args_that_name_a_forward_pass_are_refused(name: str, value: object, edited, to_hf, tmp_path) -> None:
+    to_hf(*arguments(edited(**{name: value}), tmp_path / "hf")).refused(name, "not known here")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"residual_multiplier": 1.0, "embedding_multiplier": 1, "logits_soft_cap": None, "attn_sinks": False},
+        {"use_fused_rotary_pos_emb": True, "attention_mask_type": "causal", "swap_attention": True},
+        {"sglang_attention_backend": "fa3", "eps_clip": 0.2, "normalize_advantages": True, "rollout_temperature": 1.0},
+        {"mhc_num_residual_streams": 4, "enable_mhc_connections": False, "moe_combine_scale_dtype": "bf16"},
+        {"context_parallel_norm": 2, "log_attention_norms": True},
+    ],
+)
+def test_unknown_args_of_no_consequence_pass(args: dict[str, object], edited, to_hf, tmp_path: Path) -> None:
+    """Neutral values, other ways to compute the same, serving and reinforcement learning, features that are off."""
+    to_hf(*arguments(edited(**args), tmp_path / "hf")).succeeded()
+
+
+def test_a_factor_that_no_arg_states_is_warned_of(edited, to_hf, tmp_path: Path) -> None:
+    """Releases before 0.11 have --use-rope-scaling alone."""
+    root = edited(use_rope_scaling=True, rope_scaling_factor=None)
+    arguments = ("--input_dir", root, "--output_dir", tmp_path / "hf", "--model", "llama3", "--no_tokenizer")
+    assert "nothing says what Llama 3's rope_scaling_factor is: 8 is used" in to_hf(*arguments).succeeded().text

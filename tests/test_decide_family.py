@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models as tm
+import torch
 from conftest import Script
 from megatron_files import write_checkpoint
 from naive_layout import megatron_ranks
@@ -114,3 +116,55 @@ def test_undecidable(args: dict[str, Any], words: tuple[str, ...], to_hf: Script
     assert not (tmp_path / "out").exists()
     result = to_hf("--input_dir", root, "--output_dir", tmp_path / "out", "--no_tokenizer", "--model", "codellama")
     assert result.code == 0, result.text
+
+
+def undecided(folder: Path, **args: Any) -> Path:
+    """Theta 1e6, groups and a long context: codellama or mistral."""
+    return trained(folder, tm.MODELS["mistral-v0.3"], sliding_window_size=None, max_position_embeddings=32768, **args)
+
+
+def test_a_reference_s_model_type_decides(to_hf: Script, tmp_path: Path) -> None:
+    root, out = undecided(tmp_path / "m"), tmp_path / "out"
+    arguments = ("--input_dir", root, "--output_dir", out, "--no_tokenizer")
+    to_hf(*arguments).refused("codellama and mistral")
+    reference = tm.write_huggingface(tmp_path / "hf", tm.MODELS["mistral-v0.3"])
+    assert "model_type mistral" in to_hf(*arguments, "--reference", reference).succeeded().text
+    assert tm.read_json(out / "config.json")["model_type"] == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("stored", "flag", "family"), [(None, 9, "mistral"), (None, 0, "llama2"), (9, 0, "llama2"), (9, 5, "mistral")]
+)
+def test_a_stated_window_decides(stored: int | None, flag: int, family: str, to_hf: Script, tmp_path: Path) -> None:
+    """Without --model too; and over what a checkpoint says, which is told."""
+    root = trained(tmp_path / "m", tm.MODELS["llama2-gqa"], sliding_window_size=stored)
+    arguments = ("--input_dir", root, "--output_dir", tmp_path / "out", "--no_tokenizer")
+    said = to_hf(*arguments, "--sliding_window_size", flag).succeeded().text
+    assert f"model      {family}" in said
+    config = tm.read_json(tmp_path / "out" / "config.json")
+    assert config.get("sliding_window") == (flag or None)
+    if (stored, flag) == (9, 5):
+        assert "over 9 in the args" in said
+
+
+def test_a_stated_window_of_a_family_without(to_hf: Script, tmp_path: Path) -> None:
+    root = trained(tmp_path / "m", tm.MODELS["llama2-gqa"])
+    arguments = ("--input_dir", root, "--output_dir", tmp_path / "out", "--no_tokenizer", "--model", "llama2")
+    to_hf(*arguments, "--sliding_window_size", 0).succeeded()
+    to_hf(*arguments, "--sliding_window_size", 9, "--overwrite").refused("llama2 has none", code=2)
+
+
+@pytest.mark.parametrize(("name", "tied"), [("llama3-tied", True), ("llama3", False)])
+@pytest.mark.parametrize("form", [(), ("--ckpt-format", "torch")], ids=["torch_dist", "torch"])
+def test_a_tied_head_shows(name: str, tied: bool, form, to_megatron: Script, to_hf: Script, tmp_path: Path) -> None:
+    """Args that do not say whether head and embedding are one, and no manifest."""
+    source = tm.write_huggingface(tmp_path / "hf", tm.DENSE[name])
+    to_megatron("llama3", "--model-path", source, "--out", tmp_path / "m", *form).succeeded()
+    (tmp_path / "m" / "conversion_manifest.json").unlink()
+    path = next(path for pattern in ("common.pt", "*.pt") for path in (tmp_path / "m").rglob(pattern))
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, weights_only=True)
+    del content["args"].untie_embeddings_and_output_weights
+    torch.save(content, path)
+    to_hf("--input_dir", tmp_path / "m", "--output_dir", tmp_path / "out", "--no_tokenizer").succeeded()
+    assert tm.read_json(tmp_path / "out" / "config.json")["tie_word_embeddings"] is tied

@@ -211,6 +211,7 @@ def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
         return open_checkpoint(
             options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
             flags=fields, weights=options.weights, reference_rows=rows,
+            model_type=reference.config.get("model_type") if reference else None,
         )  # fmt: skip
 
     found = opened(options.fields)

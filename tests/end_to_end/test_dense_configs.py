@@ -31,6 +31,7 @@ CASES = {
     "head_dim stated where it is implied": ("qwen2", {"head_dim": 8}, "tp4"),
     "yarn, qwen2": ("qwen2", {"rope_scaling": OLD_YARN}, "tp4"),
     "yarn, llama2": ("llama2", {"rope_scaling": OLD_YARN}, "torch_dist"),
+    "yarn of factor 1": ("qwen2", {"rope_scaling": YARN | {"factor": 1.0, "attention_factor": 1.0}}, "torch_dist"),
     "yarn with a window": ("mistral-wide-heads", {"rope_scaling": YARN, "sliding_window": 16}, "tp4"),
     "head_dim of its own, tied": ("mistral-wide-heads", {"tie_word_embeddings": True}, "tp2pp2"),
     "tied, virtual stages": ("qwen3-tied", {}, "vpp"),
@@ -82,6 +83,7 @@ def test_computes_the_same(case: str, to_megatron, to_hf, tmp_path: Path) -> Non
         ("llama3", {"model_type": "mistral3"}, "mistral3"),
         ("qwen2", {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, "mrope"),
         ("llama3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("qwen2", {"rope_scaling": YARN | {"factor": 1.0, "attention_factor": 1.2}}, "attention_factor"),
     ],
 )
 def test_refused_by_name(name: str, changes: dict[str, Any], word: str, to_megatron, tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         result["rope_theta"] = float(result["rope_theta"])
     result["rope_scaling_factor"] = factor  # linear; Megatron-Core's arg of this name is Llama 3's
     result["rope_scaling"] = rope.read_core(args, f"the args of {folder}")
+    result["_is_factor_assumed"] = rope.assumed_factor(args)
     result["sliding_window_size"] = None if window is None else window + 1
     result |= {"moe": experts, "mla": latents, "mtp_num_layers": args.get("mtp_num_layers") or 0}
     if isinstance(latents, Mla):  # a head is what turns; its norms of latents are not those of heads

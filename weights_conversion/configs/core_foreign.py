@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import core_table, moe
+from weights_conversion.configs import core_table, foreign_keys, moe
 from weights_conversion.configs import features as families
 
 # ModelConfig's switch -> what it is, and the end of a tensor's name that shows it.
@@ -18,6 +18,15 @@ _SWITCHES = {
     "qk_layernorm": ("norms of q and k", ".q_layernorm.weight"),
 }
 _SHOWN = 24  # unknown args in the report
+# Words of unknown args that say how a forward pass is computed, or are of serving and reinforcement learning: forks
+# have hundreds of them.
+_IDLE = re.compile(
+    r"fuse|fusion|kernel|recompute|checkpoint|offload|swap|backend|(^|_)impl|overlap|cache|memory|profil|log_|_log$"
+    r"|(tensor|sequence|context|expert|pipeline|data|hybrid|model)_parallel|parallel_(size|comm|group)|(^|_)(cp|mc2)_"
+    r"|debug|check|reset_|mask_type|sglang|vllm|rollout|reward|advantage|actor|critic|policy|ppo|grpo|kl_|eps_clip"
+    r"|clip_(ratio|range|eps|high|low)|importance|(^|_)(tis|opsm)_|(^|rollout_)temperature|sampl|eval|quantiz"
+    r"|fp8|fp4|int8|ulysses|ring_|npu|ascend|cuda|gpu|nccl|hccl|communicat|dtype|blend"
+)
 # What the names of tensors betray, where args are silent; and the feature of families that have it.
 _FOREIGN_TENSORS: tuple[tuple[re.Pattern[str], str, str | None], ...] = (
     (re.compile(r"\.(experts|shared_experts|router)\."), "mixture of experts", "moe"),
@@ -95,7 +104,7 @@ def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> lis
     return [
         *problems,
         f"{folder} holds a model with a sliding window of {window} tokens, which {family} does not have; if it is a "
-        "mistral, say --model mistral",
+        "mistral, say --model mistral, and --sliding_window_size 0 if it has none",
     ]
 
 
@@ -108,6 +117,29 @@ def _experts_and_latents(args: Mapping[str, Any], family: str, folder: Path, has
     if "mla" in has and "mla" in args and args["mla"] is None:
         problems.append(f"without latent attention (multi_latent_attention is not set), which {family} has")
     return [f"{folder} holds a model {problem}; --model names another" for problem in problems]
+
+
+def by_name(args: Mapping[str, Any], folder: Path) -> list[str]:
+    """Sentences on args that no release is known to have, and whose names say that they change the forward pass."""
+    return [
+        f"{folder} holds a model with {name} {str(value)[:40]!r}, an arg that is not known here and may change what "
+        "the model computes; if it has no such thing, set the arg to None in the checkpoint"
+        for name, value in core_table.unknown(args).items()
+        if not _IDLE.search(name.lower()) and foreign_keys.changes_model(name, value) and not _is_off(name, args)
+    ]
+
+
+def _is_off(name: str, args: Mapping[str, Any]) -> bool:
+    """Whether an unknown arg counts only where another one is set, as the first word of both says, and it is not.
+
+    Newer releases have numbers of features that are off (mhc_num_residual_streams, enable_mhc_connections).
+    """
+    word = name.partition("_")[0]
+    if word == "moe":
+        return args.get("moe") is None
+    switch = re.compile(rf"(use|enable)_{re.escape(word)}(_\w+)?")
+    switches = [value for other, value in args.items() if switch.fullmatch(other) and not core_table.is_known(other)]
+    return bool(switches) and not any(switches)
 
 
 def unknown(args: Mapping[str, Any]) -> list[str]:

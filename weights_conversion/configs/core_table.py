@@ -109,10 +109,19 @@ def unreadable(left_out: Mapping[str, str]) -> list[str]:
 
 def unknown(args: Mapping[str, Any]) -> dict[str, Any]:
     """Args that no release is known to have and that are set: name -> value."""
-    known = {*fields()["model"], *fields()["training"], *PLAIN, *TRAINING_NAMES}
     return {
         name: value
         for name, value in args.items()
-        if name not in known and not name.startswith((*TRAINING, *IDLE_PREFIXES))
-        and value not in (None, False, 0, "") and value != []
-    }  # fmt: skip
+        if not is_known(name) and value not in (None, False, 0, "") and value != []
+    }
+
+
+def is_known(name: str) -> bool:
+    """Whether some release has such an arg, or one of training's by its first word."""
+    known = name in fields()["model"] or name in _training() or name in PLAIN
+    return known or name.startswith((*TRAINING, *IDLE_PREFIXES))
+
+
+@functools.cache
+def _training() -> frozenset[str]:
+    return TRAINING_NAMES | frozenset(fields()["training"])

@@ -141,6 +141,16 @@ def write_core(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling_factor": CORE_LLAMA3_FACTOR,
         "rotary_scaling_factor": 1.0,
     }
+    if (
+        scaling is not None
+        and scaling.kind == "yarn"
+        and scaling.factor <= 1
+        and scaling.attention_factor not in (None, 1)
+    ):
+        raise ConversionError(
+            f"the model has yarn of factor {scaling.factor:g} with attention_factor {scaling.attention_factor:g}, "
+            "which Megatron-Core cannot express: its mscale counts for factors above 1"
+        )
     if config.mla is not None:
         return args | rope_latent.write_core(scaling)
     if scaling is None:
@@ -198,7 +208,7 @@ def read_core(args: Mapping[str, Any], where: str) -> RopeScaling | None:
         mscale = 1.0 if args.get("mscale") is None else float(args["mscale"])
         # Bridge's own name of the constant factor
         stated = args.get("yarn_attention_factor")
-        attention = stated if stated else None if mscale == 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+        attention = stated if stated else None if mscale == 1.0 else _mscale(factor, mscale)
         return RopeScaling(
             "yarn", float(factor), int(original), attention_factor=attention,
             beta_fast=float(args.get("yarn_beta_fast") or 32.0), beta_slow=float(args.get("yarn_beta_slow") or 1.0),
@@ -277,6 +287,23 @@ def core_warnings(config: ModelConfig) -> list[str]:
             f"Megatron-Core has constants for Llama 3's rope scaling, this model differs in {', '.join(different)}"
         )
     return warnings
+
+
+def assumed_factor(args: Mapping[str, Any]) -> bool:
+    """Whether Llama 3's scaling is on and nothing says by which factor, as in releases before 0.11."""
+    stated = any(args.get(name) for name in ("rope_scaling_factor", "scale_factor"))
+    return bool(args.get("use_rope_scaling") or args.get("rope_scaling") is True) and not stated
+
+
+def assumed_warnings(config: ModelConfig, args: Mapping[str, Any]) -> list[str]:
+    """What no arg states of a scaling that is on; `args` as core_args.normalise gives them."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "llama3" or not args.get("_is_factor_assumed"):
+        return []
+    return [
+        f"nothing says what Llama 3's rope_scaling_factor is: {scaling.factor:g} is used, with Megatron-Core's "
+        "constants; where it was trained with others, set them in the exported config.json"
+    ]
 
 
 def trained_warnings(config: ModelConfig) -> list[str]:

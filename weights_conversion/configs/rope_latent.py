@@ -31,7 +31,9 @@ def canonical(scaling: RopeScaling) -> RopeScaling:
     mscale = core_mscale(scaling)
     if all_dim and factor > 1:
         return dataclasses.replace(scaling, mscale=mscale, mscale_all_dim=all_dim, attention_factor=None)
-    attention = None if mscale == 1.0 or factor <= 1 else _m(factor, mscale)
+    attention = None if mscale == 1.0 else _m(factor, mscale)
+    if factor <= 1 and scaling.attention_factor != 1.0:  # stated by itself, whatever the factor
+        attention = scaling.attention_factor
     return dataclasses.replace(scaling, mscale=None, mscale_all_dim=None, attention_factor=attention)
 
 

@@ -25,7 +25,7 @@ from weights_conversion.formats.torch_dist import DistCheckpoint, open_dist
 from weights_conversion.mapping.dialects import MEGATRON_CORE
 from weights_conversion.owners import stranger
 from weights_conversion.sources.detect import Found, Kind, detect
-from weights_conversion.sources.families import chosen_family, read_features
+from weights_conversion.sources.families import chosen_family, read_features, with_flags
 from weights_conversion.sources.reference import args_beside
 from weights_conversion.sources.vocabulary import true_rows
 
@@ -103,13 +103,14 @@ def _args_of_manifest(folder: Path) -> dict[str, Any]:
 def open_checkpoint(
     root: Path, model: str | None, *, load_iters: int | str | None = None, true_vocab_size: int | None = None,
     flags: Mapping[str, Any] | None = None, compared: bool = False,
-    weights: str = "model", reference_rows: int | None = None,
+    weights: str = "model", reference_rows: int | None = None, model_type: str | None = None,
 ) -> OpenedCheckpoint:  # fmt: skip
     """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep.
 
     `model` None: the family that the checkpoint says or shows, which is reported. `compared`: it is to be compared with
     another, so that a value which nothing states needs no flag. `weights`: as open_files has it. `reference_rows`: what
-    --reference has, which count where nothing else states the true number.
+    --reference has, which count where nothing else states the true number. `model_type` is
+    that of its config.json, which decides where the checkpoint does not.
     """
     here = megatron_root(root, load_iters)
     root, files = here.root, open_files(here.root, here.iteration, weights)
@@ -118,21 +119,22 @@ def open_checkpoint(
     found = manifest.find([root, *trained_from(files.args)])
     said = found[1] if found else None
     notes = here.notes
-    model = _family(model, files, said, root, true_vocab_size, notes)
+    model = _family(model, files, said, root, true_vocab_size, notes, flags or {}, model_type)
     if (flags or {}).get("sliding_window") is not None and not FAMILIES[model].windowed:
         raise ConversionError(f"--sliding_window_size was given, but {root} holds a {model} model, which has no window")
     if files.dialect is MEGATRON_CORE:
         files = dataclasses.replace(files, args={**files.args, **core_foreign.shown(files.names, files.args)})
         problems = core_foreign.foreign_tensors(files.names, model, files.folder)
-        problems += core_foreign.foreign_to_family(files.args, model, files.folder)
+        problems += core_foreign.foreign_to_family(_with_window(files.args, flags or {}), model, files.folder)
         unused = core_args.unused_factor(files.args, files.iteration, files.folder)
         if unused and compared:
             files = dataclasses.replace(files, args={**files.args, "rope_scaling_factor": None})
         elif "rope_scaling_factor" not in (flags or {}):
             problems += unused
+        problems += core_foreign.by_name(files.args, files.folder)
         notes += core_foreign.unknown(files.args)
     else:
-        problems = megatron_args.foreign(model, files.args)
+        problems = megatron_args.foreign(model, _with_window(files.args, flags or {}))
     if isinstance(files, DistCheckpoint) and files.said_by is not None:
         notes.append(f"args       from {files.said_by}")
     if problems:
@@ -147,10 +149,13 @@ def open_checkpoint(
     args = dict(files.args)
     if FAMILIES[model].ties_in_megatron_llm:  # the original's release files leave it out
         args["tie_embed_logits"] = not files.has_head()
+    elif files.dialect.ties_heads and "tie_embed_logits" not in args and not files.has_head():
+        args["tie_embed_logits"] = True
+        notes.append("config     the head is tied to the embedding: the args do not say, and there is no output layer")
     elif not files.has_head() and not args.get("tie_embed_logits"):
         raise ConversionError(f"{files.folder} has no output layer (lm_head) on its last stage, which {model} needs")
     resolved = megatron_args.resolve(model, args, fields, flags or {}, kept.rows)
-    warnings += resolved.warnings
+    warnings += [*resolved.warnings, *rope.assumed_warnings(resolved.config, files.args)]
     if files.dialect is MEGATRON_CORE:
         warnings += rope.trained_warnings(resolved.config) + hybrid.warnings(files.args) + moe.trained_warnings(args)
     for name in (said or {}).get("assumed", []):
@@ -177,6 +182,11 @@ def _no_base(files: DistCheckpoint) -> str:
         f"{files.folder} holds adapters alone, without the model that they belong to; give their base{named} with "
         "--input_dir and this folder with --adapter, or write them as PEFT's with --adapter_as peft"
     )
+
+
+def _with_window(args: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """`args` with the window that the user states, for what a family may have."""
+    return {**args, **({"sliding_window_size": flags["sliding_window"]} if "sliding_window" in flags else {})}
 
 
 def trained_from(args: Mapping[str, Any]) -> list[Path]:
@@ -235,15 +245,15 @@ def _check_family(model: str, args: Mapping[str, Any], said: Mapping[str, Any] |
 
 def _family(
     model: str | None, files: RankFiles | DistCheckpoint, said: Mapping[str, Any] | None, root: Path,
-    true_vocab_size: int | None, notes: list[str],
+    true_vocab_size: int | None, notes: list[str], flags: Mapping[str, Any], model_type: str | None,
 ) -> str:  # fmt: skip
     """`model` where it was given and nothing contradicts it, else what the checkpoint says or shows."""
     if model is not None:
         _check_family(model, files.args, said, root)
         return model
     rows = true_rows(files, true_vocab_size, said).rows
-    features = read_features(files.args, files.names, rows)
-    family, why = chosen_family(claimed_families(files.args, said), features, root)
+    features = with_flags(read_features(files.args, files.names, rows), flags)
+    family, why = chosen_family(claimed_families(files.args, said), features, root, model_type)
     if family not in FAMILIES:
         raise ConversionError(f"{root} holds a {family} model ({why}), which is none of {', '.join(FAMILIES)}")
     notes.append(f"model      {family}, {why}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from weights_conversion.architectures import FAMILIES
@@ -104,6 +104,17 @@ def _experts(moe: Moe | None, names: list[str]) -> dict[str, bool]:
     }
 
 
+def with_flags(features: Features, flags: Mapping[str, Any]) -> Features:
+    """The same with what the user states (ModelConfig fields), which outranks args."""
+    stated: dict[str, Any] = {"theta": flags.get("rope_theta"), "epsilon": flags.get("layernorm_epsilon")}
+    stated = {name: value for name, value in stated.items() if value is not None}
+    if "sliding_window" in flags:
+        stated["window"] = flags["sliding_window"] is not None
+    if "max_position_embeddings" in flags:
+        stated["positions"] = flags["max_position_embeddings"]
+    return replace(features, **stated)
+
+
 def _any(names: Iterable[str], pattern: str) -> bool:
     return any(re.search(pattern, name) for name in names)
 
@@ -142,8 +153,18 @@ def _fits(features: Features, signs: Signs) -> bool:
     return True
 
 
-def chosen_family(claims: Mapping[str, str], features: Features, root: object) -> tuple[str, str]:
-    """(the family, why) where no --model was given. Raises ConversionError, which names the candidates."""
+def _alike(features: Features, signs: Signs) -> int:
+    """How many numbers are those of `signs`."""
+    return sum(getattr(features, name) == getattr(signs, name) is not None for name in ("theta", "epsilon", "rows"))
+
+
+def chosen_family(
+    claims: Mapping[str, str], features: Features, root: object, model_type: str | None = None
+) -> tuple[str, str]:
+    """(the family, why) where no --model was given. Raises ConversionError, which names the candidates.
+
+    `model_type` of a reference decides between several that fit.
+    """
     candidates = decide_family(claims, features)
     if len(candidates) == 1 and claims:
         return candidates[0], f"says its {' and its '.join(claims)}"
@@ -152,16 +173,20 @@ def chosen_family(claims: Mapping[str, str], features: Features, root: object) -
     if claims:
         said = " and ".join(f"{family} by its {origin}" for origin, family in claims.items())
         raise ConversionError(f"{root} says two things of the model that it holds: {said}; correct the wrong one")
+    near = candidates or tuple(
+        name
+        for name, family in FAMILIES.items()
+        if any(all(getattr(features, one) == getattr(signs, one) for one in _STRUCTURE) for signs in family.signs)
+    )
+    named = [family for family in near if model_type in FAMILIES[family].model_types]
+    if named:  # those of one type are one class of transformers, whose values are stated or the reference's
+        nearest = max(named, key=lambda family: max(_alike(features, signs) for signs in FAMILIES[family].signs))
+        return nearest, f"one of those that it may be, by the reference's model_type {model_type}"
     if candidates:
         raise ConversionError(
             f"{root} does not say which model it holds, and what it shows ({features}) is true of "
             f"{' and '.join(candidates)}; say --model {' or --model '.join(candidates)}"
         )
-    near = [
-        name
-        for name, family in FAMILIES.items()
-        if any(all(getattr(features, one) == getattr(signs, one) for one in _STRUCTURE) for signs in family.signs)
-    ]
     raise ConversionError(
         f"{root} does not say which model it holds, and no family is known by what it shows ({features}); "
         f"--model names it ({', '.join(near or FAMILIES)})"
