@@ -164,6 +164,7 @@ def test_values_that_ask_for_nothing(to_megatron, to_hf, tmp_path: Path) -> None
         ({"sliding_window": 4096}, "sliding_window 4096"),
         ({"qk_norm": True}, "qk_norm True"),
         ({"head_dim": 32}, "head_dim 32"),
+        ({"quantization_args": {"group_size": 32}}, "quantization_args"),
     ],
 )
 def test_params_refused_by_name(changes, word, to_megatron, tmp_path: Path) -> None:

@@ -233,6 +233,8 @@ def test_run_config_goes_through_the_table(line: str, word: str, edited, to_hf, 
 
     write(plain)
     to_hf(*arguments(root, tmp_path / "plain")).succeeded()
+    write([one.replace("1.0e-05", "1e-05") for one in plain])  # which OmegaConf takes for a number
+    to_hf(*arguments(root, tmp_path / "by hand")).succeeded()
     write([one for one in plain if one.split(":")[0] != line.split(":")[0]] + [line])
     to_hf(*arguments(root, tmp_path / "hf")).refused(word)
 
@@ -320,3 +322,9 @@ def test_a_factor_that_no_arg_states_is_warned_of(edited, to_hf, tmp_path: Path)
     root = edited(use_rope_scaling=True, rope_scaling_factor=None)
     arguments = ("--input_dir", root, "--output_dir", tmp_path / "hf", "--model", "llama3", "--no_tokenizer")
     assert "nothing says what Llama 3's rope_scaling_factor is: 8 is used" in to_hf(*arguments).succeeded().text
+
+
+@pytest.mark.parametrize(("function", "word"), [(torch.nn.functional.silu, ""), (torch.nn.functional.gelu, "gelu")])
+def test_an_activation_as_the_function_itself(function, word: str, edited, to_hf, tmp_path: Path) -> None:
+    result = to_hf(*arguments(edited(activation_func=function), tmp_path / "hf"))
+    _ = result.refused("activation_func", word) if word else result.succeeded()

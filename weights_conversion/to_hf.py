@@ -160,6 +160,7 @@ def _plan(options: ExportOptions, source: _Read) -> Job:
 def _report(options: ExportOptions, source: _Read, stored: torch.dtype, dtype: torch.dtype | None) -> Report:
     opened, reference, tokenizer = source.opened, source.reference, source.tokenizer
     report = Report(notes=list(source.notes), warnings=list(source.warnings))
+    report.warnings += hf_config.written_warnings(opened.config)
     report.reads(opened.root, f"{opened.config.family}, {described.of_megatron(opened.root, opened.files)}", stored)
     if options.weights == "master":
         report.notes.append("weights    the optimizer's float32 weights (--weights master), not the model's own")

@@ -135,3 +135,16 @@ def test_a_window_by_flag_needs_no_family_by_flag(imported, to_hf, tmp_path: Pat
     to_hf("--input_dir", imported("llama2"), "--output_dir", tmp_path / "no", *flag).refused("llama2", "window")
     flag = ("--no_tokenizer", "--model", "llama2", "--sliding_window_size", 64)
     to_hf("--input_dir", imported("llama2"), "--output_dir", tmp_path / "no", *flag).refused("mistral's", code=2)
+
+
+@pytest.mark.parametrize(("family", "model_type", "warned"), [("llama3", "llama", True), ("qwen3", "qwen3", False)])
+def test_heads_that_do_not_divide_the_hidden_size(family, model_type, warned, to_megatron, to_hf, tmp_path: Path):
+    """Sizes are converted as stated; that transformers 5 refuses such a Llama is told."""
+    model = tm.Modern(f"odd-{family}", family, hidden=60, heads=8, groups=2, head_dim=16, model_type=model_type)
+    hf = tm.write_huggingface(tmp_path / "hf", model, tokenizer=False)
+    to_megatron(family, "--model-path", hf, "--out", tmp_path / "m").succeeded()
+    result = to_hf("--input_dir", tmp_path / "m", "--output_dir", tmp_path / "out", "--no_tokenizer").succeeded()
+    assert ("transformers 5 refuses LlamaForCausalLM" in result.err) is warned
+    assert tm.read_json(tmp_path / "out" / "config.json")["head_dim"] == 16
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in load_file(hf / "model.safetensors").items())

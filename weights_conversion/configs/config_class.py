@@ -42,6 +42,7 @@ class ConfigClass:
     keys of one value beside those of `fields`, the class's own first. `idle`: keys that change nothing (losses, code of
     the source's own). `written`: what a config made from nothing says for the source's own code. `rotary_percent` is
     what the class takes where partial_rotary_factor is absent. `latent`: its attention is MLA.
+    `whole_heads`: transformers 5 refuses a hidden size that is no multiple of the heads, whatever head_dim says.
     """
 
     fields: Mapping[str, tuple[str, ...]]
@@ -54,6 +55,7 @@ class ConfigClass:
     experts: ExpertKeys | None = None
     latent: bool = False
     rotary_percent: float = 1.0
+    whole_heads: bool = False
 
     def knows(self, key: str) -> bool:
         return key in self.defaults or key in self.idle or any(key in keys for keys in self._groups())

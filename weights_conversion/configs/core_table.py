@@ -104,7 +104,8 @@ def foreign(args: Mapping[str, Any], has: Collection[str] = ()) -> dict[str, str
 def unreadable(left_out: Mapping[str, str]) -> list[str]:
     """Those of the args that are no plain values which decide the model."""
     gated = [name for name in left_out if _gate(name)]
-    return [name for name in left_out if (is_deciding(name) or name in READ) and name not in gated]
+    deciding = [name for name in left_out if (is_deciding(name) or name in READ) and name not in gated]
+    return [name for name in deciding if left_out[name] not in PLAIN.get(name, ())]  # silu as the function itself
 
 
 def unknown(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -225,6 +225,17 @@ def read_rope(raw: Mapping[str, Any], where: str, default: float | None = None) 
     return float(theta or default or 10000.0), float(factor or 1.0)
 
 
+def written_warnings(config: ModelConfig) -> list[str]:
+    """What a release of transformers does not make of the written config.json."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if not class_of(config.family).whole_heads or hidden % heads == 0:
+        return []
+    return [
+        f"transformers 5 refuses {FAMILIES[config.family].hf_class} with a hidden size of {hidden} and {heads} heads, "
+        f"which do not divide it, though each is {config.head_dim} wide (head_dim); 4.57 loads the export"
+    ]
+
+
 def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A config.json with `config`'s values on top of `base` (the source's own, or {}), for transformers 4 and 5.
 

@@ -53,7 +53,10 @@ _SILU = ("silu", "swish")  # two names of one function
 
 CONFIG_CLASSES: dict[str, ConfigClass] = {
     "LlamaForCausalLM": ConfigClass(
-        _LLAMA_FIELDS, _LLAMA, {"hidden_act": _SILU, "attention_bias": (False, None), "mlp_bias": (False, None)}
+        _LLAMA_FIELDS,
+        _LLAMA,
+        {"hidden_act": _SILU, "attention_bias": (False, None), "mlp_bias": (False, None)},
+        whole_heads=True,
     ),
     "MistralForCausalLM": ConfigClass(_LLAMA_FIELDS, _MISTRAL, {"hidden_act": _SILU}),
     "Qwen2ForCausalLM": ConfigClass(_LLAMA_FIELDS, _QWEN2, {"hidden_act": _SILU, "use_sliding_window": (False, None)}),

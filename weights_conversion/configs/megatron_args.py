@@ -247,8 +247,8 @@ def foreign(family: str, args: Mapping[str, Any]) -> list[str]:
     window = args.get("sliding_window_size")
     if window is not None and not FAMILIES[family].windowed:
         problems.append(
-            f"sliding_window_size is {window}, a window that {family} does not have; if it is a mistral, say --model "
-            "mistral, and --sliding_window_size 0 if it has none"
+            f"the checkpoint's args say sliding_window_size {window}, a window that {family} does not have; if it is a "
+            "mistral, say --model mistral, and --sliding_window_size 0 if it has none"
         )
     position = args.get("position_embedding_type")
     if position not in (None, "rotary", "PositionEmbeddingType.rotary", "rope") and getattr(position, "value", 0) != 1:

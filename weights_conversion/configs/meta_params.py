@@ -30,6 +30,9 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
         raise ConversionError(f"{where} is of Meta's Llama files, and no {family} model was published in them")
     if FAMILIES[family].meta_states_theta and not raw.get("rope_theta"):
         raise ConversionError(f"{where} has no rope_theta, which differs among the Code Llama models; add it")
+    for key in ("quantization_args", "lora_args"):
+        if raw.get(key):
+            raise ConversionError(f"{where} has {key}: the weights are quantized; take the release that is not")
     if problems := foreign_keys.refusals(raw, KNOWN, where, f"{family} of Meta's files"):
         raise ConversionError(*problems)
     embedding, first = tensors.get("tok_embeddings.weight"), tensors.get("layers.0.feed_forward.w1.weight")

@@ -5,6 +5,7 @@ What they name is never imported or called.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,9 @@ def _yaml(path: Path) -> Any:
             if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
                 raise yaml.YAMLError("it merges keys by <<, which no trainer writes")
 
+    # As OmegaConf, which trainers read it with: YAML 1.1 takes 1e-05, without a point, for text.
+    number = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     Loader.add_multi_constructor("", lambda loader, suffix, node: None)
     try:
         text = fileio.read_whole(path, MAX_BYTES).decode("utf-8")

@@ -15,7 +15,7 @@ COPY = Copy()
 # that came with repositories) and causal masks. No family has a parameter of such a name.
 _BUFFER = re.compile(
     r"(.*\.)?("
-    r"(inv_freq|original_inv_freq|cos_cached|sin_cached|cos_sin_cache|freqs_cis|masked_bias|causal_mask|position_ids)"
+    r"(inv_freq|original_inv_freq|_?cos_cached|_?sin_cached|cos_sin_cache|freqs_cis|masked_bias|causal_mask|position_ids)"
     r"|(rope|rotary|rotary_emb|rotary_pos_emb|maybe_rotary)\.(freqs|cos|sin|cos_cache|sin_cache|scale)"
     r"|(attn|self_attn|attention|self_attention)\.bias"
     r")"
