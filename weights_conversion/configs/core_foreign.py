@@ -27,6 +27,8 @@ _IDLE = re.compile(
     r"|clip_(ratio|range|eps|high|low)|importance|(^|_)(tis|opsm)_|(^|rollout_)temperature|sampl|eval|quantiz"
     r"|fp8|fp4|int8|ulysses|ring_|npu|ascend|cuda|gpu|nccl|hccl|communicat|dtype|blend"
 )
+# Args of Megatron-LLM's own, which megatron_args.py reads by value.
+_MEGATRON_LLM = ("glu_activation", "parallel_attn", "parallel_layernorm", "position_embedding_type", "use_post_ln")
 # What the names of tensors betray, where args are silent; and the feature of families that have it.
 _FOREIGN_TENSORS: tuple[tuple[re.Pattern[str], str, str | None], ...] = (
     (re.compile(r"\.(experts|shared_experts|router)\."), "mixture of experts", "moe"),
@@ -126,6 +128,15 @@ def by_name(args: Mapping[str, Any], folder: Path) -> list[str]:
         "the model computes; if it has no such thing, set the arg to None in the checkpoint"
         for name, value in core_table.unknown(args).items()
         if not _IDLE.search(name.lower()) and foreign_keys.changes_model(name, value) and not _is_off(name, args)
+    ]
+
+
+def in_megatron_llm(args: Mapping[str, Any], folder: Path) -> list[str]:
+    """The same of Megatron-LLM's args, whose forks take features over from Megatron-Core."""
+    others = {name: value for name, value in args.items() if name not in _MEGATRON_LLM}
+    return by_name(others, folder) + [
+        f"{folder} holds a model with {what} ({name} is {others[name]!r}), which none of Megatron-LLM's families has"
+        for name, what in core_table.foreign(others).items()
     ]
 
 

@@ -108,12 +108,16 @@ def _window(full: Mapping[str, Any], where: str) -> int | None:
     return window
 
 
+_KEYS = {"num_query_groups": "num_key_value_heads", "ffn_hidden_size": "intermediate_size"}
+
+
 def check_heads(config: ModelConfig, own_head_dim: bool, where: str) -> None:
     heads, groups = config.num_attention_heads, config.num_query_groups
     problems = []
     for name in ("num_query_groups", "head_dim", "max_position_embeddings", "ffn_hidden_size"):
         if not isinstance(getattr(config, name), int) or getattr(config, name) <= 0:
-            problems.append(f"{where} has {name} {getattr(config, name)!r}, where a positive number was expected")
+            shown = f"{name} ({_KEYS[name]})" if name in _KEYS else name
+            problems.append(f"{where} has {shown} {getattr(config, name)!r}, where a positive number was expected")
     if not problems and heads % groups:
         problems.append(f"{where}: {heads} attention heads cannot be divided among {groups} key/value heads")
     if not own_head_dim and config.hidden_size % heads:

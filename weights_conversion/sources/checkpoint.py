@@ -135,6 +135,7 @@ def open_checkpoint(
         notes += core_foreign.unknown(files.args)
     else:
         problems = megatron_args.foreign(model, _with_window(files.args, flags or {}))
+        problems += core_foreign.in_megatron_llm(files.args, files.folder)
     if isinstance(files, DistCheckpoint) and files.said_by is not None:
         notes.append(f"args       from {files.said_by}")
     if problems:
