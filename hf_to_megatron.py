@@ -86,6 +86,15 @@ def build_parser() -> arguments.Parser:
         help="ranks that cut each expert, in format torch (default: as many as other tensors)",
     )  # fmt: skip
     layout.add_argument(
+        "--moe-grouped-gemm", action="store_true",
+        help="experts for Megatron-Core's grouped kernels (TEGroupedMLP), in format torch (default: one by one)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--moe-layer-freq", metavar="EXPR",
+        help="Megatron-LM's own, as '([0]*1+[1]*47)': keys of torch_dist are stacked for 1, else layer by layer "
+        "(default: 1 where every layer has experts)",
+    )  # fmt: skip
+    layout.add_argument(
         "--make-vocab-size-divisible-by", type=cli.positive, metavar="N",
         help="vocabulary rows become a multiple of N x TP (default: 128); without this, a TP size or --true-vocab-size "
         "the table keeps its rows",
@@ -154,6 +163,8 @@ def main(argv: list[str] | None = None) -> int:
             ),
             layers_per_virtual_stage=args.num_layers_per_virtual_pipeline_stage,
             divisible_by=args.make_vocab_size_divisible_by,
+            moe_grouped_gemm=args.moe_grouped_gemm,
+            moe_layer_freq=args.moe_layer_freq,
             true_vocab_size=args.true_vocab_size,
             new_rows=args.new_rows,
             load_iters=args.load_iters,

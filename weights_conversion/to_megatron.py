@@ -15,7 +15,7 @@ import torch
 from weights_conversion import links
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import core_args, manifest, model_size, training_lines
+from weights_conversion.configs import core_args, manifest, model_size, moe_layers, training_lines
 from weights_conversion.configs.training_lines import Shape
 from weights_conversion.engine.job import DIVISIBLE_BY, DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
@@ -29,7 +29,7 @@ from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located, main_dtype
 from weights_conversion.layouts.plan import Plan
 from weights_conversion.layouts.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
-from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, Dialect
+from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_CORE_EACH, MEGATRON_LLM, Dialect
 from weights_conversion.mapping.parameters import is_buffer
 from weights_conversion.output import place, space
 from weights_conversion.output.assembly import TargetFile
@@ -65,6 +65,8 @@ class ImportOptions(RunOptions):
     new_rows: str = "last"
     target: str | None = None  # the family's own
     ckpt_format: str | None = None
+    moe_grouped_gemm: bool = False
+    moe_layer_freq: str | None = None
     adapter: Path | None = None
     core_release: str = "auto"
     hybrid_layer_pattern: str | None = None
@@ -186,13 +188,16 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
     rows = problems.of(_vocabulary, options, config, parallel, padded and wanted.ckpt_format == "torch")
     vocabulary, true_rows = rows or (config.vocab_size, config.vocab_size)
     problems.found += check_parallelism(config, parallel, vocabulary, dialect)
+    asked = options.moe_layer_freq, options.moe_grouped_gemm
+    freq = problems.of(training_lines.layer_freq, config, dialect, *asked) or 1
     problems.raise_all()
 
     stored = main_dtype([placed for group in located.values() for placed in group])
     report = _report(options, opened, stored, notes, wanted.headers)
     files, notes = carried(opened.tokenizer)
     report.notes += notes
-    shape = Shape(parallel, dialect, wanted.ckpt_format, vocabulary, options.divisible_by or DIVISIBLE_BY)
+    divisible_by, grouped = options.divisible_by or DIVISIBLE_BY, options.moe_grouped_gemm
+    shape = Shape(parallel, dialect, wanted.ckpt_format, vocabulary, divisible_by, freq, grouped)
     dtype = DTYPES.get(options.dtype)
     args = training_lines.rank_args(config, shape, dtype or stored) | _kept_args(opened, dialect, set(files), report)
     form = checked(wanted.form, config)
@@ -256,7 +261,7 @@ def _targets(
     """The plan, the files of its tensors, and the small files that are part of the format."""
     architecture, config, dtype = FAMILIES[options.model], opened.config, DTYPES.get(options.dtype)
     if shape.ckpt_format == "torch_dist":
-        stacked = config.moe is None or config.moe.everywhere
+        stacked = moe_layers.is_stacked(shape.layer_freq)
         plan = plan_to_dist(
             architecture, config, located, opened.dialect, shape.dialect, shape.vocabulary, dtype, form.folder,
             options.new_rows, stacked=stacked, hybrid=form.pattern is not None,
@@ -264,9 +269,10 @@ def _targets(
         return plan, *dist_targets(
             plan, config, args, form, shape.vocabulary, written, shape.divisible_by, stacked=stacked
         )  # fmt: skip
+    each = config.moe is not None and not shape.grouped
     plan = plan_to_megatron(
-        architecture, config, located, opened.dialect, shape.dialect, shape.parallel, shape.vocabulary, dtype,
-        rank_file("release", shape.parallel), options.new_rows,
+        architecture, config, located, opened.dialect, MEGATRON_CORE_EACH if each else shape.dialect, shape.parallel,
+        shape.vocabulary, dtype, rank_file("release", shape.parallel), options.new_rows,
     )  # fmt: skip
     core = shape.dialect is MEGATRON_CORE
     return plan, rank_targets(plan, args, 0 if core else "release", flat=core), {}
@@ -279,6 +285,7 @@ def _say_training(
     report.training_flags += training_lines.tokenizer_flags(names, shape.dialect, out)
     if shape.dialect is MEGATRON_CORE:
         report.warnings += core_args.training_warnings(config)
+    report.notes += training_lines.notes(config, shape)
 
 
 def _check_early(options: ImportOptions, config: ModelConfig, dtype: str | None, wanted: _Wanted) -> None:

@@ -371,6 +371,7 @@ def test_further_layers_are_those_of_the_files(family: str, stated: Any, held: i
 def test_further_layers_of_a_wrapper_that_stores_no_such_arg() -> None:
     names = ["mtp.layers.0.enorm.weight", "mtp.layers.1.enorm.weight", "decoder.layers.0.mlp.router.weight"]
     assert core_foreign.shown(names, {})["mtp_num_layers"] == 2
+    assert core_foreign.shown([f"model.{name}" for name in names], {})["mtp_num_layers"] == 2
     assert "mtp_num_layers" not in core_foreign.shown(names, {"mtp_num_layers": 2})
 
 

@@ -38,7 +38,7 @@ _FOREIGN_TENSORS: tuple[tuple[re.Pattern[str], str, str | None], ...] = (
         "mla",
     ),
     (re.compile(r"\.mixer\."), "state-space layers", None),
-    (re.compile(r"^mtp\."), "multi-token prediction", "mtp"),
+    (re.compile(r"(^|\.)mtp\."), "multi-token prediction", "mtp"),
     (re.compile(r"\.(adapter|lora_[ab])\.", re.IGNORECASE), "LoRA adapters, which are merged before an export,", None),
     (re.compile(r"position_embeddings\.weight$"), "learned position embeddings", None),
     (re.compile(r"layer_?norm(_|\.)bias$"), "LayerNorm", None),
@@ -71,7 +71,7 @@ def shown(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, Any]:
         switch: any(name.endswith(end) for name in names) and not (latent and switch == "qk_layernorm")
         for switch, (_, end) in _SWITCHES.items()
     }
-    further = {match[1] for name in names if (match := re.match(r"mtp\.layers\.(\d+)\.", name))}
+    further = {match[1] for name in names if (match := re.search(r"(?:^|\.)mtp\.layers\.(\d+)\.", name))}
     if len(further) > (args.get("mtp_num_layers") or 0):
         found["mtp_num_layers"] = len(further)
     experts = args.get("moe")

@@ -249,7 +249,7 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     result = hf_falcon.renamed(base) if class_of(config.family) is hf_falcon.CLASS else dict(base)
     result = {key: value for key, value in result.items() if key not in LEFT_BEHIND}
     result["architectures"] = [FAMILIES[config.family].hf_class]
-    result.setdefault("model_type", FAMILIES[config.family].model_types[0])
+    result["model_type"] = FAMILIES[config.family].model_types[0]  # transformers' own: kimi_k2 is deepseek_v3 there
     for name, keys in keys_of(config.family).items():
         result |= dict.fromkeys([key for key in keys if key in result] or keys[:1], getattr(config, name))
     if class_of(config.family) is hf_falcon.CLASS:

@@ -11,19 +11,43 @@ from typing import Any
 import torch
 
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import core_args, megatron_args
+from weights_conversion.configs import core_args, megatron_args, moe_layers
+from weights_conversion.errors import ConversionError
 from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How an import is laid out: `vocabulary` rows, a multiple of `divisible_by` x TP where padding was asked for."""
+    """How an import is laid out: `vocabulary` rows, a multiple of `divisible_by` x TP where padding was asked for.
+
+    Of a model with experts: `layer_freq` is moe_layer_freq, and `grouped` says that experts are for TEGroupedMLP.
+    """
 
     parallel: Parallelism
     dialect: Dialect
     ckpt_format: str
     vocabulary: int
     divisible_by: int
+    layer_freq: int | list[int] = 1
+    grouped: bool = False
+
+
+def layer_freq(config: ModelConfig, dialect: Dialect, expression: str | None, grouped: bool) -> int | list[int]:
+    """moe_layer_freq as it is written, by --moe-layer-freq and --moe-grouped-gemm. Raises ConversionError."""
+    flags = {"--moe-grouped-gemm": grouped, "--moe-layer-freq": expression is not None}
+    asked = " and ".join(flag for flag, given in flags.items() if given)
+    if asked and (config.moe is None or dialect is not MEGATRON_CORE):
+        raise ConversionError(f"{asked} is for Megatron-Core's models with experts, which this is not")
+    return moe_layers.core_layer_freq(config, None if expression is None else moe_layers.parse_freq(expression))
+
+
+def notes(config: ModelConfig, shape: Shape) -> list[str]:
+    if config.moe is None or shape.ckpt_format != "torch" or shape.grouped:
+        return []
+    return [
+        "experts    each is a module of its own (SequentialMLP), and so they are to a run that takes up these args; "
+        "--moe-grouped-gemm writes them for the grouped kernels, which are faster"
+    ]
 
 
 def rank_args(config: ModelConfig, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
@@ -31,12 +55,14 @@ def rank_args(config: ModelConfig, shape: Shape, dtype: torch.dtype) -> dict[str
     sizes: dict[str, Any] = {"dtype": dtype, "divisible_by": shape.divisible_by}
     if shape.dialect is not MEGATRON_CORE:
         return megatron_args.write_args(config, shape.parallel, vocabulary=shape.vocabulary, **sizes)
+    sizes["layer_freq"] = shape.layer_freq if config.moe is not None else None
     if shape.ckpt_format == "torch_dist":
         return core_args.write_args(config, shape.parallel, ckpt_format="torch_dist", vocabulary=None, **sizes)
     args = core_args.write_args(config, shape.parallel, ckpt_format="torch", vocabulary=shape.vocabulary, **sizes)
     if config.moe is not None:
         args["expert_model_parallel_size"] = shape.parallel.expert
         args["expert_tensor_parallel_size"] = shape.parallel.experts_tensor
+        args["moe_grouped_gemm"] = shape.grouped
     return args
 
 
@@ -49,6 +75,8 @@ def training_flags(config: ModelConfig, shape: Shape, out: Path, dtype: torch.dt
     form = f"{load} --ckpt-format {shape.ckpt_format} --use-checkpoint-args --no-load-optim --no-load-rng"
     # Without it a run of other sizes cannot find its rank files, says so in one line, and trains from nothing.
     sizes = ["--use-mp-args-from-checkpoint-args"] if shape.parallel != Parallelism() else []
+    if shape.parallel.experts_tensor != shape.parallel.tensor:  # which it does not restore
+        sizes.append(f"--expert-tensor-parallel-size {shape.parallel.experts_tensor}")
     return [form, *sizes, *core_args.training_flags(config, dtype)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -145,3 +146,11 @@ MEGATRON_CORE = Dialect(
     features=("add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary"),
     ropes=("default", "linear", "llama3", "yarn"),
 )
+
+# One module for each expert (SequentialMLP), in rank files: torch_dist has the same names for both.
+_EACH_EXPERT = {
+    f"{layer}mlp.experts.{linear}.weight{{expert}}": f"{layer}mlp.experts.local_experts.{{expert}}.{linear}.weight"
+    for layer in ("decoder.layers.{layer}.", "mtp.layers.{layer}.transformer_layer.")
+    for linear in ("linear_fc1", "linear_fc2")
+}
+MEGATRON_CORE_EACH = dataclasses.replace(MEGATRON_CORE, renames=_EACH_EXPERT)
