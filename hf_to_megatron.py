@@ -10,8 +10,7 @@ The checkpoint is written to --out, ready for training with any tensor and pipel
 downloaded is removed. No GPU, no Megatron and little memory are needed: weights stream from file to file.
 """
 
-from __future__ import annotations
-
+# Without "from __future__ import annotations", which Python 3.6 cannot read: the package tells it what it lacks.
 from typing import TYPE_CHECKING
 
 from weights_conversion import arguments, cli, helptext, reporting
@@ -143,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
 
     fields = cli.stated_fields(parser, args)
 
-    def work() -> Report:
+    def work() -> "Report":
         from weights_conversion.config import Parallelism
         from weights_conversion.to_megatron import ImportOptions, hf_to_megatron
 

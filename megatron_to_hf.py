@@ -9,8 +9,7 @@ The tokenizer is rebuilt with the ids that training used: from --vocab_file, the
 files of the import, or the hub, in this order. --no_tokenizer leaves it out.
 """
 
-from __future__ import annotations
-
+# Without "from __future__ import annotations", which Python 3.6 cannot read: the package tells it what it lacks.
 from typing import TYPE_CHECKING
 
 from weights_conversion import arguments, cli, helptext, reporting
@@ -116,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.no_tokenizer and args.override_special_tokens:
         parser.error("--override_special_tokens needs the tokenizer, which --no_tokenizer leaves out")
 
-    def work() -> Report:
+    def work() -> "Report":
         from weights_conversion.to_hf import ExportOptions, megatron_to_hf
         from weights_conversion.tokenizer import TokenizerOptions
 

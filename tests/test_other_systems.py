@@ -68,3 +68,16 @@ def test_every_file_is_read_by_other_pythons(version: str) -> None:
         done = subprocess.run([python, REPOSITORY / script, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "exit codes:" in done.stdout
+
+
+@pytest.mark.parametrize("version", ["3.6", "3.7", "3.8", "3.9"])
+def test_old_pythons_are_told(version: str) -> None:
+    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin"))
+    python = shutil.which(f"python{version}", path=os.pathsep.join([*map(str, pyenv), os.environ["PATH"]]))
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"there is no Python {version} here")
+    for script in ("hf_to_megatron.py", "megatron_to_hf.py", "verify.py"):
+        done = subprocess.run([python, REPOSITORY / script, "--help"], capture_output=True, text=True)
+        assert done.returncode == 1
+        (sentence,) = done.stderr.splitlines()
+        assert sentence.startswith(f"error: {python} is Python {version}, 3.10 or newer is needed")

@@ -50,7 +50,8 @@ def test_no_torch(module: str, tmp_path: Path) -> None:
         "megatron_to_hf": ["--input_dir", "a", "--output_dir", "b"],
         "weights_conversion.verify": ["a", "a"],
     }[module]
-    code = f"import sys; sys.modules['torch'] = None; sys.path.insert(0, {str(ROOT)!r})\nimport {module} as m\n"
+    code = f"import importlib, sys; sys.modules['torch'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += f"m = importlib.import_module({module!r})\n"
     done = call("-c", f"{code}sys.exit(m.main({arguments!r}))", cwd=tmp_path)
     assert done.returncode in (1, 2), done.stdout
     (sentence,) = done.stderr.splitlines()
