@@ -55,6 +55,7 @@ class _Machine:
         self, where: str, further: Mapping[tuple[str, str], Any], training: bool, storages: dict[str, Storage]
     ) -> None:  # fmt: skip
         self._where, self._training, self._storages = where, training, storages
+        self._by_name = ""  # what a refusal says in front of the name
         self.unknown: set[str] = set()  # globals that are on no list
         # Classes of its own, so that no file can touch a shared one. torch hangs `_metadata` on an OrderedDict.
         self._arguments, self._ordered = type("Arguments", (), {}), type("OrderedDict", (dict,), {})
@@ -143,6 +144,9 @@ class _Machine:
     def _find(self, module: str, name: str) -> Any:
         if (module, name) in self._allowed:
             return self._allowed[module, name]
+        if (module, name) == ("builtins", "getattr") and self._training:
+            self._by_name = "builtins.getattr, and then for "
+            return _member_of
         if (module, name) in ENUMS:
             return lambda value=None, *_: EnumMember(name, value)
         if not self._training or unlisted.is_harmful(module, name):
@@ -152,8 +156,8 @@ class _Machine:
 
     def refusal(self, name: str) -> ConversionError:
         return ConversionError(
-            f"{self._where} asks for {name}, which no checkpoint of these models needs: it was not loaded; "
-            "re-save the file without it if you trust where it comes from"
+            f"{self._where} asks for {self._by_name}{name}, which no checkpoint of these models needs: it was not "
+            "loaded; re-save the file without it if you trust where it comes from"
         )
 
     def _op_MARK(self, _: Any) -> None:
@@ -298,3 +302,10 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_SET": set,
 }
+
+
+def _member_of(owner: object, name: object, *_: object) -> EnumMember:
+    """What Python 3.11.0 to 3.11.3 pickle as getattr(class of an enumeration, name). Nothing is looked up."""
+    if type(name) is not str or name.startswith("_") or not callable(owner):
+        raise pickle.UnpicklingError("getattr of what is no enumeration")
+    return EnumMember(getattr(owner, "name", "an enumeration"), name)

@@ -55,7 +55,7 @@ def _give(handle: int, wanted: os.stat_result, mode: int, exact: bool = False) -
             if exact:
                 logger.warning("group %d of the output's folder cannot be kept: no group may read it", wanted.st_gid)
     has = stat.S_IMODE(here.st_mode)
-    right = mode if exact else has & mode & 0o777 | (mode | has) & 0o2000
+    right = mode if exact else has & mode & 0o777 | mode & 0o2000
     if stat.S_IMODE(os.fstat(handle).st_mode) != right:
         with contextlib.suppress(PermissionError):  # a filesystem without modes
             os.fchmod(handle, right)
