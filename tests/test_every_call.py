@@ -19,6 +19,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.launch import line
 from weights_conversion.output import beginning, descriptors
 from weights_conversion.output.partial import Partial
+from weights_conversion.verification import whole
 
 
 @pytest.mark.skipif(faults.lacking() is not None, reason=str(faults.lacking()))
@@ -189,3 +190,10 @@ def test_a_source_that_cannot_be_looked_at_has_not_failed_its_proof(tmp_path: Pa
         with pytest.raises(ConversionError, match="Stale file handle") as error:
             seen.check()
     assert isinstance(error.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("said", ["unable to mmap: Invalid argument (22)", "Invalid argument (os error 22)"])
+def test_what_a_library_says_of_the_system_is_trouble(said: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Invalid argument") as error, whole._read_by("safetensors", tmp_path / "x"):
+        raise RuntimeError(said)
+    assert (error.value.errno, error.value.filename) == (errno.EINVAL, str(tmp_path / "x"))

@@ -103,8 +103,10 @@ def _read_by(library: str, path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
-        for number in _OF_THE_SYSTEM:
-            if os.strerror(number) in str(error):
+        for number in errno.errorcode:
+            words = os.strerror(number)
+            numbered = f"{words} ({number})" in str(error) or f"(os error {number})" in str(error)
+            if numbered or (number in _OF_THE_SYSTEM and words in str(error)):
                 raise OSError(number, os.strerror(number), str(path)) from error
         raise ConversionError(f"{path} cannot be read by {library} ({why[0][:200]})") from error
 
