@@ -18,7 +18,7 @@ from golden_core import Reader, dcp, root_of
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-CASES = {"bridge-lora": "qwen3", "bridge-lora-canonical": "llama3"}
+CASES = {"bridge-lora": "qwen3", "bridge-lora-canonical": "llama3", "bridge-lora-experts": "qwen3-moe"}
 FOLDERS = sorted(f"{path.parent.name}/{path.name}" for path in GOLDEN.glob("bridge-lora*/megatron-adapters*"))
 ALPHA = ("--adapter_alpha", 6)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -49,8 +49,9 @@ def bases(tmp_path_factory, to_megatron: Script) -> dict[str, Path]:
 def test_merged(folder: str, bases: dict[str, Path], to_hf: Script, tmp_path: Path) -> None:
     case = folder.split("/")[0]
     where = ("--input_dir", bases[case], "--adapter", GOLDEN / folder, "--output_dir", tmp_path / "out")
-    said = to_hf(*where, "--no_tokenizer", "--verify").succeeded()
-    assert "equal after rounding" in said.out.lower()
+    dense = CASES[case] != "qwen3-moe"  # the proof's forward pass is one of dense models
+    said = to_hf(*where, "--no_tokenizer", *(["--verify"] if dense else [])).succeeded()
+    assert ("equal after rounding" in said.out.lower()) == dense
     assert same(tm.read_huggingface(tmp_path / "out"), tm.read_huggingface(GOLDEN / case / "hf"))
 
 

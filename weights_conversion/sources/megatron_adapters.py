@@ -171,7 +171,7 @@ def find(files: DistCheckpoint, architecture: Architecture, config: ModelConfig)
     with Items(files.folder) as items:
         search = _Search(files, config, Parts(files.adapters, items), problems, used)
         for instance in architecture.instances(config):
-            matrix = instance.row.megatron.endswith(".weight") and len(instance.row.shape) == 2
+            matrix = instance.row.megatron.removesuffix("{expert}").endswith(".weight") and len(instance.row.shape) == 2
             if matrix and (factors := tuple(search.of(instance))):
                 found[instance] = factors
     problems += [
