@@ -14,8 +14,10 @@ from conftest import GOLDEN
 from megatron_files import assert_same_ranks, assert_same_tensors, read_checkpoint
 from naive_layout import megatron_ranks, meta_to_huggingface, padded_rows
 
-# core-* are Megatron-Core's: see test_golden_core.py
-CASES = sorted(path.parent.name for path in GOLDEN.glob("*/case.json") if not path.parent.name.startswith("core-"))
+# core-* and bridge-* are Megatron-Core's: test_golden_core.py, and the tests of adapters
+CASES = sorted(
+    path.parent.name for path in GOLDEN.glob("*/case.json") if not path.parent.name.startswith(("core-", "bridge-"))
+)
 FOLDERS = sorted(f"{case}/{path.name}" for case in CASES for path in (GOLDEN / case).glob("megatron-*"))
 WHOLE = [name for name in FOLDERS if name.endswith("tp1pp1")]
 CUT = [name for name in FOLDERS if not name.endswith("tp1pp1") and not name.startswith("trained")]
