@@ -5,10 +5,39 @@ All of it is written down here a second time, apart from the converter's tables,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Stored names of a layer's experts; `{}` is the number of one. `inner` is as Names.mlp_in."""
+
+    norm: str  # in front of them
+    router: str
+    inner: tuple[str, ...]
+    outer: str
+    bias: str = ""  # that chooses experts, and does not weigh them
+    shared_inner: tuple[str, ...] = ()
+    shared_outer: str = ""
+    shared_gate: str = ""
+
+
+@dataclass(frozen=True)
+class LatentNames:
+    """Stored names of multi-head latent attention."""
+
+    norm: str  # in front of it
+    q: str  # where it has no latent
+    q_down: str
+    q_norm: str
+    q_up: str
+    kv_down: str
+    kv_norm: str
+    kv_up: str
 
 
 @dataclass(frozen=True)
@@ -28,6 +57,8 @@ class Names:
     qkv_bias: tuple[str, ...] = ()  # as `qkv`; empty: this side's model has none
     q_norm: str = ""  # of one head's dimensions, the same for all heads; empty: this side's model has none
     k_norm: str = ""
+    experts: ExpertNames | None = None  # None: this side's model has none
+    latent: LatentNames | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +88,14 @@ class Convention:
     parallel: tuple[Names, ...] = ()  # with one norm in front of parallel branches, and with two; empty: cannot hold it
     grouped_qkv: bool = True  # fused QKV is [q .. q, k, v] per group; otherwise all q, all k, all v
     grouped_bias: bool = True  # the same of its bias
+    experts: Mapping[str, ExpertNames] = field(default_factory=dict)  # of families that spell them in their own way
 
     def names_for(self, config: ModelConfig) -> Names:
         """Raises ConversionError for a model that this side cannot store."""
         if not block_of(config).parallel:
             self._check(config)
-            return self.names
+            own = self.experts.get(config.family)
+            return self.names if own is None else replace(self.names, experts=own)
         if not self.parallel:
             raise ConversionError(
                 f"{self.title} checkpoints cannot hold a {config.family} model, whose attention and MLP are parallel; "
@@ -74,6 +107,8 @@ class Convention:
         for has, name, what in (
             (config.add_qkv_bias, self.names.qkv_bias, "biases of q, k and v"),
             (config.qk_layernorm, self.names.q_norm, "norms of q and k"),
+            (config.moe is not None, self.names.experts, "experts"),
+            (config.mla is not None, self.names.latent, "latent attention"),
         ):
             if has and not name:
                 raise ConversionError(
@@ -94,6 +129,29 @@ _HF_FALCON = Names(
     final_norm="transformer.ln_f.weight",
     head="lm_head.weight",
 )
+_HF_EXPERTS = ExpertNames(
+    norm="post_attention_layernorm.weight",
+    router="mlp.gate.weight",
+    inner=("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+    outer="mlp.experts.{}.down_proj.weight",
+    bias="mlp.gate.e_score_correction_bias",
+    shared_inner=("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
+    shared_outer="mlp.shared_experts.down_proj.weight",
+)
+_HF_OF_FAMILIES = {
+    "mixtral": ExpertNames(
+        norm="post_attention_layernorm.weight",
+        router="block_sparse_moe.gate.weight",
+        inner=("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+        outer="block_sparse_moe.experts.{}.w2.weight",
+    ),
+    "qwen2-moe": replace(
+        _HF_EXPERTS,
+        shared_inner=("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
+        shared_outer="mlp.shared_expert.down_proj.weight",
+        shared_gate="mlp.shared_expert_gate.weight",
+    ),
+}
 HF = Convention(
     "Hugging Face",
     Names(
@@ -110,9 +168,21 @@ HF = Convention(
         qkv_bias=("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
         q_norm="self_attn.q_norm.weight",
         k_norm="self_attn.k_norm.weight",
+        experts=_HF_EXPERTS,
+        latent=LatentNames(
+            norm="input_layernorm.weight",
+            q="self_attn.q_proj.weight",
+            q_down="self_attn.q_a_proj.weight",
+            q_norm="self_attn.q_a_layernorm.weight",
+            q_up="self_attn.q_b_proj.weight",
+            kv_down="self_attn.kv_a_proj_with_mqa.weight",
+            kv_norm="self_attn.kv_a_layernorm.weight",
+            kv_up="self_attn.kv_b_proj.weight",
+        ),
     ),
     interleaved_rotary=False,
     gate_first=True,
+    experts=_HF_OF_FAMILIES,
     parallel=(_HF_FALCON, replace(_HF_FALCON, attention_norm="ln_attn.weight", mlp_norm="ln_mlp.weight")),
 )
 META = Convention(
@@ -170,6 +240,26 @@ MEGATRON_CORE = Convention(
         qkv_bias=("self_attention.linear_qkv.bias",),
         q_norm="self_attention.q_layernorm.weight",  # spelled so by both layer specs
         k_norm="self_attention.k_layernorm.weight",
+        experts=ExpertNames(
+            norm="pre_mlp_layernorm.weight",
+            router="mlp.router.weight",
+            inner=("mlp.experts.linear_fc1.weight{}",),
+            outer="mlp.experts.linear_fc2.weight{}",
+            bias="mlp.router.expert_bias",
+            shared_inner=("mlp.shared_experts.linear_fc1.weight",),
+            shared_outer="mlp.shared_experts.linear_fc2.weight",
+            shared_gate="mlp.shared_experts.gate_weight",
+        ),
+        latent=LatentNames(
+            norm="input_layernorm.weight",
+            q="self_attention.linear_q_proj.weight",
+            q_down="self_attention.linear_q_down_proj.weight",
+            q_norm="self_attention.linear_q_up_proj.layer_norm_weight",
+            q_up="self_attention.linear_q_up_proj.weight",
+            kv_down="self_attention.linear_kv_down_proj.weight",
+            kv_norm="self_attention.linear_kv_up_proj.layer_norm_weight",
+            kv_up="self_attention.linear_kv_up_proj.weight",
+        ),
     ),
     interleaved_rotary=False,
     gate_first=True,

@@ -6,31 +6,23 @@ their traces agree. Weights are asked for one block of rows at a time; only the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from weights_conversion.config import ModelConfig
-from weights_conversion.errors import ConversionError
 from weights_conversion.verification.conventions import Convention, block_of
-from weights_conversion.verification.rope import frequencies
-
-Weights = Callable[[str, slice | None], Tensor]
-"""(full stored name, rows) -> those rows of the full, unsharded tensor in its stored dtype; None asks for all rows.
-
-Matrices are asked for in ascending, consecutive row ranges with both ends given; norms and biases are asked for whole.
-"""
+from weights_conversion.verification.linear import Weights, linear, mlp, norm, rms, rows_of, vector
+from weights_conversion.verification.rope import frequencies, softmax_scale
+from weights_conversion.verification.routed import experts
 
 Stage = tuple[str, int | None, Tensor]
 """(sub-module, layer or None, output). The sub-modules are `embedding`, then per layer `attention_norm`, `attention`
 (behind the output projection), `mlp_norm` (absent where falcon shares one norm), `mlp` and `layer` (with the residual),
 then `final_norm` and `logits`. Outputs are float32 (prompts, length, hidden), logits (prompts, length, vocab)."""
-
-BLOCK_ELEMENTS = 1 << 22
-"""Weights that are held in float32 at one time: 16 MiB, small enough that malloc reuses the pages."""
 
 
 def default_prompts(config: ModelConfig, count: int = 3, length: int = 24) -> Tensor:
@@ -79,11 +71,11 @@ def trace(
         for stage in layer(config, convention, weights, index, hidden, positions):
             yield stage
             hidden = stage[2]
-    hidden = _norm(config, weights, names.final_norm, hidden)
+    hidden = norm(config, weights, names.final_norm, hidden)
     yield "final_norm", None, hidden
     head = head or (names.embedding if config.tie_word_embeddings else names.head)
     # Rows from vocab_size on are a layout's padding.
-    yield "logits", None, _linear(weights, head, hidden, 0, config.vocab_size)
+    yield "logits", None, linear(weights, head, hidden, 0, config.vocab_size)
 
 
 def embed(config: ModelConfig, convention: Convention, weights: Weights, tokens: Tensor) -> Tensor:
@@ -92,7 +84,7 @@ def embed(config: ModelConfig, convention: Convention, weights: Weights, tokens:
         raise ValueError(f"token ids must be in [0, {config.vocab_size}), got {tokens.min()} to {tokens.max()}")
     name = convention.names_for(config).embedding
     ids, positions = torch.unique(tokens, return_inverse=True)
-    rows = [_rows(weights, name, i, i + 1, config.hidden_size) for i in ids.tolist()]
+    rows = [rows_of(weights, name, i, i + 1, config.hidden_size) for i in ids.tolist()]
     return torch.cat(rows)[positions]
 
 
@@ -105,19 +97,23 @@ def layer(
     names = convention.names_for(config)
     prefix = names.layer.format(index)
 
-    normed = _norm(config, weights, prefix + names.attention_norm, hidden)
+    in_front = names.attention_norm if config.mla is None or names.latent is None else names.latent.norm
+    normed = norm(config, weights, prefix + in_front, hidden)
     yield "attention_norm", index, normed
-    attended = _attention(config, convention, weights, prefix, normed, positions)
+    attend = _attention if config.mla is None else _latent_attention
+    attended = attend(config, convention, weights, prefix, normed, positions)
     yield "attention", index, attended
 
     residual = hidden + attended
     mlp_input = hidden if block_of(config).parallel else residual
-    if names.mlp_norm != names.attention_norm:
-        normed = _norm(config, weights, prefix + names.mlp_norm, mlp_input)
+    routed = names.experts is not None and config.moe is not None and config.moe.layers[index]
+    mlp_norm = names.experts.norm if routed and names.experts is not None else names.mlp_norm
+    if mlp_norm != names.attention_norm:
+        normed = norm(config, weights, prefix + mlp_norm, mlp_input)
         yield "mlp_norm", index, normed
-    mlp = _mlp(config, convention, weights, prefix, normed)
-    yield "mlp", index, mlp
-    yield "layer", index, residual + mlp
+    out = (experts if routed else mlp)(config, convention, weights, prefix, normed)
+    yield "mlp", index, out
+    yield "layer", index, residual + out
 
 
 def _attention(
@@ -128,20 +124,60 @@ def _attention(
     shape = (*x.shape[:2], groups, -1, dim)  # k and v: one head of a group
     q, k, v = (part.reshape(shape) for part in _qkv(config, convention, weights, prefix, x))
     if config.qk_layernorm:
-        q = _rms(config, weights, prefix + names.q_norm, q)
-        k = _rms(config, weights, prefix + names.k_norm, k)
+        q = rms(config, weights, prefix + names.q_norm, q)
+        k = rms(config, weights, prefix + names.k_norm, k)
     cos, sin = _angles(config, positions)
     q, k = (_rotate(convention, part, cos, sin) for part in (q, k))
 
-    scores = torch.einsum("bigrd,bjgsd->bgrij", q, k) / dim**0.5
-    place = torch.arange(x.shape[1])
+    out = _attend(config, q, k, v, dim**-0.5)
+    return linear(weights, prefix + names.dense, out, 0, config.hidden_size)
+
+
+def _attend(config: ModelConfig, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q (prompts, length, groups, heads of a group, dim), k and v with one head: (prompts, length, heads x dim)."""
+    scores = torch.einsum("bigrd,bjgsd->bgrij", q, k) * scale
+    place = torch.arange(q.shape[1])
     distance = place[:, None] - place[None, :]
     masked = distance < 0
     if config.sliding_window is not None:
         masked |= distance >= config.sliding_window  # a token sees `sliding_window` tokens, itself included
     scores = scores.masked_fill(masked, float("-inf")).softmax(dim=-1)
-    out = torch.einsum("bgrij,bjgsd->bigrd", scores, v).flatten(2)
-    return _linear(weights, prefix + names.dense, out, 0, config.hidden_size)
+    return torch.einsum("bgrij,bjgsd->bigrd", scores, v).flatten(2)
+
+
+def _latent_attention(
+    config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor, positions: Tensor
+) -> Tensor:
+    """Multi-head latent attention by DeepSeek-V3's rules: only a part of a head has rope, and k's part is shared.
+
+    The rotary pairs are neighbours on every side, since Megatron-Core takes them apart when it runs.
+    """
+    names, sizes = convention.names_for(config), config.mla
+    assert sizes is not None  # the caller has looked
+    assert names.latent is not None
+    latent, heads = names.latent, config.num_attention_heads
+    plain, turning, out = sizes.qk_head_dim, sizes.qk_pos_emb_head_dim, sizes.v_head_dim
+    q, q_name = x, latent.q
+    if sizes.q_lora_rank is not None:
+        q = linear(weights, prefix + latent.q_down, x, 0, sizes.q_lora_rank)
+        q, q_name = rms(config, weights, prefix + latent.q_norm, q), latent.q_up
+    q = linear(weights, prefix + q_name, q, 0, heads * (plain + turning)).unflatten(-1, (heads, 1, -1))
+    kv = linear(weights, prefix + latent.kv_down, x, 0, sizes.kv_lora_rank + turning)
+    kv, k_turning = kv.split([sizes.kv_lora_rank, turning], dim=-1)
+    kv = rms(config, weights, prefix + latent.kv_norm, kv)
+    kv = linear(weights, prefix + latent.kv_up, kv, 0, heads * (plain + out)).unflatten(-1, (heads, 1, -1))
+    k, v = kv.split([plain, out], dim=-1)
+
+    pairs = replace(convention, interleaved_rotary=True)
+    inverse, scaling = frequencies(dim=turning, **rope_of(config))
+    angles = positions.float()[:, None] * inverse
+    cos, sin = angles.cos()[:, None, None] * scaling, angles.sin()[:, None, None] * scaling
+    q_plain, q_turning = q.split([plain, turning], dim=-1)
+    q = torch.cat([q_plain, _rotate(pairs, q_turning, cos, sin)], dim=-1)
+    k_turning = _rotate(pairs, k_turning[:, :, None, None], cos, sin)
+    k = torch.cat([k, k_turning.expand(*k.shape[:-1], turning)], dim=-1)
+    scale = softmax_scale(rope_of(config)) * (plain + turning) ** -0.5
+    return linear(weights, prefix + names.dense, _attend(config, q, k, v, scale), 0, config.hidden_size)
 
 
 def _qkv(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Sequence[Tensor]:
@@ -152,11 +188,11 @@ def _qkv(config: ModelConfig, convention: Convention, weights: Weights, prefix: 
     biases: list[Tensor] = []
     if config.add_qkv_bias:
         lengths = sizes if separate else [sum(sizes)]
-        biases = [_vector(weights, prefix + name, size) for name, size in zip(names.qkv_bias, lengths, strict=True)]
+        biases = [vector(weights, prefix + name, size) for name, size in zip(names.qkv_bias, lengths, strict=True)]
     if separate:
-        parts = [_linear(weights, prefix + name, x, 0, size) for name, size in zip(names.qkv, sizes, strict=True)]
+        parts = [linear(weights, prefix + name, x, 0, size) for name, size in zip(names.qkv, sizes, strict=True)]
     else:
-        parts = _apart(config, _linear(weights, prefix + names.qkv[0], x, 0, sum(sizes)), convention.grouped_qkv)
+        parts = _apart(config, linear(weights, prefix + names.qkv[0], x, 0, sum(sizes)), convention.grouped_qkv)
         biases = [part for bias in biases for part in _apart(config, bias, convention.grouped_bias)]
     return [part.flatten(2) + bias.flatten() for part, bias in zip(parts, biases, strict=True)] if biases else parts
 
@@ -172,7 +208,7 @@ def _apart(config: ModelConfig, fused: Tensor, grouped: bool) -> Sequence[Tensor
 
 def _angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of every position and rotary pair: (length, 1, 1, pairs)."""
-    inverse, scaling = frequencies(dim=config.head_dim, **rope_of(config))
+    inverse, scaling = frequencies(dim=int(config.head_dim * config.rotary_percent), **rope_of(config))
     angles = positions.float()[:, None] * inverse
     return angles.cos()[:, None, None] * scaling, angles.sin()[:, None, None] * scaling
 
@@ -180,62 +216,6 @@ def _angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 def _rotate(convention: Convention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (prompts, length, groups, heads, head_dim)."""
     axis = -1 if convention.interleaved_rotary else -2
+    x, still = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)  # a part of the head may not turn
     a, b = x.unflatten(-1, (-1, 2) if convention.interleaved_rotary else (2, -1)).unbind(axis)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=axis).flatten(-2)
-
-
-def _mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Tensor:
-    names, ffn = convention.names_for(config), config.ffn_hidden_size
-    if not block_of(config).gated:
-        inner = F.gelu(_linear(weights, prefix + names.mlp_in[0], x, 0, ffn))
-    else:
-        # Fused: the second half begins at row ffn of the same matrix.
-        start = ffn if len(names.mlp_in) == 1 else 0
-        halves = (
-            _linear(weights, prefix + names.mlp_in[0], x, 0, ffn),
-            _linear(weights, prefix + names.mlp_in[-1], x, start, start + ffn),
-        )
-        gate, up = halves if convention.gate_first else halves[::-1]
-        inner = F.silu(gate) * up
-    return _linear(weights, prefix + names.mlp_out, inner, 0, config.hidden_size)
-
-
-def _norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
-    if not block_of(config).layer_norm:
-        return _rms(config, weights, name, x)
-    size = config.hidden_size
-    weight, bias = _vector(weights, name, size), _vector(weights, name.removesuffix("weight") + "bias", size)
-    return F.layer_norm(x, (size,), weight, bias, config.layernorm_epsilon)
-
-
-def _rms(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
-    weight = _vector(weights, name, x.shape[-1])
-    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.layernorm_epsilon))
-
-
-def _vector(weights: Weights, name: str, size: int) -> Tensor:
-    return _checked(weights(name, None), name, (size,))
-
-
-def _linear(weights: Weights, name: str, x: Tensor, start: int, stop: int) -> Tensor:
-    """x (.., columns) times rows [start, stop) of a matrix, in blocks: a large matrix is never whole in float32."""
-    columns = x.shape[-1]
-    out = x.new_empty(*x.shape[:-1], stop - start)
-    step = max(1, BLOCK_ELEMENTS // columns)
-    for begin in range(start, stop, step):
-        end = min(begin + step, stop)
-        out[..., begin - start : end - start] = F.linear(x, _rows(weights, name, begin, end, columns))
-    return out
-
-
-def _rows(weights: Weights, name: str, start: int, stop: int, columns: int) -> Tensor:
-    return _checked(weights(name, slice(start, stop)), f"{name}, rows {start} to {stop},", (stop - start, columns))
-
-
-def _checked(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
-    if tuple(tensor.shape) != shape:
-        raise ConversionError(
-            f"{name} has shape {tuple(tensor.shape)} where the model's config asks for {shape}; "
-            "the config and the weights are of two models."
-        )
-    return tensor.detach().float()
+    return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], dim=axis).flatten(-2), still], dim=-1)

@@ -13,7 +13,7 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.engine import progress
 from weights_conversion.engine.streams import Source
 from weights_conversion.formats.megatron import RankFiles
-from weights_conversion.verification import forward
+from weights_conversion.verification import forward, linear
 from weights_conversion.verification.conventions import CONVENTIONS, Convention, Names, block_of
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.sides import NUMBER_FIELDS, Model, shown
@@ -239,7 +239,7 @@ class Causes:
 def _logits(runner: Runner, hidden: Tensor) -> Tensor:
     names, config = runner.convention.names_for(runner.config), runner.config
     name = runner.head or (names.embedding if config.tie_word_embeddings else names.head)
-    step = max(forward.BLOCK_ELEMENTS // config.hidden_size, 1)
+    step = max(linear.BLOCK_ELEMENTS // config.hidden_size, 1)
     blocks = (slice(start, min(start + step, config.vocab_size)) for start in range(0, config.vocab_size, step))
     return torch.cat([hidden @ runner.weights(name, rows).float().T for rows in blocks], dim=-1)
 

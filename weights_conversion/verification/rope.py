@@ -6,6 +6,8 @@ The converter carries these numbers from config to config; what a model makes of
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,14 @@ def frequencies(
         low, high = math.floor(low), math.ceil(high)
     scaled = _yarn(plain, dim, theta, factor, max(low, 0), min(high, dim - 1))
     return scaled, _yarn_attention(factor, mscale, mscale_all_dim) if attention_factor is None else attention_factor
+
+
+def softmax_scale(rope: Mapping[str, Any]) -> float:
+    """What DeepSeek's yarn multiplies the softmax's scale by, beside the size of a head."""
+    every = rope.get("mscale_all_dim")
+    if rope.get("kind") != "yarn" or not every or rope.get("factor", 1.0) <= 1:
+        return 1.0
+    return (0.1 * every * math.log(rope["factor"]) + 1.0) ** 2
 
 
 def _llama3(plain: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:

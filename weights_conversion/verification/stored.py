@@ -32,7 +32,8 @@ from weights_conversion.verification.whole import dist_weights, huggingface_weig
 
 BY_ROWS = ("word_embeddings.weight", "word_embeddings_for_head.weight", "lm_head", "output_layer.weight",
            "query_key_value.weight", "linear_qkv.weight", "linear_qkv.bias", "dense_h_to_4h.weight",
-           "linear_fc1.weight")  # fmt: skip
+           "linear_fc1.weight", "linear_q_proj.weight", "linear_q_up_proj.weight",
+           "linear_kv_up_proj.weight")  # fmt: skip
 BY_COLUMNS = (".dense.weight", "linear_proj.weight", "dense_4h_to_h.weight", "linear_fc2.weight")
 GATED = ("dense_h_to_4h.weight", "linear_fc1.weight")  # two halves, each cut by itself, where the MLP is gated
 TIED_COPY = {"Megatron-LLM": "word_embeddings_for_head.weight", "Megatron-Core": "output_layer.weight"}
@@ -73,6 +74,7 @@ class RankReader:
 
     def _parts(self, name: str) -> list[Part]:
         refs = self._refs(name)
+        name = re.sub(r"(\.experts\..*weight)\d+$", r"\1", name)
         height = refs[0].shape[0]
         if name.endswith(BY_COLUMNS):
             return [Part(0, height, tuple(refs), 0)]
@@ -101,14 +103,30 @@ class RankReader:
             chunk, stage = chunks - 1, stages - 1
         key = f"model{chunk}" if chunks > 1 else "model"
         found = []
-        order = self.order if name.endswith(self.only) else range(parallel.tensor)
-        for rank in order:
-            tensors = self.files.ranks[Rank(rank, stage)]
+        holders, name = self._holders(name, stage)
+        for rank in holders:
+            tensors = self.files.ranks[rank]
             ref = tensors.get(f"{key}.{name}") or tensors.get(f"{key}.{self.files.dialect.other_spelling(name)}")
             if ref is None:
-                raise ConversionError(f"rank {rank} of stage {stage} of {self.files.folder} has no {key}.{name}")
+                raise ConversionError(f"rank {rank.tensor} of stage {stage} of {self.files.folder} has no {key}.{name}")
             found.append(ref)
         return found
+
+    def _holders(self, name: str, stage: int) -> tuple[list[Rank], str]:
+        """(the ranks that hold the parts of a tensor, in the order in which they are joined; its name there).
+
+        Experts are dealt to the expert ranks in turn, as many to each, and each is cut by tensor rank % ETP.
+        """
+        ranks = sorted(rank for rank in self.files.ranks if rank.pipeline == stage)
+        expert = re.fullmatch(r"(.*\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)", name)
+        if expert is None or self.config.moe is None:
+            order = self.order if name.endswith(self.only) else range(self.files.parallel.tensor)
+            return [next(rank for rank in ranks if rank.tensor == number) for number in order], name
+        each = self.config.moe.num_experts // self.files.parallel.expert
+        home, local = divmod(int(expert[2]), each)
+        cut = self.files.parallel.experts_tensor
+        there = [rank for rank in ranks if rank.expert == home]
+        return [next(rank for rank in there if rank.tensor % cut == n) for n in range(cut)], f"{expert[1]}{local}"
 
     @functools.cached_property
     def _dealt(self) -> list[tuple[int, int, int]]:
@@ -126,6 +144,10 @@ class RankReader:
 
 def _read(ref: TensorRef, first: int, last: int, source: Source) -> Tensor:
     width = ref.shape[1] if len(ref.shape) > 1 else 1
+    if ref.transposed:
+        columns = torch.empty((width, ref.shape[0]), dtype=ref.dtype)
+        source.read(ref, 0, columns)
+        return columns.t()[first:last]
     rows = torch.empty((last - first, *ref.shape[1:]), dtype=ref.dtype)
     source.read(ref, first * width * ref.dtype.itemsize, rows)
     return rows

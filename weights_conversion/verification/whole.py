@@ -18,7 +18,7 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -41,9 +41,22 @@ def huggingface_weights(folder: Path) -> Weights:
         names |= _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
 
     def read(name: str, rows: slice | None) -> Tensor:
+        if name not in names and (packed := _packed(name, rows, names)) is not None:
+            return packed
         return names[_stored_as(name, names, folder)](rows)
 
     return read
+
+
+def _packed(name: str, rows: slice | None, names: Mapping[str, Callable[[slice | None], Tensor]]) -> Tensor | None:
+    """Rows of one expert's matrix, where one tensor holds those of all experts: (E, 2f, H) with gate above up."""
+    match = re.fullmatch(r"(.*\.experts\.)(\d+)\.(gate|up|down)_proj\.weight", name)
+    whole = f"{match[1]}{'down_proj' if match[3] == 'down' else 'gate_up_proj'}" if match else ""
+    if match is None or whole not in names:
+        return None
+    matrix = names[whole](slice(int(match[2]), int(match[2]) + 1))[0]
+    half = {"gate": slice(0, len(matrix) // 2), "up": slice(len(matrix) // 2, None), "down": slice(None)}[match[3]]
+    return matrix[half][rows or slice(None)]
 
 
 _AROUND_LAYERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -214,6 +227,8 @@ def dist_weights(folder: Path, num_layers: int, weights: str = "model") -> Weigh
         if f"{name}_w" in tensors:  # the gate and up of a GLU
             return [(tensors[name + end], ()) for end in ("_w", "_v")]
         stacked = tensors.get(match[1] + match[3]) if match else None
+        if of_experts := _of_experts(name, tensors):
+            return of_experts
         if match is None or stacked is None or stacked.size[0] != num_layers:
             raise ConversionError(f"{folder} has no tensor {name}, nor one of all {num_layers} layers")
         return [(stacked, (int(match[2]),))]
@@ -230,6 +245,29 @@ def dist_weights(folder: Path, num_layers: int, weights: str = "model") -> Weigh
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     return read
+
+
+def _of_experts(name: str, tensors: Mapping[str, Any]) -> list[tuple[Any, tuple[int, ...]]]:
+    """One expert of a tensor that holds all of a layer, or of all layers; and the norm in front of them."""
+    if match := re.fullmatch(r"(.*\blayers\.)(\d+)\.(mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d+)", name):
+        around, layer, module, end, expert = match.groups()
+        own, stacked = f"{around}{layer}.{module}experts.{end}", f"{around}{module}experts.{end}"
+        if own in tensors:
+            return [(tensors[own], (int(expert),))]
+        if stacked in tensors:
+            return [(tensors[stacked], (int(layer), int(expert)))]
+        for spelled in (f"{around}{layer}.{module}{inner}.{expert}.{end}" for inner in ("experts", "local_experts")):
+            if spelled in tensors:
+                return [(tensors[spelled], ())]
+            if f"{spelled}_w" in tensors:
+                return [(tensors[spelled + half], ()) for half in ("_w", "_v")]
+    if match := re.fullmatch(r"(.*\blayers\.)(\d+)\.pre_mlp_layernorm\.weight", name):  # the local layer spec's name
+        spelled = "mlp.linear_fc1.layer_norm_weight"
+        if f"{match[1]}pre_mlp_layernorm.weight" not in tensors and f"{match[1]}{spelled}" in tensors:
+            return [(tensors[match[1] + spelled], (int(match[2]),))]
+        if f"{match[1]}{match[2]}.{spelled}" in tensors:
+            return [(tensors[f"{match[1]}{match[2]}.{spelled}"], ())]
+    return []
 
 
 class _Unnamed:
