@@ -69,14 +69,18 @@ def test_import_is_what_training_wrote(folder: str, tmp_path: Path, to_megatron)
     options: list[Any] = ["--make-vocab-size-divisible-by", content["make_vocab_size_divisible_by"]]
     if layout["format"] == "torch":
         options += ["--ckpt-format", "torch"]
-        for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        sizes = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+        if layout["experts"]:
+            sizes += ["expert_model_parallel_size", "expert_tensor_parallel_size"]
+            options += ["--moe-grouped-gemm"] if "TEGroupedMLP" in layout["experts"] else []
+        for size in sizes:
             options += [f"--{size.replace('_', '-')}", layout[size]]
     to_megatron(content["family"], "--model-path", case / "hf", "--out", tmp_path / "out",
                 "--target", "megatron-core", *options).succeeded()  # fmt: skip
     (wanted, wanted_args), (found, args) = read(GOLDEN / folder, layout), read(tmp_path / "out", layout)
     assert found.keys() == wanted.keys()
     for rank, tensors in wanted.items():
-        extra = {name for name in found[rank].keys() - tensors.keys() if "layernorm" not in name}
+        extra = {name for name in found[rank].keys() - tensors.keys() if "norm" not in name}
         assert not extra
         for name, tensor in tensors.items():
             ours = found[rank][name]

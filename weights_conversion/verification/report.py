@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weights_conversion.config import RopeScaling
 from weights_conversion.text import one_line
 from weights_conversion.verification.differences import Difference, Exact
 from weights_conversion.verification.numeric import Numeric
@@ -153,7 +153,7 @@ def _side(model: Model) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return vars(value) if isinstance(value, RopeScaling) else value
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _side_json(model: Model) -> Mapping[str, Any]:

@@ -143,11 +143,11 @@ class RankReader:
 
 
 def _read(ref: TensorRef, first: int, last: int, source: Source) -> Tensor:
-    width = ref.shape[1] if len(ref.shape) > 1 else 1
     if ref.transposed:
-        columns = torch.empty((width, ref.shape[0]), dtype=ref.dtype)
-        source.read(ref, 0, columns)
-        return columns.t()[first:last]
+        turned = torch.empty(ref.shape[::-1], dtype=ref.dtype)
+        source.read(ref, 0, turned)
+        return turned.t()[first:last]
+    width = ref.shape[1] if len(ref.shape) > 1 else 1
     rows = torch.empty((last - first, *ref.shape[1:]), dtype=ref.dtype)
     source.read(ref, first * width * ref.dtype.itemsize, rows)
     return rows
