@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface
 from weights_conversion.sources import locate_dist
-from weights_conversion.verification.whole import dist_weights, huggingface_weights, read_index
+from weights_conversion.verification.whole import huggingface_weights
+from weights_conversion.verification.whole_dist import dist_weights, read_index
 
 NORM, WEIGHT = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 

@@ -28,7 +28,8 @@ from weights_conversion.verification.adapted import with_deltas
 from weights_conversion.verification.conventions import block_of
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.sides import Model
-from weights_conversion.verification.whole import dist_weights, huggingface_weights
+from weights_conversion.verification.whole import huggingface_weights
+from weights_conversion.verification.whole_dist import dist_weights
 
 BY_ROWS = ("word_embeddings.weight", "word_embeddings_for_head.weight", "lm_head", "output_layer.weight",
            "query_key_value.weight", "linear_qkv.weight", "linear_qkv.bias", "dense_h_to_4h.weight",
