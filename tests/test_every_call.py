@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Script
 
+import weights_conversion.verify  # noqa: F401  (the package has a function of that name)
 from tests.robustness import faults
 from tests.robustness import sources as samples
 from weights_conversion import fileio, watch
-from weights_conversion import verify as verifying
 from weights_conversion.errors import ConversionError
 from weights_conversion.launch import line
 from weights_conversion.output import beginning, descriptors
@@ -49,7 +49,7 @@ def test_trouble_in_a_proof_is_no_failed_proof(sources, imported, tmp_path: Path
             raise ConversionError("/x/y cannot be read (Input/output error)") from error
 
     with monkeypatch.context() as patch:
-        patch.setattr(verifying, "verify", verify)
+        patch.setattr(sys.modules["weights_conversion.verify"], "verify", verify)
         to_megatron(*call).refused("/x/y")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial"]
     to_megatron(*call).succeeded()
