@@ -139,8 +139,9 @@ def _plan(options: ExportOptions, source: _Read) -> Job:
     opened, config = source.opened, source.opened.config
     dtype = DTYPES.get(options.dtype) or opened.files.trained_dtype
     plan = plan_to_hf(
-        FAMILIES[config.family], config, source.located, opened.files.dialect, HF, options.num_output_shards, dtype
-    )
+        FAMILIES[config.family], config, source.located, opened.files.dialect, HF, options.num_output_shards, dtype,
+        packed=bool((opened.manifest or {}).get("packed_experts")),
+    )  # fmt: skip
     targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
     stored = main_dtype([placed for group in source.located.values() for placed in group])
     report = _report(options, source, stored, dtype)

@@ -36,6 +36,7 @@ from weights_conversion.output.assembly import TargetFile
 from weights_conversion.sources import sums
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating
+from weights_conversion.sources.locate_hf import packs_experts
 from weights_conversion.sources.opening import Opened, check_named, find_local, open_source
 from weights_conversion.tokenizer.carried import carried
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
@@ -214,6 +215,7 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
         config, true_vocab_size=true_rows if opened.true_rows_known or options.true_vocab_size else None,
         repository=opened.repository, revision=opened.revision, source_config=opened.raw_config,
         generation_config=opened.generation_config, tokenizer=opened.tokenizer, assumed=opened.assumed,
+        packed_experts=packs_experts(FAMILIES[options.model], config, set(opened.tensors)),
     )  # fmt: skip
     prove = proof(
         opened.folder, options.model, workers=options.workers, allow_inconsistent=options.allow_inconsistent,

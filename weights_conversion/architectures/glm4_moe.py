@@ -3,11 +3,15 @@
 from weights_conversion.architectures.experts import EXPERT_BIAS, EXPERTS, NORM, ROUTER, SHARED
 from weights_conversion.architectures.family import Family, Signs
 from weights_conversion.architectures.llama import ATTENTION, EMBEDDING, LAST, MLP
+from weights_conversion.architectures.prediction import COPIES, predicting
+
+_LAYER = (*ATTENTION, *MLP, NORM, ROUTER, EXPERT_BIAS, *EXPERTS, *SHARED)
 
 GLM4_MOE = Family(
     "glm4-moe",
-    (EMBEDDING, *ATTENTION, *MLP, NORM, ROUTER, EXPERT_BIAS, *EXPERTS, *SHARED, *LAST),
+    (EMBEDDING, *_LAYER, *predicting(_LAYER), *LAST),
     tied_head="lm_head.weight",
+    mtp_copies=COPIES,
     model_types=("glm4_moe",),
     hf_class="Glm4MoeForCausalLM",
     repositories={"106": "zai-org/GLM-4.5-Air", "355": "zai-org/GLM-4.5"},

@@ -25,11 +25,12 @@ _FORMAT = 1
 def build(
     config: ModelConfig, *, true_vocab_size: int | None, repository: str | None, revision: str | None,
     source_config: Mapping[str, Any] | None, generation_config: Mapping[str, Any] | None, tokenizer: Sequence[Path],
-    assumed: Sequence[str] = (),
+    assumed: Sequence[str] = (), packed_experts: bool = False,
 ) -> str:  # fmt: skip
     """The manifest's text. A local folder's path is not part of it.
 
     `assumed` are fields that nothing stated, so that the family's usual value was taken.
+    `packed_experts`: the source has all experts of a layer in one tensor, as an export then has them too.
     """
     content = {
         "format": _FORMAT,
@@ -40,6 +41,7 @@ def build(
         "true_vocab_size": true_vocab_size,
         "model": {name: value for name, value in asdict(config).items() if name != "family"},
         "assumed": list(assumed),
+        "packed_experts": packed_experts,
         "config": source_config,
         "generation_config": generation_config,
         "tokenizer_sha256": {path.name: sha256(path) for path in tokenizer},

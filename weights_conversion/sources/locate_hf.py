@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.placement import Located, Placed, slab
 from weights_conversion.mapping.dialects import Dialect
-from weights_conversion.mapping.parameters import Architecture, Instance, Packed, is_buffer
+from weights_conversion.mapping.parameters import Architecture, Instance, Packed, is_buffer, named
 from weights_conversion.sources import naming
 
 
@@ -37,12 +37,10 @@ def in_huggingface(
     return found
 
 
-def packs_experts(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Placed]) -> bool:
-    """Whether the source holds all experts of a layer in one tensor."""
-    rows = [row for row in architecture.parameters(config) if row.packed]
-    layers = range(config.num_layers)
-    return any(Instance(row, (layer, 0)).hf(packed.name) in tensors
-               for row in rows for packed in row.packed for layer in layers)  # fmt: skip
+def packs_experts(architecture: Architecture, config: ModelConfig, tensors: Collection[str]) -> bool:
+    """Whether the source, by its tensors' names, holds all experts of a layer in one."""
+    names = {packed.name for row in architecture.parameters(config) for packed in row.packed}
+    return any(named(name, (layer, 0)) in tensors for name in names for layer in range(config.num_layers))
 
 
 def _check_counts(config: ModelConfig, tensors: Mapping[str, Placed]) -> None:

@@ -1,0 +1,46 @@
+"""Experts that one tensor holds, as transformers 5 may save them: read by slices, and written so again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from conftest import GOLDEN
+from safetensors.torch import load_file, save_file
+
+CASE = GOLDEN / "core-qwen3-moe-tp2ep2"
+
+
+def packed(folder: Path) -> Path:
+    """The golden source with its experts packed: (E, 2f, H), gate above up, and (E, H, f)."""
+    shutil.copytree(CASE / "hf", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        parts = {
+            kind: [tensors.pop(f"{prefix}{expert}.{kind}_proj.weight") for expert in range(4)]
+            for kind in ("gate", "up", "down")
+        }
+        pairs = zip(parts["gate"], parts["up"], strict=True)
+        tensors[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        tensors[f"{prefix}down_proj"] = torch.stack(parts["down"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_packed_experts_come_back_packed(tmp_path: Path, to_megatron, to_hf) -> None:
+    source, out, back = packed(tmp_path / "source"), tmp_path / "out", tmp_path / "back"
+    to_megatron("qwen3-moe", "--model-path", source, "--out", out, "--verify").succeeded()
+    to_hf("--input_dir", out, "--output_dir", back, "--no_tokenizer", "--verify").succeeded()
+    found, wanted = load_file(back / "model.safetensors"), load_file(source / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_packed_and_single_experts_are_one_model(tmp_path: Path, to_megatron) -> None:
+    folders = {"packed": packed(tmp_path / "source"), "single": CASE / "hf"}
+    for name, source in folders.items():
+        to_megatron("qwen3-moe", "--model-path", source, "--out", tmp_path / name).succeeded()
+    ends = ("release/__0_1.distcp", "release/.metadata")
+    assert all((tmp_path / "packed" / end).read_bytes() == (tmp_path / "single" / end).read_bytes() for end in ends)
