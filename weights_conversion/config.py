@@ -167,6 +167,7 @@ class ModelConfig:
             "kv": self.num_query_groups * self.head_dim,
             "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim,
             "one": 1,
+            "two_hidden": 2 * self.hidden_size,
         }
         return sizes | self._expert_axes() | self._latent_axes()
 
@@ -193,7 +194,6 @@ class ModelConfig:
             "mla_q": heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim),
             "mla_kv": heads * (mla.qk_head_dim + mla.v_head_dim),
             "mla_out": heads * mla.v_head_dim,
-            "two_hidden": 2 * self.hidden_size,
         }
 
 

@@ -70,9 +70,10 @@ class _Search:
         experts = self.config.moe.num_experts if self.config.moe is not None else 0
         sizes = {0: (), 1: (self.config.num_layers,), 2: (self.config.num_layers, experts)}
         several = []
-        for spelled in dict.fromkeys((*dialect.spellings(row.megatron), *dialect.dist_spellings(row.megatron))):
+        names = *dialect.spellings(row.megatron), *dialect.dist_spellings(row.megatron)
+        for spelled in dict.fromkeys((*names, dialect.live(row.megatron))):  # Megatron-FSDP stores live names
             found = []
-            for stacked in (True, False) if instance.index else (False,):
+            for stacked in (True, False) if instance.index and not instance.predicts else (False,):
                 key, lead = dist_key(instance, spelled, stacked=stacked)
                 leading = sizes[len(instance.index)][len(instance.index) - len(lead) :]
                 found.append(_Candidate(((key, 0),), (*leading, *shape), lead))
