@@ -21,12 +21,12 @@ from torch import Tensor
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
-from weights_conversion.verification import forward
+from weights_conversion.verification import forward, linear
 from weights_conversion.verification.conventions import HF, MEGATRON_CORE, MEGATRON_LLM, META, Convention
 from weights_conversion.verification.forward import Weights, default_prompts, trace
 
 BOUND = 2e-6  # of the logits' spread
-LLM_FOLDERS = sorted(path for path in GOLDEN.glob("*/megatron-*") if not path.parent.name.startswith("core-"))
+LLM_FOLDERS = sorted(path for path in GOLDEN.glob("*/megatron-*") if not path.parent.name.startswith(("core-", "bridge-")))
 
 LLAMA = ModelConfig(
     family="llama2",
@@ -60,7 +60,7 @@ CASES = [
     pytest.param(name, convention, id=f"{name}-{convention.title}")
     for name, config in CONFIGS.items()
     for convention in (HF, META, MEGATRON_LLM, MEGATRON_CORE)
-    if config.family != "falcon" or convention.falcon
+    if config.family != "falcon" or convention.parallel
 ]
 
 
@@ -518,7 +518,7 @@ def test_reads_every_row_once_in_blocks_and_no_padding(
     name: str, convention: Convention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = CONFIGS[name]
-    monkeypatch.setattr(forward, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", 1000)
     hf, prompts, logits = reference(config)
     tensors = stored(config, convention, hf)
     if config.tie_word_embeddings:

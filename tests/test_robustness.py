@@ -30,7 +30,7 @@ from tests.robustness import full_disk, fuzz, kill_runs, mutations, sources
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, iterations, pickles, stored_args, torch_files
 from weights_conversion.layouts.placement import TensorRef, Written
-from weights_conversion.output import assembly, beginning, file_sums, partial, place, publish
+from weights_conversion.output import assembly, beginning, file_sums, finishing, partial, place, publish
 from weights_conversion.output import journal as journals
 
 GQA = tm.MODELS["llama2-gqa"]
@@ -399,7 +399,7 @@ def test_what_starts_over(change: str, to_megatron: Script, tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(assembly, "finish", interrupted)
+        patch.setattr(finishing, "finish", interrupted)
         assert to_megatron(*line).code == 130
     if change == "source":
         tm.write_weights(source, {name: tensor + 1 for name, tensor in GQA.tensors().items()})

@@ -543,7 +543,7 @@ def core_spelling(tensors: dict[str, torch.Tensor]) -> None:
             ("mlp", 1, "gate and up are swapped"),
         ),
         (core_rotary, r"layers\.1\.self_attn\.q_proj.*other rotary order", ("attention", 1, "rotary order")),
-        (core_spelling, r"copies .*post_attention_layernorm.*layer_norm_weight.*pre_mlp_layernorm", None),
+        (core_spelling, r"copies .*linear_fc1.layer_norm_weight.*pre_mlp_layernorm", None),
     ],
 )
 def test_megatron_core_fault(edit: Any, expected: str, numeric: Any, imported, sources, tmp_path: Path) -> None:
