@@ -26,7 +26,8 @@ from weights_conversion.verification.conventions import HF, MEGATRON_CORE, MEGAT
 from weights_conversion.verification.forward import Weights, default_prompts, trace
 
 BOUND = 2e-6  # of the logits' spread
-LLM_FOLDERS = sorted(path for path in GOLDEN.glob("*/megatron-*") if not path.parent.name.startswith(("core-", "bridge-")))
+OTHERS = ("core-", "bridge-")  # of Megatron-Core
+LLM_FOLDERS = sorted(path for path in GOLDEN.glob("*/megatron-*") if not path.parent.name.startswith(OTHERS))
 
 LLAMA = ModelConfig(
     family="llama2",

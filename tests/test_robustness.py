@@ -27,10 +27,11 @@ import torch
 from conftest import Script
 
 from tests.robustness import full_disk, fuzz, kill_runs, mutations, sources
+from weights_conversion.engine import identity
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface, iterations, pickles, stored_args, torch_files
 from weights_conversion.layouts.placement import TensorRef, Written
-from weights_conversion.output import assembly, beginning, file_sums, finishing, partial, place, publish
+from weights_conversion.output import beginning, file_sums, finishing, partial, place, publish
 from weights_conversion.output import journal as journals
 
 GQA = tm.MODELS["llama2-gqa"]
@@ -408,7 +409,7 @@ def test_what_starts_over(change: str, to_megatron: Script, tmp_path: Path, monk
     elif change == "config":  # of the same shapes
         tm.write_json(source / "config.json", GQA.config() | {"rms_norm_eps": 1e-6})
     elif change == "release":
-        monkeypatch.setattr(assembly, "__version__", "another")
+        monkeypatch.setattr(identity, "__version__", "another")
     result = to_megatron(*line).succeeded()
     assert ("starting over" in result.text) == (change != "nothing")
     assert ("continued an interrupted run" in result.text) == (change == "nothing")

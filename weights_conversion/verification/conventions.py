@@ -88,7 +88,8 @@ class Convention:
     parallel: tuple[Names, ...] = ()  # with one norm in front of parallel branches, and with two; empty: cannot hold it
     grouped_qkv: bool = True  # fused QKV is [q .. q, k, v] per group; otherwise all q, all k, all v
     grouped_bias: bool = True  # the same of its bias
-    experts: Mapping[str, ExpertNames] = field(default_factory=dict, hash=False)  # of families that spell them in their own way
+    # Of families that spell them in their own way.
+    experts: Mapping[str, ExpertNames] = field(default_factory=dict, hash=False)
 
     def names_for(self, config: ModelConfig) -> Names:
         """Raises ConversionError for a model that this side cannot store."""
