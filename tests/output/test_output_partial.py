@@ -254,7 +254,7 @@ def test_another_folder_with_the_inode_of_the_note(line, unclean: Path, to_megat
 def test_an_error_names_its_file(call: str, line, to_megatron, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call fails once, at its first, second ... time in OUT.partial; the rerun ends right."""
     real, ends = getattr(os, call), []
-    for number in range(1, 40):
+    for number in range(1, 200):
         seen = 0
 
         def fails(*arguments, number=number, **keywords):
