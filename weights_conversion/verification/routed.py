@@ -51,7 +51,7 @@ def route(moe: Moe, family: str, logits: Tensor, bias: Tensor) -> tuple[Tensor, 
         # The sum of a group's best two; DeepSeek-V2, which has no bias, takes the best one.
         best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1) if sigmoid else groups.amax(-1)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(moe.group_topk, dim=-1).indices, True)
-        choice = groups.masked_fill(~kept[..., None], 0.0).flatten(1)
+        choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
     chosen = choice.topk(moe.topk, dim=-1).indices
     weight = scores.gather(1, chosen)
     if not moe.pre_softmax:
