@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, manifest, model_size, moe_layers, training_lines
 from weights_conversion.configs.training_lines import Shape
-from weights_conversion.engine.job import DIVISIBLE_BY, DTYPES, Job, RunOptions
+from weights_conversion.engine.job import DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
 from weights_conversion.errors import ConversionError, Problems
@@ -26,9 +25,10 @@ from weights_conversion.formats.core_forms import Form, checked, training
 from weights_conversion.formats.iterations import TRACKER
 from weights_conversion.formats.targets import dist_targets, rank_file, rank_targets
 from weights_conversion.launch import distributed
+from weights_conversion.layouts.parallel import DIVISIBLE_BY, check_parallelism, with_virtual, written_rows
 from weights_conversion.layouts.placement import Located, main_dtype
 from weights_conversion.layouts.plan import Plan
-from weights_conversion.layouts.planners import check_parallelism, padded_vocabulary, plan_to_dist, plan_to_megatron
+from weights_conversion.layouts.planners import plan_to_dist, plan_to_megatron
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_CORE_EACH, MEGATRON_LLM, Dialect
 from weights_conversion.mapping.parameters import is_buffer
 from weights_conversion.output import place, space
@@ -38,7 +38,7 @@ from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating
 from weights_conversion.sources.locate_hf import packs_experts
 from weights_conversion.sources.opening import Opened, check_named, find_local, open_source
-from weights_conversion.tokenizer.carried import carried
+from weights_conversion.tokenizer.carried import carried, told
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
 from weights_conversion.verify import proof
 from weights_conversion.watch import opened_files, watched
@@ -184,9 +184,10 @@ def _open(options: ImportOptions, wanted: _Wanted) -> tuple[Opened, Located, lis
 
 def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Located, notes: list[str]) -> Job:
     config, dialect, problems = opened.config, wanted.dialect, Problems()
-    parallel = problems.of(_with_virtual, options, config) or options.parallel
-    padded = opened.stored_vocabulary is not None and opened.stored_vocabulary != config.vocab_size
-    rows = problems.of(_vocabulary, options, config, parallel, padded and wanted.ckpt_format == "torch")
+    stages = options.parallel, options.layers_per_virtual_stage
+    parallel = problems.of(with_virtual, *stages, config.num_layers) or options.parallel
+    padded = opened.stored_vocabulary not in (None, config.vocab_size) and wanted.ckpt_format == "torch"
+    rows = problems.of(written_rows, config.vocab_size, *_rows_asked(options), parallel.tensor, padded)
     vocabulary, true_rows = rows or (config.vocab_size, config.vocab_size)
     problems.found += check_parallelism(config, parallel, vocabulary, dialect)
     asked = options.moe_layer_freq, options.moe_grouped_gemm
@@ -243,16 +244,9 @@ def _kept_args(opened: Opened, dialect: Dialect, names: set[str], report: Report
     kept = dict(opened.kept_args)
     if dialect is MEGATRON_CORE and names & {"tokenizer.json", "tekken.json"} and "tokenizer.model" not in names:
         kept.setdefault("tokenizer_type", "HuggingFaceTokenizer")
-    if "tekken.json" in names and not names & {"tokenizer.model", "tokenizer.json"}:
-        report.notes.append(
-            "tokenizer  tekken.json alone, which transformers reads with the package mistral-common; an export builds "
-            "tokenizer.json from it"
-        )
-    elif not names & {"tokenizer.model", "tokenizer.json"} and not {"vocab_file", "tokenizer_model"} & set(kept):
-        report.warnings.append(
-            f"{opened.folder} holds no tokenizer (tokenizer.model or tokenizer.json), so none is written; training "
-            "needs one, and an export asks for it (--vocab_file)"
-        )
+    notes, warnings = told(names, opened.folder, named=bool({"vocab_file", "tokenizer_model"} & set(kept)))
+    report.notes += notes
+    report.warnings += warnings
     return kept
 
 
@@ -292,16 +286,20 @@ def _say_training(
 
 def _check_early(options: ImportOptions, config: ModelConfig, dtype: str | None, wanted: _Wanted) -> None:
     """What a config.json shows to be impossible, before the weights that it is of are fetched: size, layout, disk."""
-    problems = Problems()
+    problems, stages = Problems(), (options.parallel, options.layers_per_virtual_stage)
     if options.size is not None:
         problems.of(model_size.check, config, options.size)
-    parallel = problems.of(_with_virtual, options, config) or options.parallel
-    rows = problems.of(_vocabulary, options, config, parallel, False)
+    parallel = problems.of(with_virtual, *stages, config.num_layers) or options.parallel
+    rows = problems.of(written_rows, config.vocab_size, *_rows_asked(options), parallel.tensor)
     problems.found += check_parallelism(config, parallel, rows[0] if rows else config.vocab_size, wanted.dialect)
     kept = DTYPES.get(options.dtype) or DTYPES.get(dtype or "") or torch.bfloat16
     if distributed.current().rank == 0:
         problems.of(space.check_space, wanted.out, model_size.parameter_count(config) * kept.itemsize)
     problems.raise_all()
+
+
+def _rows_asked(options: ImportOptions) -> tuple[int | None, int | None]:
+    return options.true_vocab_size, options.divisible_by
 
 
 def _default_out(options: ImportOptions) -> Path:
@@ -310,32 +308,3 @@ def _default_out(options: ImportOptions) -> Path:
     if local is not None and local.is_dir():
         return Path(f"{local.resolve().name or options.model}-megatron")
     return Path(f"{options.model}-{options.size or FAMILIES[options.model].default_size}b-megatron")
-
-
-def _with_virtual(options: ImportOptions, config: ModelConfig) -> Parallelism:
-    parallel, per_stage = options.parallel, options.layers_per_virtual_stage
-    if per_stage is None:
-        return parallel
-    if config.num_layers % (parallel.pipeline * per_stage):
-        raise ConversionError(
-            f"{config.num_layers} layers cannot be divided among {parallel.pipeline} pipeline stages with "
-            f"--num-layers-per-virtual-pipeline-stage {per_stage}"
-        )
-    return dataclasses.replace(parallel, virtual=config.num_layers // (parallel.pipeline * per_stage))
-
-
-def _vocabulary(options: ImportOptions, config: ModelConfig, parallel: Parallelism, padded: bool) -> tuple[int, int]:
-    """(rows to write, rows that are true): padded where a layout, a divisor, or a true size was asked for.
-
-    `padded`: the source is a checkpoint that was padded already, as another layout of it then is.
-    """
-    rows = max(options.true_vocab_size or 0, config.vocab_size)
-    if options.true_vocab_size is not None and options.true_vocab_size < config.vocab_size:
-        raise ConversionError(
-            f"--true-vocab-size {options.true_vocab_size} is less than the {config.vocab_size} rows of the source, "
-            "which would be cut off"
-        )
-    asked = options.divisible_by is not None or options.true_vocab_size is not None
-    if parallel.tensor == 1 and not asked and not padded:
-        return rows, rows
-    return padded_vocabulary(rows, options.divisible_by or DIVISIBLE_BY, parallel.tensor), rows

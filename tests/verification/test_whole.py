@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface
 from weights_conversion.sources import locate_dist
+from weights_conversion.verification.dist_storage import read_index
 from weights_conversion.verification.whole import huggingface_weights
-from weights_conversion.verification.whole_dist import dist_weights, read_index
+from weights_conversion.verification.whole_dist import dist_weights
 
 NORM, WEIGHT = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 

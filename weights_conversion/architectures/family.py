@@ -10,7 +10,22 @@ from weights_conversion.mapping.parameters import Architecture
 
 
 @dataclass(frozen=True)
-class Signs:
+class Structure:
+    """What tensors and args show beyond doubt: a checkpoint must have it as a family's models have it."""
+
+    parallel_attention: bool = False
+    qkv_bias: bool = False
+    qk_norms: bool = False
+    llama3_rope: bool = False
+    experts: bool = False
+    shared_experts: bool = False
+    shared_gate: bool = False
+    sigmoid: bool = False
+    latent: bool = False
+
+
+@dataclass(frozen=True)
+class Signs(Structure):
     """One way in which a family's models look. None: any value fits; features that the files do not state fit too.
 
     `rows` is a number of rows that no other family has: a checkpoint with so many is of this one. `rows_needed`: only
@@ -25,15 +40,6 @@ class Signs:
     grouped: bool | None = None
     least_positions: int | None = None
     ratio: float | None = None
-    parallel_attention: bool = False
-    qkv_bias: bool = False
-    qk_norms: bool = False
-    llama3_rope: bool = False
-    experts: bool = False
-    shared_experts: bool = False
-    shared_gate: bool = False
-    sigmoid: bool = False
-    latent: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,6 @@ def is_deciding(name: str) -> bool:
     return name in PLAIN or name in fields()["model"]
 
 
-def deciding_names() -> frozenset[str]:
-    return frozenset(name for name in (*fields()["model"], *PLAIN) if is_deciding(name))
-
-
 def is_plain(name: str, value: Any) -> bool:
     """Whether a deciding arg's value means the plain model; of a list, each layer's value must."""
     if isinstance(value, (list, tuple)) and name in ("spec", "transformer_layer_spec"):

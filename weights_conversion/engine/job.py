@@ -14,7 +14,6 @@ from weights_conversion.layouts.plan import Plan
 from weights_conversion.output.assembly import TargetFile
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DIVISIBLE_BY = 128  # Megatron's own default
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Plans of the three kinds of output: rank files, torch_dist, and safetensors; and what a layout asks of a model."""
+"""Plans of the three kinds of output: rank files, torch_dist, and safetensors."""
 
 from __future__ import annotations
 
@@ -17,68 +17,6 @@ from weights_conversion.mapping.dialects import Dialect
 from weights_conversion.mapping.parameters import Architecture, Instance
 
 FILE_BYTES = 4 << 30  # of a torch_dist checkpoint
-
-
-def padded_vocabulary(rows: int, divisible_by: int, tp: int) -> int:
-    """Rows rounded up to a multiple of `divisible_by` x TP, as Megatron pads them."""
-    multiple = divisible_by * tp
-    return -(-rows // multiple) * multiple
-
-
-def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: int, dialect: Dialect) -> list[str]:
-    """What keeps `config` from being cut as `parallel` says, as sentences; `vocabulary` counts the padded rows."""
-    tp, pp, vpp, layers = parallel.tensor, parallel.pipeline, parallel.virtual, config.num_layers
-    groups = config.num_query_groups
-    divisors = [n for n in range(1, tp + 1) if groups % n == 0 and config.num_attention_heads % n == 0]
-    # Megatron-Core gathers a group that was cut in rows
-    shared = dialect.splits_groups and tp % groups == 0 and config.axes["qkv"] % tp == 0
-    checks = [
-        (tp if shared else groups, "query groups (num_key_value_heads)",
-         f"; {dialect.name} cannot share a group so, use one of {divisors}"),
-        (config.num_attention_heads, "attention heads", ""),
-        (0 if config.moe is not None and config.moe.everywhere else config.ffn_hidden_size,
-         "MLP rows (ffn_hidden_size)", ""),
-        (vocabulary, "vocabulary rows", "; --make-vocab-size-divisible-by pads them"),
-    ]  # fmt: skip
-    if config.mla is not None:
-        del checks[0]
-    if config.moe is not None and config.moe.shared_ffn_hidden_size:
-        checks.append((config.moe.shared_ffn_hidden_size, "rows of the shared experts", ""))
-    problems = [
-        f"{count} {what} cannot be divided among --tensor-model-parallel-size {tp}{hint}"
-        for count, what, hint in checks
-        if count % tp
-    ]
-    problems += _check_experts(config, parallel)
-    if vpp > 1 and pp == 1:
-        problems.append("virtual pipeline stages need --pipeline-model-parallel-size 2 or more, not 1")
-    if layers % pp:
-        problems.append(f"{layers} layers cannot be divided among --pipeline-model-parallel-size {pp}")
-    elif layers % (pp * vpp):
-        problems.append(f"{layers} layers cannot be divided among {pp} pipeline stages of {vpp} virtual stages each")
-    return problems
-
-
-def _check_experts(config: ModelConfig, parallel: Parallelism) -> list[str]:
-    ep, etp, moe = parallel.expert, parallel.experts_tensor, config.moe
-    if moe is None:
-        sizes = {
-            "--expert-model-parallel-size": parallel.expert,
-            "--expert-tensor-parallel-size": parallel.expert_tensor,
-        }
-        given = [name for name, size in sizes.items() if size not in (None, 1)]
-        return [f"{' and '.join(given)} was given, but {config.family} has no experts"] if given else []
-    problems = []
-    if moe.num_experts % ep:
-        problems.append(f"{moe.num_experts} experts cannot be divided among --expert-model-parallel-size {ep}")
-    if moe.ffn_hidden_size % etp:
-        problems.append(f"{moe.ffn_hidden_size} rows of an expert cannot be divided among the {etp} ranks that cut it")
-    if parallel.tensor % etp:
-        problems.append(
-            f"--expert-tensor-parallel-size {etp} does not divide --tensor-model-parallel-size {parallel.tensor}, so "
-            "several ranks would have one file name; torch_dist has no such limit (--ckpt-format torch_dist)"
-        )
-    return problems
 
 
 def plan_to_megatron(

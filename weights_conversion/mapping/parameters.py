@@ -156,10 +156,6 @@ class Instance:
         return self.index[0] if self.index else None
 
     @property
-    def hf_layer(self) -> int | None:
-        return self.index[0] + self.offset if self.index else None
-
-    @property
     def predicts(self) -> bool:
         """Whether it is part of a multi-token prediction layer."""
         return self.row.megatron.startswith(MTP)

@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.architectures.family import Signs
+from weights_conversion.architectures.family import Signs, Structure
 from weights_conversion.config import Moe
 from weights_conversion.configs.megatron_args import was_reset
 from weights_conversion.errors import ConversionError
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(Structure):
     """What a checkpoint shows; None: it does not say. `rows` are those of its embedding, `ratio` is ffn / hidden."""
 
-    parallel_attention: bool = False
-    qkv_bias: bool = False
-    qk_norms: bool = False
-    llama3_rope: bool = False
-    experts: bool = False
-    shared_experts: bool = False
-    shared_gate: bool = False
-    sigmoid: bool = False
-    latent: bool = False
     window: bool | None = None
     theta: float | None = None
     epsilon: float | None = None
@@ -59,10 +50,7 @@ class Features:
         return ", ".join([*(name for name, there in shown.items() if there), *parts, *rows])
 
 
-_STRUCTURE = (
-    *("parallel_attention", "qkv_bias", "qk_norms", "llama3_rope", "experts", "shared_experts", "shared_gate"),
-    *("sigmoid", "latent"),
-)
+_STRUCTURE = tuple(field.name for field in fields(Structure))
 
 
 def read_features(args: Mapping[str, Any], names: Iterable[str], rows: int) -> Features:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from weights_conversion import fileio
@@ -31,3 +31,18 @@ def carried(paths: Sequence[Path]) -> tuple[dict[str, bytes | Path], list[str]]:
         if dropped or code is not None:
             files[CONFIG] = (json.dumps(clean, indent=2) + "\n").encode()
     return files, notes
+
+
+def told(names: Collection[str], folder: Path, *, named: bool) -> tuple[list[str], list[str]]:
+    """(notes, warnings) on what is carried from `folder`; `named`: the source's args name a tokenizer elsewhere."""
+    if "tekken.json" in names and not {"tokenizer.model", "tokenizer.json"} & set(names):
+        return [
+            "tokenizer  tekken.json alone, which transformers reads with the package mistral-common; an export builds "
+            "tokenizer.json from it"
+        ], []
+    if {"tokenizer.model", "tokenizer.json"} & set(names) or named:
+        return [], []
+    return [], [
+        f"{folder} holds no tokenizer (tokenizer.model or tokenizer.json), so none is written; training needs one, and "
+        "an export asks for it (--vocab_file)"
+    ]
