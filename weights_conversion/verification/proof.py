@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.fileio import MAX_INDEX_BYTES, read_whole, sha256
+from weights_conversion.fileio import MAX_INDEX_BYTES, is_there, read_whole, sha256
 from weights_conversion.formats import integrity
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.output.file_sums import NAME as CHECKSUMS
@@ -140,9 +140,12 @@ def _compare_configs(result: Verification, one: Model, two: Model) -> None:
 
 
 def check_checksums(folder: Path, workers: int) -> list[str] | None:
-    """What is wrong by the checkpoint's own checksums.sha256, or None where it has none."""
+    """What is wrong by the checkpoint's own checksums.sha256, or None where it has none.
+
+    Raises ConversionError for a listing that is no regular file: whoever put it there would switch the check off.
+    """
     listing = folder / CHECKSUMS
-    if not listing.is_file():
+    if not is_there(listing):
         return None
     problems, wanted = [], []
     text = read_whole(listing, MAX_INDEX_BYTES).decode("utf-8", "replace")
