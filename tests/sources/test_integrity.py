@@ -74,3 +74,11 @@ def test_verify_counts_it_as_different(checkpoint: Path) -> None:
 def test_a_listing_that_is_none(content, words: str, checkpoint: Path, to_hf, tmp_path: Path) -> None:
     (root_of(checkpoint) / "integrity.json").write_text(json.dumps(content))
     to_hf("--input_dir", checkpoint, "--output_dir", tmp_path / "out", "--no_tokenizer", "--checksums").refused(words)
+
+
+def test_sums_that_are_no_file_are_not_passed_over(checkpoint: Path, to_hf, tmp_path: Path) -> None:
+    (root_of(checkpoint) / "integrity.json").unlink()
+    (root_of(checkpoint) / "integrity.json").symlink_to("/nowhere/at/all")
+    to_hf("--input_dir", checkpoint, "--output_dir", tmp_path / "out", "--no_tokenizer", "--checksums").refused(
+        "integrity.json"
+    )

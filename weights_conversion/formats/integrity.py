@@ -27,7 +27,7 @@ def check(folder: Path, workers: int) -> str | None:
 def problems(folder: Path, workers: int) -> list[str] | None:
     """A sentence for each file that is not what was saved; None where nothing states the sums."""
     path = folder / INTEGRITY
-    if not path.is_file():
+    if not fileio.is_there(path):
         return None
     said = fileio.read_json(path, fileio.MAX_INDEX_BYTES)
     algorithm, files = said.get("algorithm", "sha256"), said.get("files")
