@@ -96,6 +96,11 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} bytes"
 
 
+def rate(nbytes_per_second: float) -> str:
+    """In GB/s, which --rank-rate takes, where that shows any digits."""
+    return f"{nbytes_per_second / 1e9:.2f} GB/s" if nbytes_per_second >= 1e7 else f"{size(nbytes_per_second)}/s"
+
+
 def short(value: Any) -> str:
     """A foreign value's repr, in bounded time and length, however its parts are shared or nested."""
     return _SHORT.repr(value)

@@ -47,9 +47,13 @@ class Stamp:
 
 
 class Watch:
-    """The stamp of every file noted, by path. May be used from several threads."""
+    """The stamp of every file noted, by path. May be used from several threads.
 
-    def __init__(self) -> None:
+    `outcome` is what the sentence says of the run that a change ends.
+    """
+
+    def __init__(self, outcome: str = "nothing was published") -> None:
+        self.outcome = outcome
         self._seen: dict[str, Stamp] = {}
         self._lock = threading.Lock()
 
@@ -59,7 +63,7 @@ class Watch:
         with self._lock:
             before = self._seen.setdefault(str(path), now)
         if change := before.change(now):
-            raise _changed([(str(path), change)])
+            raise self._changed([(str(path), change)])
 
     def paths(self) -> list[str]:
         """What has been opened up to now."""
@@ -77,16 +81,15 @@ class Watch:
             if change:
                 changes.append((path, change))
         if changes:
-            raise _changed(changes) from cause
+            raise self._changed(changes) from cause
 
-
-def _changed(changes: list[tuple[str, str]]) -> ConversionError:
-    path, change = changes[0]
-    more = f" (as have {len(changes) - 1} more files)" if len(changes) > 1 else ""
-    return ConversionError(
-        f"{path} has changed while it was read: {change}{more}; nothing was published. Wait until nothing writes the "
-        "source any more, or copy it, and run the same command again"
-    )
+    def _changed(self, changes: list[tuple[str, str]]) -> ConversionError:
+        path, change = changes[0]
+        more = f" (as have {len(changes) - 1} more files)" if len(changes) > 1 else ""
+        return ConversionError(
+            f"{path} has changed while it was read: {change}{more}; {self.outcome}. Wait until nothing writes the "
+            "source any more, or copy it, and run the same command again"
+        )
 
 
 _current: ContextVar[Watch | None] = ContextVar("watch", default=None)
@@ -104,9 +107,9 @@ def opened_files() -> list[str]:
 
 
 @contextmanager
-def watching() -> Iterator[Watch]:
-    """Within the block, what this thread opens by fileio is noted in one new Watch."""
-    token = _current.set(watch := Watch())
+def watching(watch: Watch | None = None) -> Iterator[Watch]:
+    """Within the block, what this thread opens by fileio is noted in `watch`, or in a new one."""
+    token = _current.set(watch := watch or Watch())
     try:
         yield watch
     finally:

@@ -79,6 +79,7 @@ def test_progress_lines_in_a_log(sources, imported, to_hf, tmp_path: Path, monke
     assert "running both models: 4 of 4 steps, 0 s left" in found.err
     done = to_hf("--input_dir", imported("llama2"), "--output_dir", tmp_path / "hf", "--verify").succeeded()
     assert [kind in done.err for kind in ("converting: ", "comparing weights: ", "running both models: ")] == [True] * 3
+    assert "0.00 GB/s" not in done.text + found.text
 
 
 def test_a_bar_on_a_terminal(sources, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from weights_conversion.text import size
+from weights_conversion.text import rate, size
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ def bar(
             if now - state["said"] < LOG_SECONDS:
                 return
             state["said"] = now
-            rate = max(state["done"] - done, 1) / (now - started)
-            left = (total - state["done"]) / rate
+            speed = max(state["done"] - done, 1) / (now - started)
+            left = (total - state["done"]) / speed
             amount = f"{state['done']} of {total} {unit}s"
             if unit == "B":
-                amount = f"{size(state['done'])} of {size(total)}, {rate / 1e9:.2f} GB/s"
+                amount = f"{size(state['done'])} of {size(total)}, {rate(speed)}"
             logger.info("%s: %s, %.0f s left", doing, amount, left)
 
     yield advance

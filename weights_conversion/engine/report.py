@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.engine import memory
-from weights_conversion.text import one_line, size
+from weights_conversion.text import one_line, rate, size
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ class Report:
     def finished(self, nbytes: int, seconds: float) -> None:
         """`nbytes` were written by this run, which may have continued another."""
         self.seconds = seconds
-        rate = nbytes / max(seconds, 1e-9)
-        shown = f"{rate / 1e9:.2f} GB/s" if rate >= 1e7 else f"{size(rate)}/s"
+        shown = rate(nbytes / max(seconds, 1e-9))
         self._done = [f"done        {size(nbytes)} in {seconds:.1f} s, {shown}, peak memory {size(memory.peak())}"]
 
     def json(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from weights_conversion.verification.sides import (
     same_shapes,
     shown,
 )
-from weights_conversion.watch import watching
+from weights_conversion.watch import Watch, watching
 
 
 def prove(
@@ -40,7 +40,7 @@ def prove(
 ) -> Verification:  # fmt: skip
     """See weights_conversion.verify.verify."""
     started = time.monotonic()
-    with watching() as seen:
+    with watching(Watch("nothing is proven")) as seen:
         result = _prove(
             source, checkpoint, model, workers, exact_only, source_iters, checkpoint_iters, allow_inconsistent, fields,
             true_vocab_size, weights, adapter, adapter_alpha,
