@@ -76,7 +76,10 @@ def _dist_blocks(
 
 
 # Modules without a state of Transformer Engine: Megatron-Core's own.
-_STATELESS = ("embedding.word_embeddings", "output_layer", "mlp.router", "mlp.shared_experts")
+_STATELESS = (
+    *("embedding.word_embeddings", "output_layer", "mlp.router", "mlp.shared_experts", "self_attention", "mixer"),
+    *("conv1d", "mixer.norm"),
+)
 _ATTENTION = "self_attention.core_attention"
 
 
@@ -89,7 +92,7 @@ def extra_states(instances: Iterable[Instance], config: ModelConfig, *, stacked:
     seen = set()
     experts = config.moe.num_experts if config.moe is not None else 0
     for instance in instances:
-        module = instance.row.megatron.rpartition(".")[0]
+        module = instance.row.module
         modules = [module]
         if module.endswith("self_attention.linear_proj"):
             modules.append(module.replace("self_attention.linear_proj", _ATTENTION))

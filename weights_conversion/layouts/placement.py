@@ -117,8 +117,8 @@ def main_dtype(tensors: Sequence[Placed]) -> torch.dtype:
 
 
 def two_dimensional(shape: Sequence[int]) -> tuple[int, int]:
-    """(rows, columns); buffers, which nobody reads, may have any other rank."""
-    return (shape[0], shape[1]) if len(shape) == 2 else (prod(shape), 1)
+    """(rows, columns): all axes behind the first together, as those of a convolution; of a scalar 1 and 1."""
+    return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
 def whole(ref: TensorRef) -> Placed:

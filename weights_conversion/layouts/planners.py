@@ -10,7 +10,8 @@ import torch
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.dist import place_dist
-from weights_conversion.layouts.placement import PAGE, Located, Placed, TensorRef, joined, slab
+from weights_conversion.layouts.parts import joined_shape, part_of
+from weights_conversion.layouts.placement import PAGE, Located, Placed, TensorRef, joined, slab, whole
 from weights_conversion.layouts.plan import Plan, Step, balanced
 from weights_conversion.layouts.rank_files import Rank, place_megatron, stage_ranks
 from weights_conversion.mapping.dialects import Dialect
@@ -114,6 +115,13 @@ def _hf_tensors(
     for instance in architecture.instances(config):
         kept = written_dtype(instance, sources[instance.key], dtype)
         for at, shape in enumerate(instance.row.hf_shapes(config)):
+            if instance.row.within:
+                part = instance.row.within[at]
+                name = instance.hf(part.name)
+                if name not in seen:
+                    seen.add(name)
+                    yield TensorRef("", name, kept, joined_shape(part, shape, config))
+                continue
             if not (packed and instance.row.packed):
                 names = instance.hf_names[at], *architecture.copies(instance, config)
                 yield from (TensorRef("", name, kept, shape) for name in names)
@@ -128,6 +136,9 @@ def _hf_tensors(
 def _hf_places(
     architecture: Architecture, instance: Instance, config: ModelConfig, refs: Mapping[str, TensorRef], packed: bool
 ) -> tuple[Placed, ...]:
+    if instance.row.within:
+        stored = ((whole(refs[instance.hf(part.name)]), part) for part in instance.row.within)
+        return tuple(part_of(tensor, part, config) for tensor, part in stored)
     if not (packed and instance.row.packed):
         copies = [refs[name] for name in architecture.copies(instance, config)]  # of a row that is one tensor
         return tuple(joined(name, [refs[name], *copies], None) for name in instance.hf_names)

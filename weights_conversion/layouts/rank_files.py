@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import lcm
 from typing import NamedTuple
 
 from weights_conversion.config import ModelConfig, Parallelism
+from weights_conversion.layouts import parts
 from weights_conversion.layouts.placement import Block, Placed, TensorRef, two_dimensional
 from weights_conversion.mapping.dialects import Dialect
 from weights_conversion.mapping.parameters import Instance, Role, Shard
@@ -96,13 +97,16 @@ def place_megatron(
     """A full Megatron tensor of `shape` (vocabulary padding included) on the ranks of a checkpoint."""
     row = instance.row
     cut = parallel.experts_tensor if row.per_expert else parallel.tensor
-    part = rank_shape(shape, row.shard, cut)
+    stored, begin = tuple(shape), 0
+    if row.live is not None:  # each rank holds its share of every part, one behind the other
+        stored, begin = parts.joined_shape(row.live, shape, config), parts.before(row.live, config) // cut
+    part = rank_shape(stored, row.shard, cut)
     copies: list[tuple[Block, ...]] = []
     for stage, name in _places(instance, config, parallel, dialect):
         held: list[list[tuple[Block, ...]]] = []
         for number, ranks in enumerate(_holders(instance, config, parallel)):
             refs = [find(Rank(tp, stage, ep), name, part) for tp, ep in ranks]
-            held.append([tuple(rank_blocks(ref, shape, row.shard, number, cut)) for ref in refs])
+            held.append([_from_row(begin, rank_blocks(ref, shape, row.shard, number, cut)) for ref in refs])
         if row.shard is None:
             copies += [blocks for ranks in held for blocks in ranks]
         else:  # every part has as many holders
@@ -112,14 +116,20 @@ def place_megatron(
     return Placed(full, copies[0][0].ref.dtype, rows, columns, tuple(copies))
 
 
+def _from_row(first: int, blocks: Iterator[Block]) -> tuple[Block, ...]:
+    """`blocks` of a tensor that begins at row `first` of the stored one."""
+    return tuple(replace(each, start=each.start + first * (each.columns[1] - each.columns[0])) for each in blocks)
+
+
 def _places(
     instance: Instance, config: ModelConfig, parallel: Parallelism, dialect: Dialect
 ) -> Iterator[tuple[int, str]]:
     """(pipeline stage, name in its files) of every copy of a parameter."""
     row, last = instance.row, chunk_key(parallel.virtual - 1, parallel)
+    stored = row.megatron if row.live is None else row.live.name
     if instance.predicts:
         index = instance.index if instance.expert is None else (instance.index[0], _local(instance, config, parallel))
-        name = dialect.rank_name(instance.megatron(dialect.live(row.megatron), index))
+        name = dialect.rank_name(instance.megatron(dialect.live(stored), index))
         yield parallel.pipeline - 1, f"{last}.{name}"
         return
     if instance.layer is not None:
@@ -127,7 +137,7 @@ def _places(
         index = (location.layer, *instance.index[1:])
         if instance.expert is not None:
             index = (location.layer, _local(instance, config, parallel))
-        for spelling in dialect.spellings(row.megatron):
+        for spelling in dialect.spellings(stored):
             name = dialect.rank_name(instance.megatron(spelling, index))
             yield location.stage, f"{chunk_key(location.chunk, parallel)}.{name}"
         return

@@ -54,8 +54,9 @@ class Dialect:
 
     def other_spelling(self, stored: str) -> str:
         """The other name of a tensor (with its layer's number) that has two, of which a file needs but one."""
-        if ".mtp_model_layer." in stored:
-            return stored.replace(".mtp_model_layer.", ".transformer_layer.")
+        for live, older in ((".mtp_model_layer.", ".transformer_layer."), (".mixer.conv1d_", ".mixer.conv1d.")):
+            if live in stored:
+                return stored.replace(live, older)
         for pair in self.alternatives.items():
             ends = [spelled.partition("{layer}")[2] for spelled in pair]
             for this, other in (ends, reversed(ends)):

@@ -70,6 +70,20 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where a row's tensor stands in one that joins several: as number `at` of `parts`, the axes of their rows.
+
+    The joined tensor `name` is `groups` (an axis) times the share of each part, in order: HF has it so once ("one": all
+    of each part together) or head by head, and Megatron's ranks one after the other each hold their share of each part.
+    """
+
+    name: str
+    at: int
+    parts: tuple[str, ...]
+    groups: str = "one"
+
+
+@dataclass(frozen=True)
 class ParamMapping:
     """One parameter of the architecture; names are whole, so that they can be grepped.
 
@@ -77,6 +91,9 @@ class ParamMapping:
     "{expert}" stand for numbers: a row of an expert is one row for all experts. `shape` names the axes
     (ModelConfig.axes) of the full, unpadded Megatron tensor; the HF shapes follow from `op`. `needs` are features of a
     layer (ModelConfig.layer_features), all of which it must have; `dtype` is one that it keeps whatever the model's is.
+
+    torch_dist has what `megatron` names as a tensor of its own, while rank files may have it joined with others, as
+    `live` says; so may HF, as `within` says, and then `hf` names it for people, as NAME[part].
     """
 
     megatron: str
@@ -88,6 +105,13 @@ class ParamMapping:
     role: Role = Role.PLAIN
     dtype: str | None = None
     packed: tuple[Packed, ...] = ()  # one for each name in `hf`, where experts may be packed
+    live: Part | None = None
+    within: tuple[Part, ...] = ()  # one for each name in `hf`
+
+    @property
+    def module(self) -> str:
+        """The module that holds the parameter in a model that runs."""
+        return (self.megatron if self.live is None else self.live.name).rpartition(".")[0]
 
     @property
     def per_layer(self) -> bool:
@@ -108,6 +132,7 @@ class ParamMapping:
         return shape if vocabulary is None or not self.pads_vocabulary else (vocabulary, *shape[1:])
 
     def hf_shapes(self, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
+        """Of what each name in `hf` is (a part alone where it is one)."""
         rows, *rest = self.megatron_shape(config)
         ranges = self.op.hf_rows(0, self.op.units(rows, config), config)
         return tuple((stop, *rest) for _, stop in ranges)
@@ -122,6 +147,31 @@ def same(
 ) -> ParamMapping:  # fmt: skip
     """A parameter that is one tensor on both sides."""
     return ParamMapping(megatron, (hf,), shape, shard, op, needs, role, dtype, packed)
+
+
+def joined(
+    live: str, *needs: str, parts: Mapping[str, str], hf: Mapping[str, tuple[str, ...]], rest: tuple[str, ...],
+    torch_dist: str | None = None, groups: str = "one",
+) -> tuple[ParamMapping, ...]:  # fmt: skip
+    """A row for each of `parts` (name -> axis of its rows), which a rank holds joined in that order as `live`.
+
+    torch_dist calls them `torch_dist` (by default `live`) and their names; `hf`: name of a tensor -> the parts that it
+    joins, in its own order, `groups` times; of one part alone: it is that part. `rest` are the axes behind the first.
+    """
+    where = {part: (name, order) for name, order in hf.items() for part in order}
+    rows = []
+    for at, (part, axis) in enumerate(parts.items()):
+        name, order = where[part]
+        axes = tuple(parts[each] for each in order)
+        within = () if order == (part,) else (Part(name, order.index(part), axes, groups),)
+        hf_name = f"{name}[{part}]" if within else name
+        rows.append(
+            ParamMapping(
+                f"{torch_dist or live}.{part}", (hf_name,), (axis, *rest), COLUMN, COPY, needs,
+                live=Part(live, at, tuple(parts.values())), within=within,
+            )
+        )  # fmt: skip
+    return tuple(rows)
 
 
 def qkv(megatron: str, *needs: str, q: str, k: str, v: str, shape: tuple[str, ...] = ("qkv", "hidden")) -> ParamMapping:

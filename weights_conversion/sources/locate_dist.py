@@ -13,8 +13,9 @@ from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk
 from weights_conversion.formats.dist_items import Items
 from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.dist import dist_key
+from weights_conversion.layouts.parts import joined_shape, part_of
 from weights_conversion.layouts.placement import Block, Located, Placed, TensorRef, two_dimensional
-from weights_conversion.mapping.parameters import Architecture, Index, Instance, is_buffer
+from weights_conversion.mapping.parameters import Architecture, Index, Instance, Part, is_buffer
 from weights_conversion.sources import naming
 
 
@@ -45,12 +46,13 @@ def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: Mod
 class _Candidate:
     """Where a parameter may be: the keys that hold it, the row at which each begins, and the shape of each.
 
-    `lead` are indices along leading axes, whose sizes `shape` begins with.
+    `lead` are indices along leading axes, whose sizes `shape` begins with. `part`: it is that part of a joined tensor.
     """
 
     keys: tuple[tuple[str, int], ...]
     shape: tuple[int, ...]
     lead: Index = ()
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class _Search:
                     half = shape[0] // 2
                     found.append(_Candidate(((f"{name}_w", 0), (f"{name}_v", half)), (half, *shape[1:])))
             several.append(found)
+        if row.live is not None:  # whole, as Megatron-FSDP has it: one behind the other what each tensor rank holds
+            whole = joined_shape(row.live, shape, self.config)
+            for name in dict.fromkeys((row.live.name, dialect.other_spelling(row.live.name))):
+                keys = (instance.megatron(dialect.live(name)), instance.megatron(name))
+                several += [[_Candidate(((key, 0),), whole, part=row.live)] for key in dict.fromkeys(keys)]
         return several
 
     def find(self, instance: Instance, shape: tuple[int, ...]) -> Placed | None:
@@ -129,10 +136,15 @@ class _Search:
                 return None
             blocks += self.parts.blocks(key, candidate.lead, first)
         key, _ = candidate.keys[0]
-        if wrong := uncovered(blocks, *two_dimensional(shape)):
+        whole = two_dimensional(shape if candidate.part is None else candidate.shape)
+        if wrong := uncovered(blocks, *whole):
             self.problems.append(f"the parts of {key} {wrong} in its shape {list(candidate.shape)}, by {METADATA}")
             return None
-        return blocks
+        if candidate.part is None:
+            return blocks
+        joined = Placed(key, stored[key].dtype, *whole, (tuple(blocks),))
+        ranks = self.files.args.get("tensor_model_parallel_size") or 1
+        return list(part_of(joined, candidate.part, self.config, ranks).copies[0])
 
 
 class Parts:
@@ -152,7 +164,9 @@ class Parts:
                 number = number * size + index - offset
             offsets, sizes = chunk.offsets[depth:], chunk.sizes[depth:]
             height, width = two_dimensional(sizes)
-            row, column = (offsets[0], 0) if len(offsets) == 1 else offsets
+            row, column = offsets[0], 0
+            for offset, size in zip(offsets[1:], stored.size[depth + 1 :], strict=True):
+                column = column * size + offset
             if chunk not in self._refs:
                 self._refs[chunk] = self._items.ref(key, chunk, stored.dtype)
             rows = (first + row, first + row + height)

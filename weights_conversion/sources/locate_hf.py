@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import Located, Placed, slab
+from weights_conversion.layouts.parts import joined_shape, part_of
+from weights_conversion.layouts.placement import Located, Placed, slab, two_dimensional
 from weights_conversion.mapping.dialects import Dialect
 from weights_conversion.mapping.parameters import Architecture, Instance, Packed, is_buffer, named
 from weights_conversion.sources import naming
@@ -72,7 +73,11 @@ class _Search:
         for at, shape in enumerate(instance.row.hf_shapes(self.config)):
             name = instance.hf(self.dialect.spell(instance.row.hf[at]))
             packed = instance.row.packed[at] if instance.row.packed else None
-            if packed is not None and name not in self.tensors and instance.hf(packed.name) in self.tensors:
+            if instance.row.within:
+                part = instance.row.within[at]
+                stored = self._whole(instance.hf(part.name), joined_shape(part, shape, self.config))
+                tensor = None if stored is None else part_of(stored, part, self.config, name=name)
+            elif packed is not None and name not in self.tensors and instance.hf(packed.name) in self.tensors:
                 tensor = self._slab(instance, packed, shape)
             else:
                 tensor = self._whole(name, shape)
@@ -87,9 +92,10 @@ class _Search:
             said = f"the source has no tensor {name}, which its config asks for with shape {list(shape)}"
             self.missing[name] = said
             return None
-        if (tensor.rows, tensor.columns) != (shape[0], shape[1] if len(shape) > 1 else 1):
+        if (tensor.rows, tensor.columns) != two_dimensional(shape):
             shown = [tensor.rows, tensor.columns] if len(shape) > 1 else [tensor.rows]
             self.wrong.append((name, f"{name} has shape {shown}, but its config says {list(shape)}"))
+            return None
         return tensor
 
     def _slab(self, instance: Instance, packed: Packed, shape: tuple[int, ...]) -> Placed | None:
