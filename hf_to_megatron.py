@@ -13,8 +13,9 @@ downloaded is removed. No GPU, no Megatron and little memory are needed: weights
 # Without "from __future__ import annotations", which Python 3.6 cannot read: the package tells it what it lacks.
 from typing import TYPE_CHECKING
 
-from weights_conversion import arguments, cli, helptext, reporting
+from weights_conversion import cli
 from weights_conversion.architectures import FAMILIES
+from weights_conversion.cli import arguments, helptext, reporting
 
 if TYPE_CHECKING:
     from weights_conversion.engine.report import Report
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> "Report":
         from weights_conversion.config import Parallelism
-        from weights_conversion.to_megatron import ImportOptions, hf_to_megatron
+        from weights_conversion.verbs.to_megatron import ImportOptions, hf_to_megatron
 
         options = ImportOptions(
             **cli.run_options(args),

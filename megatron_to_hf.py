@@ -12,8 +12,9 @@ files of the import, or the hub, in this order. --no_tokenizer leaves it out.
 # Without "from __future__ import annotations", which Python 3.6 cannot read: the package tells it what it lacks.
 from typing import TYPE_CHECKING
 
-from weights_conversion import arguments, cli, helptext, reporting
+from weights_conversion import cli
 from weights_conversion.architectures import FAMILIES
+from weights_conversion.cli import arguments, helptext, reporting
 
 if TYPE_CHECKING:
     from weights_conversion.engine.report import Report
@@ -116,8 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--override_special_tokens needs the tokenizer, which --no_tokenizer leaves out")
 
     def work() -> "Report":
-        from weights_conversion.to_hf import ExportOptions, megatron_to_hf
         from weights_conversion.tokenizer import TokenizerOptions
+        from weights_conversion.verbs.to_hf import ExportOptions, megatron_to_hf
 
         options = ExportOptions(
             **cli.run_options(args),

@@ -37,7 +37,8 @@ import importlib, json, os, sys, time, traceback
 import torch
 import torch._subclasses.fake_tensor, torch.distributed.checkpoint, torch.utils.serialization
 sys.path.insert(0, sys.argv[1])
-from weights_conversion import cli, to_hf, to_megatron
+from weights_conversion import cli
+from weights_conversion.verbs import to_hf, to_megatron
 from weights_conversion.engine import execute, run as convert
 from weights_conversion.launch import distributed
 from weights_conversion.output import locks
@@ -95,7 +96,7 @@ TERMINATED = FAULT.format(what="import signal; os.kill(os.getpid(), signal.SIGTE
 TERMINATES_ALL = FAULT.format(what="import signal; os.killpg(0, signal.SIGTERM); time.sleep(1)")
 STUCK = "execute.convert_chunk = lambda *arguments: time.sleep(3600)"
 OTHER_CONFIG = """
-from weights_conversion import fileio
+from weights_conversion.files import fileio
 read = fileio.read_json
 other = {"config.json": {"rms_norm_eps": 1e-6}}
 fileio.read_json = lambda path, *most: read(path, *most) | other.get(path.name, {})

@@ -14,8 +14,8 @@ from conftest import REPOSITORY, Script
 import weights_conversion.verify  # noqa: F401  (the package has a function of that name)
 from tests.robustness import faults
 from tests.robustness import sources as samples
-from weights_conversion import fileio, watch
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio, watch
 from weights_conversion.launch import line
 from weights_conversion.output import beginning, descriptors
 from weights_conversion.output.partial import Partial

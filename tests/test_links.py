@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Script
 
-from weights_conversion import links
+from weights_conversion.files import links
 
 MODEL = "llama2-gqa"
 

@@ -91,7 +91,7 @@ def test_no_such_library_is_loaded_by_the_process_that_converts(imported, tmp_pa
     program = (
         "import sys; sys.argv = ['megatron_to_hf.py', *sys.argv[1:]]\n"
         "from weights_conversion import cli\n"
-        "from weights_conversion.to_hf import ExportOptions, megatron_to_hf\n"
+        "from weights_conversion.verbs.to_hf import ExportOptions, megatron_to_hf\n"
         "from pathlib import Path\n"
         "megatron_to_hf(ExportOptions(input_dir=Path(sys.argv[1]), output_dir=Path(sys.argv[2])))\n"
         "sys.exit(' '.join({'sentencepiece', 'tokenizers'} & set(sys.modules)) or None)\n"

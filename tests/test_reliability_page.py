@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from weights_conversion import fileio
+from weights_conversion.files import fileio
 
 PAGE = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from weights_conversion.errors.text import size
 from weights_conversion.output.journal import Journal
-from weights_conversion.text import size
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import torch
 from conftest import Script
 
 from tests.robustness import sources as samples
-from weights_conversion import saying, text
-from weights_conversion.errors import ConversionError
+from weights_conversion.errors import ConversionError, text
 from weights_conversion.formats.stand_ins import EnumMember
+from weights_conversion.launch import saying
 from weights_conversion.sources import naming
 from weights_conversion.verify import verify
 

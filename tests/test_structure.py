@@ -16,7 +16,7 @@ NAME = PACKAGE.name
 
 MOST_LINES, MOST_FUNCTION_LINES = 300, 50
 # Still longer: to be split, and no other to join them.
-LONG_FILES = {"configs.rope", "formats.pickles", "hub.repositories", "to_megatron"}
+LONG_FILES = {"configs.rope", "formats.pickles", "hub.repositories", "verbs.to_megatron"}
 LONG_FUNCTIONS = {
     "configs.core_args.write_args", "demo.write_model", "hub.errors.explain", "hub.repositories._from_hub",
     "sources.checkpoint.open_checkpoint", "tokenizer.plan.plan_tokenizer", "tokenizer.tokenizer_json.build",
@@ -25,33 +25,31 @@ LONG_FUNCTIONS = {
 
 # Rooms, bottom to top: each imports from rows above its own alone.
 LEVELS = (
-    {NAME, "text", "config", "owners", "helptext"},
-    {"errors", "arguments", "mapping", "saying"},
-    {"watch", "architectures", "layouts", "links"},
-    {"fileio"},
-    {"configs", "hub", "launch", "output"},
-    {"cli", "engine", "formats", "reporting", "tokenizer"},
+    {NAME, "config", "errors"},
+    {"files", "mapping"},
+    {"architectures", "launch", "layouts"},
+    {"cli", "configs", "hub", "output"},
+    {"engine", "formats", "tokenizer"},
     {"sources"},
     {"verification"},
     {"verify"},
-    {"demo", "to_megatron", "to_peft"},
-    {"to_hf"},
+    {"demo", "verbs"},
     {"api"},
 )
 SCRIPTS = {"commands", "__main__"}  # whole processes, which nothing imports
 # (room, what it never imports, with the room's files that are meant; "" all)
 NEVER = (
     ("formats", "", {"architectures", "configs", "sources"}),
-    ("mapping", "", {"fileio", "watch", "output", "formats"}),
-    ("layouts", "", {"fileio", "watch", "output", "formats"}),
+    ("mapping", "", {"files", "output", "formats"}),
+    ("layouts", "", {"files", "output", "formats"}),
     ("engine", "", {"verification", "verify", "sources", "architectures"}),
     ("hub", "", {"architectures", "configs", "layouts", "mapping", "formats"}),
     ("verification", "forward", {"mapping", "architectures", "layouts", "engine", "sources"}),
     ("verification", "rope", {"mapping", "architectures", "layouts", "engine", "sources"}),
     ("verification", "conventions", {"mapping", "architectures", "layouts", "engine", "sources"}),
 )
-# Rooms that may read os.environ; text hides what it holds of secrets, demo passes it on to the commands that it runs.
-ENVIRONMENT = {"launch", "hub", "text", "demo"}
+# Rooms that may read os.environ; errors hides what it holds of secrets, demo passes it on to the commands that it runs.
+ENVIRONMENT = {"launch", "hub", "errors", "demo"}
 OPENS = ("open", "read_text", "read_bytes", "write_text", "write_bytes")
 OPENS_NO_FILE = {"mapping", "layouts", "architectures"}
 
@@ -92,6 +90,31 @@ def imports(name: str, types_too: bool = False) -> Iterator[str]:
 
 ARROWS = {name: set(imports(name)) for name in MODULES}
 ARROWS[NAME] = set()  # it names the API, which is imported when somebody asks for it
+MOST_ROOMS, MOST_LEVELS = 25, 10
+
+
+def graph() -> dict[str, set[str]]:
+    """Which rooms each room imports, at any time; a room is a folder, or a file beside the folders."""
+    found: dict[str, set[str]] = {room(name): set() for name in MODULES}
+    for name, targets in ARROWS.items():
+        found[room(name)] |= {room(target) for target in targets} - {room(name)}
+    return found
+
+
+def heights(rooms: dict[str, set[str]]) -> dict[str, int]:
+    """The level of each room: 1 where it imports no other, else one more than the highest that it imports."""
+    return {name: _height(name, rooms, ()) for name in rooms}
+
+
+def _height(name: str, rooms: dict[str, set[str]], above: tuple[str, ...]) -> int:
+    assert name not in above, f"a cycle of rooms: {' -> '.join([*above, name])}"
+    return 1 + max((_height(each, rooms, (*above, name)) for each in rooms[name]), default=0)
+
+
+def test_rooms_are_few() -> None:
+    rooms = graph()
+    assert len(rooms) <= MOST_ROOMS
+    assert max(heights(rooms).values()) <= MOST_LEVELS
 
 
 def test_files_are_small() -> None:
@@ -201,3 +224,9 @@ def test_no_family_is_asked_for_by_name(name: str) -> None:
 def test_a_name_is_seen() -> None:
     code = 'a = f == "falcon"\nb = x in ("llama", y)\nmatch z:\n    case "mistral":\n        pass\nc = ["falcon"]\n'
     assert sorted(family_names(ast.parse(code))) == [(1, "falcon"), (2, "llama"), (4, "mistral")]
+
+
+if __name__ == "__main__":  # the graph itself, for who wants to see it
+    print(f"{len(graph())} rooms on {max(heights(graph()).values())} levels")
+    for name, height in sorted(heights(graph()).items(), key=lambda each: (each[1], each[0])):
+        print(f"{height:2} {name:20} {' '.join(sorted(graph()[name]))}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from weights_conversion import arguments, saying
+from weights_conversion.cli import arguments
+from weights_conversion.launch import saying
 
 COMMANDS = {
     "hf_to_megatron": "Hugging Face (or Meta) weights to a Megatron checkpoint",

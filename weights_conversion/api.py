@@ -26,12 +26,13 @@ def hf_to_megatron(
     """What hf_to_megatron.py does: `model` (a family) from `model_path` to the Megatron checkpoint at `out`.
 
     `model_path` is a folder or a repository (None: the family's own, of `size`); a Megatron checkpoint is written in
-    another layout. `more` are further fields of weights_conversion.to_megatron.ImportOptions. Raises ConversionError
-    for everything that is wrong, before a byte is written, and TypeError for an argument that there is not.
+    another layout. `more` are further fields of weights_conversion.verbs.to_megatron.ImportOptions. Raises
+    ConversionError for everything that is wrong, before a byte is written, and TypeError for an argument that there
+    is not.
     """
     from weights_conversion.config import Parallelism
-    from weights_conversion.to_megatron import ImportOptions
-    from weights_conversion.to_megatron import hf_to_megatron as convert
+    from weights_conversion.verbs.to_megatron import ImportOptions
+    from weights_conversion.verbs.to_megatron import hf_to_megatron as convert
 
     more.setdefault("parallel", Parallelism(tensor_parallel, pipeline_parallel))
     options = ImportOptions(
@@ -51,11 +52,11 @@ def megatron_to_hf(
     """What megatron_to_hf.py does: the Megatron checkpoint at `input_dir` to a Hugging Face folder `output_dir`.
 
     `model` None: the family that the checkpoint says or shows. `more` are further fields of
-    weights_conversion.to_hf.ExportOptions. Raises ConversionError and TypeError as hf_to_megatron does.
+    weights_conversion.verbs.to_hf.ExportOptions. Raises ConversionError and TypeError as hf_to_megatron does.
     """
-    from weights_conversion.to_hf import ExportOptions
-    from weights_conversion.to_hf import megatron_to_hf as convert
     from weights_conversion.tokenizer import TokenizerOptions
+    from weights_conversion.verbs.to_hf import ExportOptions
+    from weights_conversion.verbs.to_hf import megatron_to_hf as convert
 
     more.setdefault("tokenizer", TokenizerOptions(vocab_file=_path(vocab_file)))
     options = ExportOptions(

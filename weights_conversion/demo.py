@@ -21,8 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights_conversion import arguments, cli, saying
+from weights_conversion import cli
+from weights_conversion.cli import arguments
 from weights_conversion.errors import ConversionError
+from weights_conversion.launch import saying
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FAMILY = "llama2"

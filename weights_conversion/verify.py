@@ -29,10 +29,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weights_conversion import arguments, cli, helptext
+from weights_conversion import cli
 from weights_conversion.architectures import FAMILIES
+from weights_conversion.cli import arguments, helptext
+from weights_conversion.cli.reporting import check_json, write_json
 from weights_conversion.errors import ConversionError
-from weights_conversion.reporting import check_json, write_json
 
 if TYPE_CHECKING:
     from weights_conversion.verification.report import Verification

@@ -202,7 +202,7 @@ def test_a_users_own_unverified_stays(sources, to_megatron, tmp_path: Path, monk
 
 
 def test_unverified_that_comes_during_the_run(sources, to_megatron, tmp_path: Path, monkeypatch) -> None:
-    from weights_conversion import to_megatron as module
+    from weights_conversion.verbs import to_megatron as module
 
     def fails(*_: object, **__: object):
         def prove(folder: Path) -> str:

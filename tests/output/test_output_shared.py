@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from neighbours import B, Place, as_user
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.output import finished, partial
 
 MODEL = "llama2-gqa"

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 
 NAME = "generation_config.json"
 # What transformers' GenerationConfig has, newer keys of the same kinds included.

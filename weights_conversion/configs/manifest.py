@@ -16,7 +16,7 @@ from weights_conversion import __version__
 from weights_conversion.config import Mla, ModelConfig, Moe, RopeScaling
 from weights_conversion.configs import parts, secrets
 from weights_conversion.errors import ConversionError
-from weights_conversion.fileio import is_there, read_json, sha256
+from weights_conversion.files.fileio import is_there, read_json, sha256
 
 NAME = "conversion_manifest.json"
 _FORMAT = 1

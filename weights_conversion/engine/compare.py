@@ -17,10 +17,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from weights_conversion import fileio, watch
 from weights_conversion.engine.execute import execute
 from weights_conversion.engine.job import Job
 from weights_conversion.engine.streams import Source, bytes_of
+from weights_conversion.files import fileio, watch
 from weights_conversion.layouts.placement import TensorRef, Written
 from weights_conversion.output import descriptors, file_sums, finished, finishing
 from weights_conversion.output.assembly import TargetFile

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from weights_conversion import __version__, fileio, watch
+from weights_conversion import __version__
 from weights_conversion.engine.job import Job, RunOptions
+from weights_conversion.files import fileio, watch
 from weights_conversion.layouts.placement import TensorRef
 
 

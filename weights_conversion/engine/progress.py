@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from weights_conversion.text import rate, size
+from weights_conversion.errors.text import rate, size
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.engine import memory
-from weights_conversion.text import one_line, rate, size
+from weights_conversion.errors.text import one_line, rate, size
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from weights_conversion import watch
 from weights_conversion.engine import compare, identity, memory, progress, sharing, start
 from weights_conversion.engine.execute import THREADS_PER_WORKER, execute, inconsistencies
 from weights_conversion.engine.job import Job, RunOptions
@@ -18,12 +17,13 @@ from weights_conversion.engine.prediction import predictions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.streams import Source, Target
 from weights_conversion.errors import ConversionError, Problems
+from weights_conversion.errors.text import size
+from weights_conversion.files import watch
 from weights_conversion.launch import distributed, signals
 from weights_conversion.layouts.placement import Written
 from weights_conversion.layouts.plan import Chunk
 from weights_conversion.output import beginning, finished, finishing, place, space
 from weights_conversion.output.finished import open_to_others
-from weights_conversion.text import size
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weights_conversion import fileio, watch
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio, watch
 from weights_conversion.layouts.placement import PAGE, TensorRef
 from weights_conversion.layouts.plan import CHUNK_BYTES
 from weights_conversion.output import descriptors

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.errors.text import short
+from weights_conversion.files import fileio
 from weights_conversion.formats import pickles
-from weights_conversion.text import short
 
 METADATA = ".metadata"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.formats import archives, torch_files
 from weights_conversion.formats.dist_index import METADATA, StoredChunk
 from weights_conversion.formats.stand_ins import StoredTensor

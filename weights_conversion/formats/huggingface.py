@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
-from weights_conversion.fileio import read_json
+from weights_conversion.files import fileio
+from weights_conversion.files.fileio import read_json
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.wrappers import unwrapped
 from weights_conversion.layouts.placement import PAGE, Placed, TensorRef, whole

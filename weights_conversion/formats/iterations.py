@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.formats.dist_index import METADATA
 
 TRACKER = "latest_checkpointed_iteration.txt"

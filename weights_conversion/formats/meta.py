@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.fileio import read_json
+from weights_conversion.files.fileio import read_json
 from weights_conversion.formats import torch_files
 from weights_conversion.layouts.placement import Placed, TensorRef, joined, two_dimensional, whole
 from weights_conversion.mapping.parameters import is_buffer

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.formats.stand_ins import StoredTensor
 from weights_conversion.formats.torch_files import TorchFile
 from weights_conversion.layouts.placement import TensorRef

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
-from weights_conversion.text import short
+from weights_conversion.errors.text import short
+from weights_conversion.files import fileio
 
 RUN_CONFIG = "run_config.yaml"
 MODEL_YAML = "model.yaml"

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.formats import legacy, pickles
 from weights_conversion.formats.archives import LOCAL, Record, Window, directory, patch_crcs
 from weights_conversion.formats.stand_ins import StoredTensor

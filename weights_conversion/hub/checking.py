@@ -17,8 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 
 NOTES = ".checked"  # a folder of a repository's cache, which the client's own tools leave alone
 _MAX_NOTE_BYTES = 4096

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.errors.text import size
 from weights_conversion.hub.checking import Cached, Checker, check, stated_by
 from weights_conversion.hub.choice import MAX_SMALL_BYTES, choices, few, with_shards
 from weights_conversion.hub.errors import explain, masked
 from weights_conversion.hub.fetching import TIMEOUTS, download, patiently
 from weights_conversion.hub.headers import check_readable, write_folder
-from weights_conversion.text import size
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from weights_conversion.errors import SHOWN, ConversionError
-from weights_conversion.fileio import failed
+from weights_conversion.files.fileio import failed
 
 CONTINUES = "the same command, on any number of ranks, continues where this one stopped"
 

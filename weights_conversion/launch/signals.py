@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from weights_conversion import saying
+from weights_conversion.launch import saying
 
 STOPPED = {
     130: "interrupted: the same command continues where this one stopped",

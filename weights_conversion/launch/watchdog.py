@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from weights_conversion import saying
+from weights_conversion.launch import saying
 from weights_conversion.launch.endings import End, Limits
 
 

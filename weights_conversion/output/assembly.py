@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.layouts.placement import TensorRef
 from weights_conversion.output import beginning, descriptors, place, space
 from weights_conversion.output.journal import VISIBLE_SECONDS

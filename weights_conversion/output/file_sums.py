@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from weights_conversion.fileio import sha256
+from weights_conversion.files.fileio import sha256
 
 NAME = "checksums.sha256"
 INTEGRITY = "integrity.json"

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.layouts.placement import TensorRef, Written
 from weights_conversion.output import assembly, crc32, descriptors, file_sums
 from weights_conversion.output.partial import Partial

@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from weights_conversion import fileio
+from weights_conversion.files import fileio
 from weights_conversion.output import descriptors
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import os
 import time
 from pathlib import Path
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.output import descriptors
 
 logger = logging.getLogger(__name__)

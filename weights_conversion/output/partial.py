@@ -18,8 +18,8 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.output import descriptors, finished, locks, ownership, place, publish
 
 logger = logging.getLogger(__name__)

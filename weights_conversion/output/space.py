@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.errors.text import size
 from weights_conversion.output import place
-from weights_conversion.text import size
 
 
 def check_space(out: Path, needed: int) -> None:

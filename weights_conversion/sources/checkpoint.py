@@ -15,6 +15,7 @@ from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, core_foreign, manifest, megatron_args, moe, rope
 from weights_conversion.errors import ConversionError
+from weights_conversion.files.owners import stranger
 from weights_conversion.formats import hybrid
 from weights_conversion.formats.dist_index import METADATA
 from weights_conversion.formats.iterations import TRACKER, find_iteration, number_of
@@ -23,7 +24,6 @@ from weights_conversion.formats.run_config import MODEL_YAML, RUN_CONFIG, pretra
 from weights_conversion.formats.stored_args import plain_args
 from weights_conversion.formats.torch_dist import DistCheckpoint, open_dist
 from weights_conversion.mapping.dialects import MEGATRON_CORE
-from weights_conversion.owners import stranger
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.families import chosen_family, read_features, with_flags
 from weights_conversion.sources.reference import args_beside

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.formats.iterations import (
     TRACKER,
     holds_iteration,

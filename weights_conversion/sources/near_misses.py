@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import fileio
+from weights_conversion.files import fileio
 from weights_conversion.formats.huggingface import WEIGHT_FILES
 from weights_conversion.formats.iterations import holds_iteration
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
 from weights_conversion.configs import generation, hf_config, hf_parts, megatron_args, meta_params, secrets
 from weights_conversion.errors import ConversionError
+from weights_conversion.errors.text import short
+from weights_conversion.files import fileio
 from weights_conversion.formats import huggingface, meta
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located
@@ -24,7 +25,6 @@ from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.locate import locate
 from weights_conversion.sources.locate_hf import in_huggingface
-from weights_conversion.text import short
 from weights_conversion.tokenizer.files import source_tokenizer_files
 from weights_conversion.tokenizer.places import taken_along
 

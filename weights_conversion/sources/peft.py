@@ -13,12 +13,12 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
+from weights_conversion.errors.text import short
+from weights_conversion.files import fileio
 from weights_conversion.formats import huggingface, torch_files
 from weights_conversion.layouts.placement import Delta, Placed, TensorRef, whole
 from weights_conversion.sources import naming
-from weights_conversion.text import short
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

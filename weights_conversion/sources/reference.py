@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, hf_config, manifest, parts
 from weights_conversion.configs.generation import read as read_generation
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.launch import distributed
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from weights_conversion import fileio
 from weights_conversion.configs import secrets
+from weights_conversion.files import fileio
 from weights_conversion.tokenizer.content import check_files, links
 from weights_conversion.tokenizer.files import CONFIG
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import fileio
 from weights_conversion.errors import ConversionError
-from weights_conversion.links import told
+from weights_conversion.files import fileio
+from weights_conversion.files.links import told
 from weights_conversion.tokenizer import tekken, tokenizer_json
 from weights_conversion.tokenizer.files import (
     ADDED,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.tokenizer import tokenizer_json
 from weights_conversion.tokenizer.vocabulary import is_tiktoken, read_sentencepiece
 

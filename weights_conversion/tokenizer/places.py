@@ -10,7 +10,7 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.errors import ConversionError
-from weights_conversion.owners import stranger
+from weights_conversion.files.owners import stranger
 from weights_conversion.tokenizer.files import (
     JSON,
     MODEL,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.fileio import open_file
+from weights_conversion.files.fileio import open_file
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.fileio import MAX_INDEX_BYTES, is_there, read_whole, sha256
+from weights_conversion.files.fileio import MAX_INDEX_BYTES, is_there, read_whole, sha256
+from weights_conversion.files.watch import Watch, watching
 from weights_conversion.formats import integrity
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.output.file_sums import NAME as CHECKSUMS
@@ -29,7 +30,6 @@ from weights_conversion.verification.sides import (
     same_shapes,
     shown,
 )
-from weights_conversion.watch import Watch, watching
 
 
 def prove(

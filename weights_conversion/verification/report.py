@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weights_conversion.text import one_line
+from weights_conversion.errors.text import one_line
 from weights_conversion.verification.differences import Difference, Exact
 from weights_conversion.verification.numeric import Numeric
 from weights_conversion.verification.plot import sparkline

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from weights_conversion import fileio
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import Mla, ModelConfig, Moe, RopeScaling
 from weights_conversion.configs import (
@@ -23,6 +22,7 @@ from weights_conversion.configs import (
     rope,
 )
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.formats import huggingface, megatron, meta
 from weights_conversion.formats.iterations import MODEL_FILES
 from weights_conversion.layouts.placement import Key, Placed, main_dtype

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.fileio import named, read_json
+from weights_conversion.files.fileio import named, read_json
 from weights_conversion.verification.forward import Weights
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from weights_conversion import __version__, helptext
+from weights_conversion import __version__
+from weights_conversion.cli import helptext
 
 # What people type, from other programs.
 _NICKNAMES = {

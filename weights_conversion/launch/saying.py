@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TextIO
 
-from weights_conversion.text import escaped, masked, one_line
+from weights_conversion.errors.text import escaped, masked, one_line
 
 
 def open_standard_streams() -> None:

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from weights_conversion import watch
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import watch
 
 MAX_CONFIG_BYTES = 16_000_000  # config.json and its like
 MAX_INDEX_BYTES = 64_000_000  # an index of hundreds of thousands of tensors

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from weights_conversion import links
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.configs import exported, hf_config, rope
 from weights_conversion.configs.megatron_args import NAMES, SILENT
@@ -17,6 +16,8 @@ from weights_conversion.engine.job import DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
 from weights_conversion.errors import ConversionError, Problems
+from weights_conversion.files import links
+from weights_conversion.files.watch import opened_files, watched
 from weights_conversion.formats import huggingface
 from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.hub import repositories as hub
@@ -44,11 +45,10 @@ from weights_conversion.sources.reference import (
     open_reference,
     stated,
 )
-from weights_conversion.to_peft import config_of, write_peft
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer, source_tokenizer_files
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
+from weights_conversion.verbs.to_peft import config_of, write_peft
 from weights_conversion.verify import proof
-from weights_conversion.watch import opened_files, watched
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from weights_conversion import links
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, manifest, model_size, moe_layers, training_lines
@@ -20,6 +19,8 @@ from weights_conversion.engine.job import DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
 from weights_conversion.errors import ConversionError, Problems
+from weights_conversion.files import links
+from weights_conversion.files.watch import opened_files, watched
 from weights_conversion.formats import hybrid
 from weights_conversion.formats.core_forms import Form, checked, training
 from weights_conversion.formats.iterations import TRACKER
@@ -41,7 +42,6 @@ from weights_conversion.sources.opening import Opened, check_named, find_local, 
 from weights_conversion.tokenizer.carried import carried, told
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
 from weights_conversion.verify import proof
-from weights_conversion.watch import opened_files, watched
 
 TARGETS: dict[str, Dialect] = {
     "megatron-llm": MEGATRON_LLM, "megatron-core": MEGATRON_CORE, "megatron-bridge": MEGATRON_CORE,

@@ -1,4 +1,4 @@
-"""The one error that users see."""
+"""The one error that users see, and Problems, which collects what the checks of a stage find."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from weights_conversion.text import one_line
+from weights_conversion.errors.text import one_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
