@@ -11,8 +11,10 @@ import json
 import pickle
 import random
 import shutil
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -39,18 +41,10 @@ def write(root: Path) -> list[Borrowed]:
     """All of them; what has to be made first is made below `root`."""
     fsdp = _fsdp_dtensor(GOLDEN / "core-llama3-torch-dcp" / "megatron-torch_dcp", root / "fsdp_dtensor")
     lora, bridge = GOLDEN / "core-llama3-lora", GOLDEN / "bridge-lora"
+    experts = GOLDEN / "core-qwen3-moe-tp2ep2"
 
     def adapter(folder: Path, out: Path) -> list[str]:
-        return [
-            "hf_to_megatron",
-            "llama3",
-            "--model-path",
-            str(lora / "base"),
-            "--adapter",
-            str(folder),
-            "--out",
-            str(out),
-        ]
+        return _import("llama3", "--adapter", str(folder))(lora / "base", out)
 
     return [
         Borrowed("torch_dcp", GOLDEN / "core-llama3-torch-dcp" / "megatron-torch_dcp", _export("llama3")),
@@ -58,7 +52,15 @@ def write(root: Path) -> list[Borrowed]:
         Borrowed("run_config", bridge / "megatron-full", _export("qwen3", "--adapter_alpha", "6")),
         Borrowed("megatron_adapter", bridge / "megatron-adapters", _export("qwen3", "--adapter_as", "peft")),
         Borrowed("adapter", lora / "adapter", adapter),
+        Borrowed("experts", experts / "megatron-torch-tp2ep2", _export("qwen3-moe")),
+        Borrowed("experts_hf", experts / "hf", _import("qwen3-moe")),
     ]
+
+
+def _import(family: str, *options: str) -> Callable[[Path, Path], list[str]]:
+    return lambda folder, out: [
+        "hf_to_megatron", family, "--model-path", str(folder), "--target", "megatron-core", "--out", str(out), *options,
+    ]  # fmt: skip
 
 
 def _export(family: str, *options: str) -> Callable[[Path, Path], list[str]]:
@@ -124,7 +126,28 @@ def compare(kind: Borrowed, folder: Path, out: Path, reference: Path) -> str | N
 
 def _read(folder: Path) -> Tensors:
     inner = next((index.parent for index in sorted(folder.glob("iter_*/.metadata"))), None)
+    ranks = sorted(folder.glob("iter_*/mp_rank_*/model_optim_rng.pt"))
+    if ranks:
+        return {f"{path.parent.name} {name}": value for path in ranks for name, value in _read_rank(path).items()}
     return oracle.read_weights(folder) if inner is None else oracle.read_torch_dist(inner)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Tensors and containers; every other class is an empty one, so that a mutated pickle runs nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2")):
+            return super().find_class(module, name)
+        if module == "torch" and (name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        return type(name, (), {"__init__": lambda self, *a, **k: None, "__setstate__": lambda self, state: None})
+
+
+def _read_rank(path: Path) -> Tensors:
+    module: Any = types.ModuleType("bounded_pickle")
+    module.Unpickler, module.load = _Unpickler, lambda opened, **_: _Unpickler(opened).load()
+    content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
+    return {name: value for name, value in content["model"].items() if isinstance(value, torch.Tensor)}
 
 
 def _output(folder: Path) -> Tensors:
