@@ -1,12 +1,11 @@
 """Converts mutated inputs: `python -m tests.robustness.fuzz --inputs 5000 --seed 0`.
 
-Each input is a tiny checkpoint of one of twelve kinds: HF safetensors, HF .bin, Meta, Megatron's rank files, torch_dist,
-torch_dcp, fsdp_dtensor, Megatron-Bridge's with run_config.yaml, adapters of Megatron-Bridge and of peft, experts in
-rank files and in safetensors. It is changed by one to three mutations of a header, index, config, pickle, tracker,
-archive or rank folder, and converted in a
-forked child with a bound on time and memory. Two ends are right: exit 0 with the weights that the input holds, as
-others read them; or exit 1 with sentences. A traceback, any other exit, a hang, an allocation beyond the bound: a
-finding.
+Each input is a tiny checkpoint of one of twelve kinds: HF safetensors, HF .bin, Meta, Megatron's rank files,
+torch_dist, torch_dcp, fsdp_dtensor, Megatron-Bridge's with run_config.yaml, adapters of Megatron-Bridge and of peft,
+experts in rank files and in safetensors. It is changed by one to three mutations of a header, index, config, pickle,
+tracker, archive or rank folder, and converted in a forked child with a bound on time and memory. Two ends are right:
+exit 0 with the weights that the input holds, as others read them; or exit 1 with sentences. A traceback, any other
+exit, a hang, an allocation beyond the bound: a finding.
 """
 
 from __future__ import annotations
