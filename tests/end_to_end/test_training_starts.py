@@ -23,7 +23,7 @@ from megatron_training import ON_CPU
 
 RELEASES = [folder for folder in os.environ.get("MEGATRON_LM", "").split(os.pathsep) if folder]
 PYTHON = os.environ.get("MEGATRON_CORE_PYTHON", sys.executable)
-DRIVER = Path(__file__).with_name("megatron_training.py")
+DRIVER = Path(__file__).parents[1] / "megatron_training.py"
 # Releases from 0.17 on ask for Python 3.12, for this name alone.
 OVERRIDE = "import typing; typing.override = getattr(typing, 'override', lambda function: function); "
 F32 = torch.float32

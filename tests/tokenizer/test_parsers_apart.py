@@ -98,7 +98,7 @@ def test_no_such_library_is_loaded_by_the_process_that_converts(imported, tmp_pa
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(imported("llama2-gqa")), str(tmp_path / "out")],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "out" / "tokenizer.json").is_file()

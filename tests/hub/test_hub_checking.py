@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hub_standin import HubStandIn, Repository, small
 from test_hub import OFFLINE, PUBLIC_FILES, ROOT, Client, check_contents, client, standin

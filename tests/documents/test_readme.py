@@ -18,7 +18,7 @@ def spelled(pattern: str) -> list[str]:
 
 
 def test_table_of_families() -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     rows = {
         name: (sizes.split(", "), spelled(pattern), target)
         for name, sizes, pattern, target in re.findall(ROW, text, re.MULTILINE)

@@ -625,6 +625,6 @@ text = json.dumps(plan.written["tokenizer.json"])
 (Path(sys.argv[2]) / "tokenizer.json").write_text(text)
 """
     command = [sys.executable, "-c", program, str(with_model(root, models["llama"])), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "tokenizer.json").is_file()

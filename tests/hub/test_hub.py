@@ -17,7 +17,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hub_standin import HubStandIn, Repository, default_repository_files, shards, small
 
@@ -25,7 +25,7 @@ from weights_conversion.architectures import FAMILIES
 from weights_conversion.errors import ConversionError
 from weights_conversion.hub import repositories as hub_module
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NEEDED = {
     "config.json",
     "generation_config.json",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from weights_conversion.files import fileio
 
-PAGE = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
 
 
 def test_limits_of_files() -> None:
@@ -25,7 +25,7 @@ def test_commands_are_there() -> None:
     lines = re.findall(r"`python -m (tests\.robustness[a-z_.]*)( [^`]*)?`", PAGE)
     assert len(lines) > 5
     for module, options in lines:
-        path = Path(__file__).parents[1].joinpath(*module.split("."))
+        path = Path(__file__).parents[2].joinpath(*module.split("."))
         assert path.is_dir() or path.with_suffix(".py").is_file()
         if path.is_dir():
             parse(options.split())

@@ -31,7 +31,7 @@ from conftest import GOLDEN, REPOSITORY, Result, Script
 from megatron_files import assert_same_ranks, assert_same_tensors, read_checkpoint
 from safetensors.torch import load_file
 
-HARNESS = Path(__file__).with_name("megatron_core.py")
+HARNESS = Path(__file__).parents[1] / "megatron_core.py"
 PYTHON = os.environ.get("MEGATRON_CORE_PYTHON", sys.executable)
 TOLERANCE = 1e-5
 NO_EXTRA_STATE = "_extra_state"
