@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weights_conversion.text import short
+from weights_conversion.errors.text import short
 
 KEYS = ("quantization_config", "compression_config")
 _INSTEAD = "give the unquantised model that it was made from"
