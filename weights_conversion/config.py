@@ -49,6 +49,8 @@ class Moe:
     """Experts and their router, in Megatron-Core's words (moe_ffn_hidden_size is `ffn_hidden_size` here).
 
     `layers` says of each layer whether it has experts (else: a dense MLP of ModelConfig.ffn_hidden_size).
+    `biased`: router and experts have biases, as the output projection of attention then has. `clamp` bounds the gate
+    from above and the up projection on both sides.
     `pre_softmax`: scores are made of all logits and not renormalised after top-k (Hugging Face's norm_topk_prob
     false). `scaling_factor` None: 1. Without groups `num_groups` and `group_topk` are None. `shared_ffn_hidden_size`
     is that of all shared experts together, 0 without any; `shared_gate`: a sigmoid of one row scales them.
@@ -66,6 +68,8 @@ class Moe:
     group_topk: int | None = None
     shared_ffn_hidden_size: int = 0
     shared_gate: bool = False
+    biased: bool = False
+    clamp: float | None = None
 
     @property
     def everywhere(self) -> bool:
@@ -107,6 +111,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling_factor: float = 1.0  # linear scaling: positions are divided by it
     sliding_window: int | None = None
+    window_layers: tuple[bool, ...] | None = None  # which layers have the window, where not all of them have it
     tie_word_embeddings: bool = False
     num_layernorms: int = 1
     rope_scaling: RopeScaling | None = None  # beside or instead of the linear factor: Llama 3's, or yarn
@@ -124,6 +129,10 @@ class ModelConfig:
             kind = "linear" if self.rope_scaling_factor != 1.0 else "default"
             return Rope(self.rope_theta, kind, self.rope_scaling_factor)
         return Rope(self.rope_theta, **asdict(scaling))
+
+    def window_of(self, layer: int) -> int | None:
+        """The tokens that attention of a layer sees, its own included; None: all."""
+        return self.sliding_window if self.window_layers is None or self.window_layers[layer] else None
 
     def layer_features(self, layer: int) -> frozenset[str]:
         """What architecture rows may need of a layer; most is true of every layer."""
@@ -163,6 +172,7 @@ class ModelConfig:
             "ffn": self.ffn_hidden_size,
             "glu": 2 * self.ffn_hidden_size,
             "head_dim": self.head_dim,
+            "heads": self.num_attention_heads,
             "q": self.num_attention_heads * self.head_dim,
             "kv": self.num_query_groups * self.head_dim,
             "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim,

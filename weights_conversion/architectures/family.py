@@ -22,6 +22,7 @@ class Structure:
     shared_gate: bool = False
     sigmoid: bool = False
     latent: bool = False
+    sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Family(Architecture):
 
     `defaults` are ModelConfig fields that a family uses where nothing that can be trusted says otherwise.
     `ropes` are the kinds of rope scaling that its transformers class computes. `features` name ModelConfig fields
-    (add_qkv_bias, qk_layernorm) that every model of the family has. What a config.json says: configs/hf_keys.py, by
-    `hf_class`. By `signs` a Megatron checkpoint that names no family is known; where it fits this one and `otherwise`
-    too, it is that one's.
+    (add_qkv_bias, qk_layernorm) that every model of the family has. `own_args` are args of Megatron-Core that they all
+    have, beside what a ModelConfig says; `own_flags` are the flags of those which a run does not take from a
+    checkpoint. What a config.json says: configs/hf_keys.py, by `hf_class`. By `signs` a Megatron checkpoint that names
+    no family is known; where it fits this one and `otherwise` too, it is that one's.
     """
 
     model_types: tuple[str, ...] = ("llama",)
@@ -62,6 +64,8 @@ class Family(Architecture):
     norm: str = "rms"  # or "layer", with biases
     gated: bool = True  # the MLP has a gate
     windowed: bool = False
+    own_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    own_flags: tuple[str, ...] = ()
     parallel_attention: bool = False
     ties_in_megatron_llm: bool = False  # heads are tied there too, which the original's release files do not say
     tokenizer_type: str = "SentencePieceTokenizer"  # Megatron-LLM's class

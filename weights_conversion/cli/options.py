@@ -70,7 +70,7 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
     for name, kind in FIELDS.items():
         values.add_argument(f"--{name}", type=kind, metavar="X", help=_MEANINGS[name])
     values.add_argument(
-        "--sliding_window_size", type=window, metavar="N", help="window of mistral's attention; 0: no window"
+        "--sliding_window_size", type=window, metavar="N", help="window of attention; 0: no window"
     )
 
 

@@ -15,7 +15,8 @@ class ExpertKeys:
     "step" (decoder_sparse_step and mlp_only_layers), or "" (every layer has experts). `norm`: whether the scores of the
     chosen experts are made to sum up to 1; None: as norm_topk_prob says. `groups`: "always" (n_group and topk_group),
     "method" (they count where topk_method is group_limited_greedy), or "". `shared` is the key of their number
-    (n_shared_experts) or of their size; "": there are none.
+    (n_shared_experts) or of their size; "": there are none. `biased`: router and experts have biases. `clamp` is the
+    key of what bounds their activation.
     """
 
     experts: tuple[str, ...]
@@ -28,6 +29,8 @@ class ExpertKeys:
     shared: str = ""
     gate: bool = False
     bias: bool = False
+    biased: bool = False
+    clamp: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class ConfigClass:
     keys of one value beside those of `fields`, the class's own first. `idle`: keys that change nothing (losses, code of
     the source's own). `written`: what a config made from nothing says for the source's own code. `rotary_percent` is
     what the class takes where partial_rotary_factor is absent. `latent`: its attention is MLA.
+    `mixed_windows`: layer_types says of each layer whether it has the window. `rope` is what the class takes where no
+    rope is stated.
     `whole_heads`: transformers 5 refuses a hidden size that is no multiple of the heads, whatever head_dim says.
     """
 
@@ -56,6 +61,8 @@ class ConfigClass:
     latent: bool = False
     rotary_percent: float = 1.0
     whole_heads: bool = False
+    mixed_windows: bool = False
+    rope: Mapping[str, Any] | None = None
 
     def knows(self, key: str) -> bool:
         return key in self.defaults or key in self.idle or any(key in keys for keys in self._groups())

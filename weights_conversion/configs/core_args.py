@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import Mla, ModelConfig, Parallelism
-from weights_conversion.configs import core_table, features, megatron_args, mla, moe, rope
+from weights_conversion.configs import core_table, features, megatron_args, mla, moe, rope, windows
 from weights_conversion.errors import ConversionError
 
 # Megatron-Core's name -> Megatron-LLM's, where they differ and the value is the same.
@@ -22,6 +23,7 @@ _PLACES = {
     "rope_scaling_factor": _FACTORS,
     "rope_scaling": ("use_rope_scaling", "rope_scaling", "scale_factor", "position_embedding_type"),
     "sliding_window_size": ("window_size",),
+    "window_layers": (windows.ARG,),
     "moe": ("num_experts", "num_moe_experts"),
     "mla": ("multi_latent_attention",),
     "mtp_num_layers": ("mtp_num_layers",),
@@ -87,6 +89,9 @@ def write_args(
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
     }
+    args |= FAMILIES[config.family].own_args
+    if FAMILIES[config.family].windowed:
+        args[windows.ARG] = windows.skip_freq(config)
     if vocabulary is not None:
         args["padded_vocab_size"] = vocabulary
     return args
@@ -105,8 +110,7 @@ def _window(config: ModelConfig) -> tuple[int, int] | None:
 def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
     """What --use-checkpoint-args does not restore, or not in every release (the rotary base)."""
     flags = [f"--norm-epsilon {config.layernorm_epsilon}", f"--rotary-base {_whole(config.rope_theta)}"]
-    if config.sliding_window is not None:
-        flags.append(f"--window-size {config.sliding_window - 1},0")
+    flags += [*windows.core_flags(config), *FAMILIES[config.family].own_flags]
     if config.rope_scaling_factor != 1.0:
         flags.append(f"--rotary-seq-len-interpolation-factor {_whole(config.rope_scaling_factor)}")
     if config.rotary_percent != 1.0:
@@ -181,6 +185,7 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     result["rope_scaling"] = rope.read_core(args, f"the args of {folder}")
     result["_is_factor_assumed"] = rope.assumed_factor(args)
     result["sliding_window_size"] = None if window is None else window + 1
+    result["window_layers"] = windows.read_core(args, f"the args of {folder}")
     result |= {"moe": experts, "mla": latents, "mtp_num_layers": args.get("mtp_num_layers") or 0}
     if isinstance(latents, Mla):  # a head is what turns; its norms of latents are not those of heads
         result |= {"kv_channels": latents.qk_pos_emb_head_dim, "qk_layernorm": False}

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import core_table, foreign_keys, moe
+from weights_conversion.configs import core_table, foreign_keys, moe_checks, own_args
 from weights_conversion.configs import features as families
+from weights_conversion.configs import moe as moe_args
 
 # ModelConfig's switch -> what it is, and the end of a tensor's name that shows it.
 _SWITCHES = {
@@ -42,7 +43,7 @@ _FOREIGN_TENSORS: tuple[tuple[re.Pattern[str], str, str | None], ...] = (
     (re.compile(r"\.(adapter|lora_[ab])\.", re.IGNORECASE), "LoRA adapters, which are merged before an export,", None),
     (re.compile(r"position_embeddings\.weight$"), "learned position embeddings", None),
     (re.compile(r"layer_?norm(_|\.)bias$"), "LayerNorm", None),
-    (re.compile(r"(?<!linear_qkv)\.bias$"), "biases of linear layers", None),
+    (re.compile(r"(?<!linear_qkv)\.bias$"), "biases of linear layers", "biases"),
 )
 
 
@@ -75,7 +76,9 @@ def shown(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, Any]:
     if len(further) > (args.get("mtp_num_layers") or 0):
         found["mtp_num_layers"] = len(further)
     experts = args.get("moe")
-    return found if experts is None else found | {"moe": dataclasses.replace(experts, **moe.shown_by(experts, names))}
+    if experts is None:
+        return found
+    return found | {"moe": dataclasses.replace(experts, **moe_args.shown_by(experts, names))}
 
 
 def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> list[str]:
@@ -111,9 +114,9 @@ def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> lis
 
 
 def _experts_and_latents(args: Mapping[str, Any], family: str, folder: Path, has: Collection[str]) -> list[str]:
-    problems = []
+    problems = own_args.misfits(args, family)
     if args.get("moe") is not None and "moe" in has:  # without the feature, num_experts has been named
-        problems += moe.misfits(families.class_of(family), args["moe"], family)
+        problems += moe_checks.misfits(families.class_of(family), args["moe"], family)
     elif "moe" in has and "moe" in args:
         problems.append(f"without a mixture of experts (num_experts is None), which {family} has")
     if "mla" in has and "mla" in args and args["mla"] is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import mla, moe
+from weights_conversion.configs import mla, moe, own_args, windows
 from weights_conversion.configs.config_class import ConfigClass
 from weights_conversion.configs.hf_keys import CONFIG_CLASSES
 
@@ -19,6 +19,7 @@ ARGS: dict[str, frozenset[str]] = {
     "mla": mla.READ | {"qk_layernorm"},
     "mtp": frozenset({"mtp_num_layers"}),
     "partial_rotary": frozenset({"rotary_percent"}),
+    "mixed_windows": frozenset({windows.ARG}),
 }
 
 
@@ -34,8 +35,11 @@ def of(family: str) -> frozenset[str]:
         "mla": known.latent,
         "mtp": any("num_nextn_predict_layers" in keys for keys in known.aliases),
         "partial_rotary": known.rotary_percent != 1.0,
+        "mixed_windows": known.mixed_windows,
+        "biases": known.experts is not None and known.experts.biased,
     }
-    return FAMILIES[family].features | known.flags.keys() | {name for name, there in by_class.items() if there}
+    stated = FAMILIES[family].features | known.flags.keys() | own_args.names_of(family)
+    return stated | {name for name, there in by_class.items() if there}
 
 
 def required(family: str) -> frozenset[str]:

@@ -9,17 +9,15 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import features, foreign_keys, hf_falcon, hf_parts, quantization, rope
+from weights_conversion.configs import features, foreign_keys, hf_falcon, hf_parts, rope, windows
 from weights_conversion.configs.features import class_of
 from weights_conversion.configs.hf_keys import GENERIC
 from weights_conversion.errors import ConversionError
 from weights_conversion.mapping.dialects import Dialect
 
 # Keys that name what OUT does not hold: code of the source's own (never copied, never run; transformers has a class for
-# every family), a weight file by another name, a tokenizer class, which tokenizer_config.json states; how weights were
-# quantised, which are not any more.
-LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenizer_class", "_commit_hash",
-               *quantization.KEYS)  # fmt: skip
+# every family), a weight file by another name, a tokenizer class, which tokenizer_config.json states.
+LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenizer_class", "_commit_hash")
 
 
 # Features that a target has or has not: the others are parts of these.
@@ -50,6 +48,7 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
             f"{where} says model_type {model_type!r}, but {family} is {' or '.join(FAMILIES[family].model_types)}; "
             "give the MODEL that the checkpoint is"
         )
+    raw = with_rope(family, raw, where)
     problems = unsupported(family, raw, target, where)
     full = class_of(family).completed(raw)
     values: dict[str, Any] = {}
@@ -78,7 +77,7 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
         groups, head_dim = full["num_key_value_heads"], full.get("head_dim")
         values["num_query_groups"] = heads if groups is None else groups
         values["head_dim"] = hidden // heads if head_dim is None else head_dim
-        values["sliding_window"] = _window(full, where) if FAMILIES[family].windowed else None
+        values["sliding_window"], values["window_layers"] = _windows(family, full, where)
         values |= dict.fromkeys(features.required(family), True)
         values |= {name: bool(full.get(key)) for name, key in class_of(family).flags.items()}
         values |= hf_parts.read(class_of(family), raw, full, values, where)
@@ -94,6 +93,25 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
 
 def _kinds(layer_types: Any) -> set[str]:
     return {str(kind) for kind in layer_types} if isinstance(layer_types, list) else {str(layer_types)}
+
+
+def with_rope(family: str, raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """`raw` with the rope that its class takes where none is stated."""
+    default = class_of(family).rope
+    if default is None or any(raw.get(key) for key in rope.KEYS):
+        return raw
+    if "rope_scaling" in raw:
+        raise ConversionError(
+            f"{where} has rope_scaling null and no rope_parameters, which is {default['rope_type']} of factor "
+            f"{default['factor']:g} to transformers 5 and no scaling to 4; state rope_parameters"
+        )
+    return {**raw, "rope_parameters": dict(default)}
+
+
+def _windows(family: str, full: Mapping[str, Any], where: str) -> tuple[int | None, windows.Layers]:
+    if class_of(family).mixed_windows:
+        return windows.read_hf(full, where)
+    return (_window(full, where) if FAMILIES[family].windowed else None), None
 
 
 def _window(full: Mapping[str, Any], where: str) -> int | None:
@@ -174,7 +192,11 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
         if key != "use_sliding_window"
         or not foreign_keys.idle_window(known.completed(raw), experts=known.experts is not None)
     ]
-    problems += quantization.problems(raw, where)
+    problems += [
+        f"{where} has {key}: the weights are quantized; convert the unquantized checkpoint"
+        for key in ("quantization_config", "compression_config")
+        if raw.get(key)
+    ]
     if raw.get("transformers_weights") not in (None, "model.safetensors", "model.safetensors.index.json"):
         problems.append(
             f"{where} has transformers_weights {raw['transformers_weights']!r}; rename that file to "
@@ -257,13 +279,16 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
         result["num_key_value_heads"] = config.num_query_groups
         hf_parts.write(class_of(config.family), config, result)
         result["tie_word_embeddings"] = config.tie_word_embeddings
-        if FAMILIES[config.family].windowed:
+        if class_of(config.family).mixed_windows:
+            windows.write_hf(config, result)
+        elif FAMILIES[config.family].windowed:
             result.pop("layer_types", None)  # the window of before, should training have dropped it
             result["sliding_window"] = config.sliding_window
     linear = config.rope_scaling_factor != 1.0
     kind = {"rope_type": "linear", "factor": config.rope_scaling_factor} if linear else {"rope_type": "default"}
     if config.rope_scaling is not None:
-        linear, kind = True, rope.write_scaling(config.rope_scaling, latent=config.mla is not None)
+        always = class_of(config.family).rope or ()
+        linear, kind = True, rope.write_scaling(config.rope_scaling, latent=config.mla is not None, always=always)
     partial = {"partial_rotary_factor": config.rotary_percent} if class_of(config.family).rotary_percent != 1.0 else {}
     result["rope_theta"] = config.rope_theta
     result["rope_scaling"] = {"type": kind["rope_type"], **kind} if linear else None

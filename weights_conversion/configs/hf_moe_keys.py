@@ -229,11 +229,45 @@ DEEPSEEK_V3 = ConfigClass(
     ),
     latent=True,
 )  # fmt: skip
+GPT_OSS = ConfigClass(
+    _FIELDS,
+    {
+        **_ALL,
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "sliding_window": 128,
+        "layer_types": None,  # every other layer, from the first on, has the window
+        "attention_bias": True,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "swiglu_alpha": 1.702,  # 5.12 and older have constants for this and the next
+        "swiglu_limit": 7.0,
+    },
+    {"hidden_act": _SILU, "attention_bias": (True,), "swiglu_alpha": (1.702, None)},
+    aliases=(("num_local_experts", "num_experts"), ("num_experts_per_tok", "experts_per_token")),
+    idle=_IDLE | {"initial_context_length"},
+    written={"attention_bias": True, "initial_context_length": 4096},
+    experts=ExpertKeys(("num_local_experts",), ffn="intermediate_size", norm=True, biased=True, clamp="swiglu_limit"),
+    mixed_windows=True,
+    rope={
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+)  # fmt: skip
 MOE_CLASSES = {
     "MixtralForCausalLM": MIXTRAL,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "Glm4MoeForCausalLM": GLM4_MOE,
+    "GptOssForCausalLM": GPT_OSS,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
 }

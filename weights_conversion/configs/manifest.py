@@ -89,6 +89,9 @@ def _malformed(content: Mapping[str, Any]) -> list[str]:
         stated = content["model"].get(name)
         if stated is not None and (problem := parts.malformed(kind, stated)):
             problems.append(problem)
+    layers = content["model"].get("window_layers")
+    if layers is not None and not (isinstance(layers, list) and all(type(has) is bool for has in layers)):
+        problems.append(f"window_layers {layers!r}, where true or false of each layer was expected")
     for name, value in content["model"].items():
         default = ModelConfig.__dataclass_fields__[name].type if name in ModelConfig.__dataclass_fields__ else None
         allowed = {"int": (int,), "float": (float, int), "bool": (bool,), "int | None": (int, type(None))}.get(
@@ -109,4 +112,5 @@ def model_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "rope_scaling": None if scaling is None else RopeScaling(**scaling),
         "moe": None if moe is None else Moe(**{**moe, "layers": tuple(moe["layers"])}),
         "mla": None if mla is None else Mla(**mla),
+        **({} if fields.get("window_layers") is None else {"window_layers": tuple(fields["window_layers"])}),
     }

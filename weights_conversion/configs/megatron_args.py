@@ -11,11 +11,11 @@ import torch
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.architectures.family import Family
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import features, parts, rope
+from weights_conversion.configs import features, parts, rope, windows
 from weights_conversion.errors import ConversionError
 
 # ModelConfig field -> Megatron-LLM's name in args.
-NAMES = {
+_LLM_NAMES = {
     "num_layers": "num_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "ffn_hidden_size",
@@ -28,23 +28,19 @@ NAMES = {
     "rope_scaling_factor": "rope_scaling_factor",
     "sliding_window": "sliding_window_size",
     "tie_word_embeddings": "tie_embed_logits",
-    "rope_scaling": "rope_scaling",
-    "add_qkv_bias": "add_qkv_bias",
-    "qk_layernorm": "qk_layernorm",
-    "rotary_percent": "rotary_percent",
-    "moe": "moe",  # values that configs/core_args.py makes of several args
-    "mla": "mla",
-    "mtp_num_layers": "mtp_num_layers",
 }
-# Those of them that only Megatron-Core has.
-_CORE_ONLY = ("rope_scaling", "add_qkv_bias", "qk_layernorm", "rotary_percent", "moe", "mla", "mtp_num_layers")
+# Those that only Megatron-Core has; configs/core_args.py makes some of them of several args.
+_CORE_ONLY = (
+    "rope_scaling", "add_qkv_bias", "qk_layernorm", "rotary_percent", "window_layers", "moe", "mla", "mtp_num_layers",
+)  # fmt: skip
+NAMES = _LLM_NAMES | {name: name for name in _CORE_ONLY}
 _DEFAULTS = {field.name: field.default for field in fields(ModelConfig)}
-_MAY_BE_NONE = ("sliding_window", "rope_scaling", "moe", "mla")
+_MAY_BE_NONE = ("sliding_window", "window_layers", "rope_scaling", "moe", "mla")
 # Fields that the original's resharding tool re-creates, and its defaults: another value cannot have been reset.
 _RESET = {"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "rope_scaling_factor": 1.0, "sliding_window": None}
 RESET_BY_RESHARDING: dict[str, Any] = _RESET
-SILENT = ("max_position_embeddings", "rope_scaling", "rotary_percent", *RESET_BY_RESHARDING)
-_NO_FLAG = ("rope_scaling", "rotary_percent", "moe", "mtp_num_layers")
+SILENT = ("max_position_embeddings", "rope_scaling", "rotary_percent", "window_layers", *RESET_BY_RESHARDING)
+_NO_FLAG = ("rope_scaling", "window_layers", "rotary_percent", "moe", "mtp_num_layers")
 # What --use_checkpoint_args does not restore.
 NOT_RESTORED = ("rope_theta", "rope_scaling_factor", "layernorm_epsilon")
 
@@ -55,7 +51,7 @@ def write_args(
     """The args of a rank file: plain values, everything that Megatron-LLM reads when it loads or resumes."""
     family = FAMILIES[config.family]
     return {
-        **{name: getattr(config, field) for field, name in NAMES.items() if field not in _CORE_ONLY},
+        **{name: getattr(config, field) for field, name in _LLM_NAMES.items()},
         "encoder_num_layers": config.num_layers,
         "seq_length": config.max_position_embeddings,
         "make_vocab_size_divisible_by": divisible_by,
@@ -124,8 +120,9 @@ def _stated(family: str, args: Mapping[str, Any], manifest: Mapping[str, Any]) -
     That no window or no rope scaling is there is said too, where args have a place for it.
     """
     stated, lost = from_args(family, args), []
-    if FAMILIES[family].windowed and "sliding_window_size" in args:
-        stated["sliding_window"] = args["sliding_window_size"]
+    for name in ("sliding_window", "window_layers"):
+        if FAMILIES[family].windowed and NAMES[name] in args:
+            stated[name] = args[NAMES[name]]
     if "rope_scaling" in args:
         latent = args.get("mla") is not None
         stated["rope_scaling"] = rope.completed(args["rope_scaling"], manifest.get("rope_scaling"), latent=latent)
@@ -142,6 +139,7 @@ def _family_says(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
         **FAMILIES[family].defaults,
         **{name: name in features.required(family) for name in features.SWITCHES},
         **{name: _DEFAULTS[name] for name in ("rope_scaling", "moe", "mla", "mtp_num_layers")},
+        **({} if features.class_of(family).mixed_windows else {"window_layers": None}),
         "rotary_percent": features.class_of(family).rotary_percent,
         "max_position_embeddings": args.get("seq_length"),
     }
@@ -296,4 +294,5 @@ def resolve(
         problems.append(f"nothing says what {name} is; the checkpoint's args lack it")
     if problems:
         raise ConversionError(*problems)
+    values["sliding_window"], values["window_layers"] = windows.plain(values["sliding_window"], values["window_layers"])
     return Resolved(ModelConfig(**values), origins, tuple(warnings))

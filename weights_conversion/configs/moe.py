@@ -13,6 +13,7 @@ from typing import Any
 from weights_conversion.config import ModelConfig, Moe
 from weights_conversion.configs import moe_layers
 from weights_conversion.configs.config_class import ConfigClass, ExpertKeys
+from weights_conversion.configs.moe_checks import impossible
 
 _GROUPED = "group_limited_greedy"
 
@@ -36,8 +37,11 @@ def read_hf(known: ConfigClass, full: Mapping[str, Any], num_layers: int) -> Moe
     if isinstance(layers, str):
         problems.append(layers)
     scaling = full.get("routed_scaling_factor") if keys.scaled else None
-    if scaling is not None and (type(scaling) not in (int, float) or not 0 < scaling < math.inf):
+    if scaling is not None and not _is_positive(scaling):
         problems.append(f"routed_scaling_factor {scaling!r}, where a positive number was expected")
+    clamp = float(full[keys.clamp]) if keys.clamp and _is_positive(full.get(keys.clamp)) else None
+    if keys.clamp and clamp is None:
+        problems.append(f"{keys.clamp} {full.get(keys.clamp)!r}, where a positive number was expected")
     groups = _read_groups(keys, full, problems)
     normed = keys.norm if keys.norm is not None else bool(full.get("norm_topk_prob"))
     if problems or isinstance(layers, str):
@@ -53,12 +57,18 @@ def read_hf(known: ConfigClass, full: Mapping[str, Any], num_layers: int) -> Moe
         group_topk=groups[1],
         shared_ffn_hidden_size=shared * (ffn if keys.shared == "n_shared_experts" else 1),
         shared_gate=keys.gate,
+        biased=keys.biased,
+        clamp=clamp,
     )  # fmt: skip
     wrong = impossible(moe)
     # A sigmoid's scores are divided by their sum where a token has more than one expert, and there alone.
     if not softmax and normed != (topk > 1):
         wrong.append(f"norm_topk_prob {normed} with {topk} experts per token, which Megatron-Core does the other way")
     return wrong or moe
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _count(known: ConfigClass, full: Mapping[str, Any], key: str, problems: list[str]) -> int:
@@ -83,59 +93,6 @@ def _read_groups(keys: ExpertKeys, full: Mapping[str, Any], problems: list[str])
     return (None, None) if number == 1 else (number, chosen)
 
 
-def impossible(moe: Moe) -> list[str]:
-    """What no router does, or none of Megatron-Core's, in words that follow "has"."""
-    wrong = []
-    if not any(moe.layers):
-        wrong.append("no layer with experts, where a mixture of experts has one at least")
-    if moe.topk > moe.num_experts:
-        wrong.append(f"{moe.topk} experts per token, and only {moe.num_experts} experts")
-    if moe.num_groups is not None and moe.group_topk is not None:
-        if moe.num_experts % moe.num_groups:
-            wrong.append(f"{moe.num_experts} experts, which cannot be divided among {moe.num_groups} groups")
-        elif moe.group_topk > moe.num_groups:
-            wrong.append(f"{moe.group_topk} groups per token, and only {moe.num_groups} groups")
-        elif moe.topk > moe.group_topk * (moe.num_experts // moe.num_groups):
-            wrong.append(f"{moe.topk} experts per token, more than {moe.group_topk} groups hold")
-    if moe.topk == 1 and moe.score_function == "softmax" and not moe.pre_softmax:
-        wrong.append(
-            "1 expert per token, whose score is made to be 1: Megatron-Core has no such router (norm_topk_prob false "
-            "is its --moe-router-pre-softmax)"
-        )
-    return wrong
-
-
-def misfits(known: ConfigClass, moe: Moe, family: str) -> list[str]:
-    """What a class of transformers cannot express of experts that Megatron's args state, in words that follow "holds a
-    model"."""
-    keys = known.experts
-    if keys is None:
-        return [f"with a mixture of experts (num_experts is {moe.num_experts}), which {family} does not have"]
-    wrong, lacks = [], f"which {family} does not have"
-    if moe.score_function != keys.score:
-        wrong.append(f"with router scores by {moe.score_function} (moe_router_score_function), where {family} has "
-                     f"{keys.score}")  # fmt: skip
-    elif keys.norm is not None and keys.score == "softmax" and keys.norm == moe.pre_softmax:
-        wrong.append(f"with moe_router_pre_softmax {moe.pre_softmax}, where {family} has {not moe.pre_softmax}")
-    if moe.scaling_factor is not None and not keys.scaled:
-        wrong.append(f"with router scores times moe_router_topk_scaling_factor {moe.scaling_factor:g}, {lacks}")
-    if moe.num_groups is not None and not keys.groups:
-        wrong.append(f"with experts in groups (moe_router_num_groups is {moe.num_groups}), {lacks}")
-    for what, has, there in (
-        ("a bias of its router (moe_router_enable_expert_bias)", keys.bias, moe.expert_bias),
-        ("shared experts (moe_shared_expert_intermediate_size)", bool(keys.shared), moe.shared_ffn_hidden_size > 0),
-        ("a gate of its shared experts (moe_shared_expert_gate)", keys.gate, moe.shared_gate),
-    ):
-        if has != there:
-            wrong.append(f"with {what}, {lacks}" if there else f"without {what}, which {family} has")
-    if keys.shared == "n_shared_experts" and moe.shared_ffn_hidden_size % moe.ffn_hidden_size:
-        wrong.append(f"with shared experts of size {moe.shared_ffn_hidden_size}, where {family} has a multiple of an "
-                     f"expert's, {moe.ffn_hidden_size}")  # fmt: skip
-    if any(moe.layers) and (layers := moe_layers.misfit(keys, moe.layers)):
-        wrong.append(f"with {layers} (moe_layer_freq), {lacks}")
-    return wrong
-
-
 def write_hf(known: ConfigClass, moe: Moe, result: dict[str, Any]) -> None:
     """Writes the experts into a config.json. Keys that the source had stay as they are where they say the same."""
     keys = known.experts
@@ -144,7 +101,8 @@ def write_hf(known: ConfigClass, moe: Moe, result: dict[str, Any]) -> None:
     full = known.completed(result)
     values: dict[str, Any] = dict.fromkeys(keys.experts, moe.num_experts)
     values |= {key: moe.num_experts for key in known.spellings(keys.experts[0]) if key in stated}
-    values |= {keys.ffn: moe.ffn_hidden_size, "num_experts_per_tok": moe.topk}
+    chosen = known.spellings("num_experts_per_tok")
+    values |= {keys.ffn: moe.ffn_hidden_size} | dict.fromkeys(stated.intersection(chosen) or chosen, moe.topk)
     if "norm_topk_prob" in known.defaults:
         softmax = moe.score_function == "softmax"
         values["norm_topk_prob"] = not moe.pre_softmax if softmax else moe.topk > 1
@@ -153,6 +111,8 @@ def write_hf(known: ConfigClass, moe: Moe, result: dict[str, Any]) -> None:
     if keys.shared:
         count = keys.shared == "n_shared_experts"
         values[keys.shared] = moe.shared_ffn_hidden_size // (moe.ffn_hidden_size if count else 1)
+    if keys.clamp:
+        values[keys.clamp] = moe.clamp
     if keys.groups:
         values |= _write_groups(keys, moe, full, stated)
     layers = moe_layers.write_hf(keys, moe.layers)
@@ -185,6 +145,8 @@ ARGS = {
     "group_topk": "moe_router_group_topk",
     "shared_ffn_hidden_size": "moe_shared_expert_intermediate_size",
     "shared_gate": "moe_shared_expert_gate",
+    "biased": "add_bias_linear",
+    "clamp": "activation_func_clamp_value",
     "layers": "moe_layer_freq",
 }
 # What the args of a family with experts may say beside: read here, and refused by value.
@@ -217,8 +179,11 @@ def read_core(args: Mapping[str, Any]) -> Moe | list[str] | None:
     if score not in ("softmax", "sigmoid"):
         problems.append(f"moe_router_score_function {score!r}, which no family here has")
     scaling = args.get("moe_router_topk_scaling_factor") or None
-    if scaling is not None and (type(scaling) not in (int, float) or not 0 < scaling < math.inf):
+    clamp = args.get("activation_func_clamp_value")
+    if scaling is not None and not _is_positive(scaling):
         problems.append(f"moe_router_topk_scaling_factor {scaling!r}, where a positive number was expected")
+    if clamp is not None and not _is_positive(clamp):
+        problems.append(f"activation_func_clamp_value {clamp!r}, where a positive number was expected")
     if problems or isinstance(layers, str):
         return problems
     grouped = sizes["moe_router_group_topk"] > 0 and sizes["moe_router_num_groups"] > 1
@@ -232,6 +197,8 @@ def read_core(args: Mapping[str, Any]) -> Moe | list[str] | None:
         group_topk=sizes["moe_router_group_topk"] if grouped else None,
         shared_ffn_hidden_size=sizes["moe_shared_expert_intermediate_size"],
         shared_gate=bool(args.get("moe_shared_expert_gate")) and sizes["moe_shared_expert_intermediate_size"] > 0,
+        biased=bool(args.get("add_bias_linear")),
+        clamp=None if clamp is None else float(clamp),
     )  # fmt: skip
     return impossible(moe) or moe
 
@@ -255,7 +222,7 @@ def write_core(config: ModelConfig, layer_freq: int | list[int] | None = None) -
 
 def shown_by(moe: Moe, names: Iterable[str]) -> dict[str, bool]:
     """Fields that tensors decide, whatever args say: not every release and wrapper stores each arg."""
-    ends = {"expert_bias": ".router.expert_bias", "shared_gate": ".shared_experts.gate_weight"}
+    ends = {"expert_bias": ".expert_bias", "shared_gate": ".shared_experts.gate_weight", "biased": ".router.bias"}
     found = {field: any(name.endswith(end) for name in names) for field, end in ends.items()}
     return found | ({} if moe.shared_ffn_hidden_size else {"shared_gate": False})
 
@@ -270,6 +237,8 @@ def core_flags(config: ModelConfig) -> list[str]:
         flags.append(f"--moe-router-num-groups {moe.num_groups} --moe-router-group-topk {moe.group_topk}")
     if moe.shared_gate:
         flags.append("--moe-shared-expert-gate")
+    if moe.clamp is not None:
+        flags.append(f"--activation-func-clamp-value {moe.clamp:g}")
     return flags
 
 

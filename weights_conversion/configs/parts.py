@@ -10,8 +10,8 @@ from weights_conversion.config import Mla, Moe
 from weights_conversion.configs import moe
 
 # Of the experts: what no tensor's shape betrays, and what training may have changed.
-SILENT = frozenset({"topk", "pre_softmax", "score_function", "scaling_factor", "num_groups", "group_topk"})
-_SHOWN_BY_TENSORS = ("expert_bias", "shared_gate")
+SILENT = frozenset({"topk", "pre_softmax", "score_function", "scaling_factor", "num_groups", "group_topk", "clamp"})
+_SHOWN_BY_TENSORS = ("expert_bias", "shared_gate", "biased")
 
 
 def completed(stated: Moe, imported: Moe | None, args: Mapping[str, Any]) -> Moe:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from reprlib import repr as short
 from typing import Any
 
@@ -113,8 +113,10 @@ def _mscale(factor: float, scale: float = 1.0) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def write_scaling(scaling: RopeScaling, *, latent: bool = False) -> dict[str, Any]:
-    """The object of config.json, in the keys that transformers 4 and 5 both read."""
+def write_scaling(
+    scaling: RopeScaling, *, latent: bool = False, always: Collection[str] = ()
+) -> dict[str, Any]:  # fmt: skip
+    """The object of config.json, in the keys that transformers 4 and 5 read; `always` are written in any case."""
     result: dict[str, Any] = {
         "rope_type": scaling.kind,
         "factor": scaling.factor,
@@ -126,7 +128,7 @@ def write_scaling(scaling: RopeScaling, *, latent: bool = False) -> dict[str, An
         return result | rope_latent.write_hf(scaling)
     defaults = {field.name: field.default for field in dataclasses.fields(RopeScaling)}
     for name in ("attention_factor", "beta_fast", "beta_slow", "truncate"):
-        if getattr(scaling, name) != defaults[name]:
+        if getattr(scaling, name) != defaults[name] or (name in always and scaling.kind == "yarn"):
             result[name] = getattr(scaling, name)
     return result
 

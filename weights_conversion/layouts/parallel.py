@@ -95,7 +95,11 @@ def _check_experts(config: ModelConfig, parallel: Parallelism) -> list[str]:
         problems.append(f"{moe.num_experts} experts cannot be divided among --expert-model-parallel-size {ep}")
     if moe.ffn_hidden_size % etp:
         problems.append(f"{moe.ffn_hidden_size} rows of an expert cannot be divided among the {etp} ranks that cut it")
-    if parallel.tensor % etp:
+    if moe.biased and etp != 1:
+        problems.append(
+            f"Megatron-Core cannot cut experts that have biases among {etp} ranks: add --expert-tensor-parallel-size 1"
+        )
+    elif parallel.tensor % etp:
         problems.append(
             f"--expert-tensor-parallel-size {etp} does not divide --tensor-model-parallel-size {parallel.tensor}, so "
             "several ranks would have one file name; torch_dist has no such limit (--ckpt-format torch_dist)"

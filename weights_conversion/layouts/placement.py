@@ -5,43 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from weights_conversion.mapping.ops import Range
 from weights_conversion.mapping.parameters import Index, Packed
 
 PAGE = 4096  # bytes; direct writes begin and end on one
-
-
-class Decoder(Protocol):
-    """Computes a tensor's values from stored ones (quantised values and their scales). Hashable, as a TensorRef is.
-
-    Rows are those of the tensor as a matrix: all axes but the last, as one.
-    """
-
-    @property
-    def pieces(self) -> tuple[TensorRef, ...]:
-        """The stored tensors, as matrices."""
-        ...
-
-    def reads(self, rows: Range) -> tuple[Range, ...]:
-        """Which rows of each piece rows first..last are computed from."""
-        ...
-
-    def decode(self, rows: Range, stored: Sequence[Tensor], into: Tensor) -> None:
-        """Fills `into` (rows, columns), in whatever type it has, rounding once. `stored` are what `reads` named."""
-        ...
 
 
 @dataclass(frozen=True)
 class TensorRef:
     """A tensor stored contiguously in one file. `offset` is its first byte, -1 while a target has no file yet.
 
-    `transposed`: a matrix of `shape` whose columns are stored as rows. `decoder`: the values (of `dtype` and `shape`)
-    are stored nowhere, and computed when they are read; `file` is that of the first piece.
+    `transposed`: a matrix of `shape` whose columns are stored as rows.
     """
 
     file: str
@@ -50,20 +26,10 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int = -1
     transposed: bool = False
-    decoder: Decoder | None = None
-
-    @property
-    def stored(self) -> tuple[TensorRef, ...]:
-        """The tensors that files hold: this one, or what it is computed from."""
-        return (self,) if self.decoder is None else self.decoder.pieces
-
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -78,12 +44,16 @@ class Written:
 
 @dataclass(frozen=True)
 class Block:
-    """The part of a tensor that stands in `ref` from element `start` on: `rows` x `columns` of it, contiguous."""
+    """The part of a tensor that stands in `ref` from element `start` on: `rows` x `columns` of it, contiguous.
+
+    `transposed`: its columns stand there one behind the other. Such a block is read, and written, whole.
+    """
 
     ref: TensorRef
     start: int
     rows: tuple[int, int]
     columns: tuple[int, int]
+    transposed: bool = False
 
     def byte(self, row: int) -> int:
         """Byte within `ref` at which this block's part of tensor row `row` begins."""
@@ -108,15 +78,6 @@ class Placed:
     @property
     def row_bytes(self) -> int:
         return self.columns * self.dtype.itemsize
-
-    @property
-    def read_bytes(self) -> int:
-        """Memory that a row takes while it is read: its own, and that of what it is computed from."""
-        ref = self.copies[0][0].ref if self.copies[0] else None
-        if ref is None or ref.decoder is None:
-            return self.row_bytes
-        pieces = sum(piece.nbytes for piece in ref.decoder.pieces)
-        return self.row_bytes + -(-self.row_bytes * pieces // max(ref.nbytes, 1))
 
 
 Key = tuple[str, Index]  # Instance.key
@@ -172,9 +133,9 @@ def whole(ref: TensorRef) -> Placed:
 
 def slab(ref: TensorRef, expert: int, packed: Packed, shape: tuple[int, ...]) -> Placed:
     """One expert's matrix of `shape` in a tensor of all experts of a layer, where it lies in one piece."""
-    rows, columns = shape
+    rows, columns = two_dimensional(shape)
     start = (expert * packed.parts + packed.part) * rows * columns
-    block = Block(ref, start, (0, rows), (0, columns))
+    block = Block(ref, start, (0, rows), (0, columns), packed.transposed)
     return Placed(f"{ref.name}[{expert}]", ref.dtype, rows, columns, ((block,),))
 
 

@@ -122,7 +122,7 @@ def _hf_tensors(
                     seen.add(name)
                     yield TensorRef("", name, kept, joined_shape(part, shape, config))
                 continue
-            if not (packed and instance.row.packed):
+            if not is_packed(instance, packed):
                 names = instance.hf_names[at], *architecture.copies(instance, config)
                 yield from (TensorRef("", name, kept, shape) for name in names)
                 continue
@@ -130,7 +130,12 @@ def _hf_tensors(
             name = instance.hf(place.name)
             if name not in seen and config.moe is not None:
                 seen.add(name)
-                yield TensorRef("", name, kept, (config.moe.num_experts, place.parts * shape[0], shape[1]))
+                yield TensorRef("", name, kept, place.shape(config.moe.num_experts, shape))
+
+
+def is_packed(instance: Instance, packed: bool) -> bool:
+    """Whether an expert's tensors are parts of one of all experts: where they always are, or are to be."""
+    return any(packed or place.always for place in instance.row.packed)
 
 
 def _hf_places(
@@ -139,7 +144,7 @@ def _hf_places(
     if instance.row.within:
         stored = ((whole(refs[instance.hf(part.name)]), part) for part in instance.row.within)
         return tuple(part_of(tensor, part, config) for tensor, part in stored)
-    if not (packed and instance.row.packed):
+    if not is_packed(instance, packed):
         copies = [refs[name] for name in architecture.copies(instance, config)]  # of a row that is one tensor
         return tuple(joined(name, [refs[name], *copies], None) for name in instance.hf_names)
     return tuple(

@@ -150,8 +150,9 @@ MEGATRON_CORE = Dialect(
 
 # One module for each expert (SequentialMLP), in rank files: torch_dist has the same names for both.
 _EACH_EXPERT = {
-    f"{layer}mlp.experts.{linear}.weight{{expert}}": f"{layer}mlp.experts.local_experts.{{expert}}.{linear}.weight"
+    f"{layer}mlp.experts.{linear}.{kind}{{expert}}": f"{layer}mlp.experts.local_experts.{{expert}}.{linear}.{kind}"
     for layer in ("decoder.layers.{layer}.", "mtp.layers.{layer}.transformer_layer.")
     for linear in ("linear_fc1", "linear_fc2")
+    for kind in ("weight", "bias")
 }
 MEGATRON_CORE_EACH = dataclasses.replace(MEGATRON_CORE, renames=_EACH_EXPERT)

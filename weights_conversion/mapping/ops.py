@@ -110,6 +110,39 @@ class FuseGLU(Copy):
 
 
 @dataclass(frozen=True)
+class WholeCopy(Copy):
+    """All rows at once: a unit is the tensor. For one that a side stores columns first, and which is small."""
+
+    axis: str  # of its rows
+
+    def units(self, rows: int, config: ModelConfig) -> int:
+        return 1
+
+    def megatron_rows(self, start: int, stop: int, rows: int, ctx: Context) -> tuple[Range, ...]:
+        return ((start * rows, stop * rows),)
+
+    def hf_rows(self, start: int, stop: int, config: ModelConfig) -> tuple[Range, ...]:
+        rows = config.axes[self.axis]
+        return ((start * rows, stop * rows),)
+
+
+@dataclass(frozen=True)
+class InterleavedGLU(WholeCopy):
+    """HF's one tensor has gate and up in turn (rows 0::2 and 1::2); Megatron-Core has the gate's rows above the up's.
+
+    A unit is the tensor, as HF stores its columns first.
+    """
+
+    def moves_rows_only(self, ctx: Context) -> bool:
+        return False
+
+    def views(self, megatron: Sequence[Tensor], hf: Sequence[Tensor], ctx: Context) -> list[tuple[Tensor, Tensor]]:
+        gate, up = (1, 0) if ctx.megatron.up_first else (0, 1)
+        halves, pairs = megatron[0].unflatten(0, (2, -1)), hf[0].unflatten(0, (-1, 2))
+        return [(halves[gate], pairs[:, 0]), (halves[up], pairs[:, 1])]
+
+
+@dataclass(frozen=True)
 class _OfGroups:
     """Queries, keys and values in Megatron's order: [q .. q, k, v] for each kv head. A unit is such a group."""
 

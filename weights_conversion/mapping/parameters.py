@@ -62,11 +62,21 @@ def named(template: str, index: Index) -> str:
 
 @dataclass(frozen=True)
 class Packed:
-    """Where an expert's tensor is, if one tensor holds those of all experts of a layer: (E, parts x rows, columns)."""
+    """Where an expert's tensor is, if one tensor holds those of all experts of a layer: (E, parts x rows, columns).
+
+    `always`: there is no other spelling. `transposed`: it is (E, columns, rows); such a tensor has one part.
+    """
 
     name: str
     part: int
     parts: int
+    always: bool = False
+    transposed: bool = False
+
+    def shape(self, experts: int, each: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tensor, where one expert's part has the shape `each`."""
+        rows, *rest = each
+        return (experts, *rest, rows) if self.transposed else (experts, self.parts * rows, *rest)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Features(Structure):
             "a gate of its shared experts": self.shared_gate,
             "router scores by sigmoid": self.sigmoid,
             "latent attention": self.latent,
+            "sinks beside the softmax": self.sinks,
             "a sliding window": bool(self.window),
             "no sliding window": self.window is False,
         }
@@ -72,6 +73,7 @@ def read_features(args: Mapping[str, Any], names: Iterable[str], rows: int) -> F
         llama3_rope=bool(args.get("use_rope_scaling")),
         **_experts(args.get("moe"), names),
         latent=latent,
+        sinks=args.get("softmax_type") == "learnable" or _any(names, r"\.core_attention\.softmax_offset$"),
         window=None if reset and window is None else window is not None,
         theta=None if reset and theta == 1e4 else theta,
         epsilon=None if reset and epsilon == 1e-5 else epsilon,

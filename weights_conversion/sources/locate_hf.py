@@ -77,7 +77,7 @@ class _Search:
                 part = instance.row.within[at]
                 stored = self._whole(instance.hf(part.name), joined_shape(part, shape, self.config))
                 tensor = None if stored is None else part_of(stored, part, self.config, name=name)
-            elif packed is not None and name not in self.tensors and instance.hf(packed.name) in self.tensors:
+            elif packed is not None and self._is_packed(name, instance.hf(packed.name), packed):
                 tensor = self._slab(instance, packed, shape)
             else:
                 tensor = self._whole(name, shape)
@@ -89,8 +89,7 @@ class _Search:
         self.used.add(name)
         tensor = self.tensors.get(name)
         if tensor is None:
-            said = f"the source has no tensor {name}, which its config asks for with shape {list(shape)}"
-            self.missing[name] = said
+            self.missing[name] = _missing(name, shape)
             return None
         if (tensor.rows, tensor.columns) != two_dimensional(shape):
             shown = [tensor.rows, tensor.columns] if len(shape) > 1 else [tensor.rows]
@@ -98,16 +97,20 @@ class _Search:
             return None
         return tensor
 
+    def _is_packed(self, name: str, whole: str, packed: Packed) -> bool:
+        return packed.always or (name not in self.tensors and whole in self.tensors)
+
     def _slab(self, instance: Instance, packed: Packed, shape: tuple[int, ...]) -> Placed | None:
         """One expert's part of a tensor of all experts, which lies in one piece."""
-        name = instance.hf(packed.name)
+        name, moe = instance.hf(packed.name), self.config.moe
+        expected = packed.shape(moe.num_experts if moe is not None else 0, shape)
+        if name not in self.tensors:
+            self.missing[name] = _missing(name, expected)
+            return None
         self.used.add(name)
         if self.tensors[name].deltas:
             self.problems.append(f"an adapter is for {name}, which holds all experts of a layer: it cannot be merged")
         (block,) = self.tensors[name].copies[0]
-        rows, columns = shape
-        moe = self.config.moe
-        expected = (moe.num_experts if moe is not None else 0, packed.parts * rows, columns)
         if block.ref.shape != expected:
             shown = list(block.ref.shape)
             self.wrong.append((name, f"{name} has shape {shown}, but its config says {list(expected)}"))
@@ -126,3 +129,7 @@ class _Search:
             said = f"an adapter is for {head}, which is tied to {placed.name}: no single table is both"
             self.problems.append(said)
         found[instance.key] = (replace(placed, copies=placed.copies + copy.copies),)
+
+
+def _missing(name: str, shape: tuple[int, ...]) -> str:
+    return f"the source has no tensor {name}, which its config asks for with shape {list(shape)}"

@@ -1,0 +1,90 @@
+"""Sliding windows that some layers have and others not: layer_types of config.json, window_attn_skip_freq of args.
+
+Megatron-Core counts layers from 1: an integer N means a window where layer % N != 0, a list says it of each layer
+(is_layer_window_attention in transformer/utils.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weights_conversion.config import ModelConfig
+from weights_conversion.configs.moe_layers import parse_freq, pattern
+from weights_conversion.errors import ConversionError
+
+ARG = "window_attn_skip_freq"
+KINDS = {"sliding_attention": True, "full_attention": False}
+
+Layers = tuple[bool, ...] | None  # as ModelConfig.window_layers
+
+
+def read_hf(full: Mapping[str, Any], where: str) -> tuple[int | None, Layers]:
+    """(window, the layers that have it), where a class's layers may differ: it has every other layer by default."""
+    window, kinds, count = full.get("sliding_window"), full.get("layer_types"), full["num_hidden_layers"]
+    if window is not None and (type(window) is not int or window <= 0):
+        raise ConversionError(f"{where} has sliding_window {window!r}, where a positive int or null was expected")
+    if kinds is None:
+        layers = tuple(layer % 2 == 0 for layer in range(count))
+    elif isinstance(kinds, list) and len(kinds) == count and all(kind in KINDS for kind in map(str, kinds)):
+        layers = tuple(KINDS[kind] for kind in kinds)
+    else:
+        raise ConversionError(f"{where} has layer_types {str(kinds)[:120]}, where {' or '.join(KINDS)} was expected of "
+                              f"each of its {count} layers")  # fmt: skip
+    if window is None and any(layers):
+        raise ConversionError(f"{where} has layers of sliding_attention and no sliding_window; state it")
+    return plain(window, layers)
+
+
+def plain(window: int | None, layers: Layers) -> tuple[int | None, Layers]:
+    """The one way to say it: no window where no layer has it, and no layers where all of them have it."""
+    if window is None or (layers is not None and not any(layers)):
+        return None, None
+    return window, None if layers is None or all(layers) else layers
+
+
+def write_hf(config: ModelConfig, result: dict[str, Any]) -> None:
+    """layer_types and sliding_window. A window that no layer has stays as it was."""
+    windows = [config.window_of(layer) for layer in range(config.num_layers)]
+    result["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    if config.sliding_window is not None:
+        result["sliding_window"] = config.sliding_window
+
+
+def read_core(args: Mapping[str, Any], where: str) -> Layers:
+    """The layers with a window, None: all of them. Raises ConversionError."""
+    freq, count = args.get(ARG), args.get("num_layers") or 0
+    if freq is None or args.get("window_size") is None:
+        return None
+    if isinstance(freq, str):
+        freq = parse_freq(freq)
+    if type(freq) is int and freq > 0:
+        layers = tuple(number % freq != 0 for number in range(1, count + 1))
+    elif isinstance(freq, (list, tuple)) and len(freq) == count and all(one in (0, 1) for one in freq):
+        layers = tuple(one == 1 for one in freq)
+    else:
+        raise ConversionError(f"{where} have {ARG} {str(freq)[:120]}, where a positive number, or a list of 0 and 1 of "
+                              f"{count} layers, was expected")  # fmt: skip
+    return None if all(layers) else layers
+
+
+def skip_freq(config: ModelConfig) -> int | list[int] | None:
+    """window_attn_skip_freq: None where all layers are alike."""
+    layers = config.window_layers
+    if layers is None or config.sliding_window is None:
+        return None
+    numbers = range(1, len(layers) + 1)
+    every = (freq for freq in numbers if layers == tuple(number % freq != 0 for number in numbers))
+    return next(every, [int(has) for has in layers])
+
+
+def core_flags(config: ModelConfig) -> list[str]:
+    """Neither of them is restored."""
+    if config.sliding_window is None:
+        return []
+    flags = [f"--window-size {config.sliding_window - 1},0"]
+    freq = skip_freq(config)
+    if freq is None:
+        return flags
+    text = pattern(freq)
+    return [*flags, f"--window-attn-skip-freq {text}" if isinstance(freq, int) else f"--window-attn-skip-freq '{text}'"]
