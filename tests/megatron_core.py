@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,7 +41,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import core_experts
 import torch
+from core_experts import Experts
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,6 +59,7 @@ STAGE_FIELDS = {
     "decoder_first_pipeline_num_layers": "num_layers_in_first_pipeline_stage",
     "decoder_last_pipeline_num_layers": "num_layers_in_last_pipeline_stage",
 }
+LEGACY = {"moe_grouped_gemm": True, "moe_use_legacy_grouped_gemm": True}  # GroupedMLP, gone since 0.17
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -64,7 +68,7 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a GPTModel needs, read from an HF config.json of the llama or mistral type."""
+    """What a GPTModel needs, read from an HF config.json of Llama's kind, with experts or without."""
 
     layers: int
     hidden: int
@@ -83,6 +87,8 @@ class Sizes:
     qkv_bias: bool = False
     qk_norm: bool = False
     llama3_factor: float | None = None
+    rotary_percent: float = 1.0
+    experts: Experts | None = None
 
     @classmethod
     def from_hf(cls, path: Path) -> Sizes:
@@ -107,9 +113,11 @@ class Sizes:
             window=config.get("sliding_window") if config["model_type"] == "mistral" else None,
             tied=bool(config.get("tie_word_embeddings", False)),
             dtype=getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32"),
-            qkv_bias=config["model_type"] == "qwen2",
-            qk_norm=config["model_type"] == "qwen3",
+            qkv_bias=config["model_type"] in ("qwen2", "qwen2_moe") or config["model_type"] == "glm4_moe",
+            qk_norm=config["model_type"] in ("qwen3", "qwen3_moe") or bool(config.get("use_qk_norm")),
             llama3_factor=float(rope["factor"]) if rope_type == "llama3" else None,
+            rotary_percent=config.get("partial_rotary_factor") or 1.0,
+            experts=Experts.from_hf(config),
         )
 
     def padded_vocab(self, divisible_by: int, tp: int) -> int:
@@ -121,15 +129,15 @@ class Sizes:
 
 
 def random_hf(sizes: Sizes, seed: int, rows: int) -> Tensors:
-    """HF tensors of a llama with vocabulary tables of `rows` rows; no norm is one, so that a forgotten one shows."""
+    """HF tensors with vocabulary tables of `rows` rows; no norm is one, so that a forgotten one shows."""
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(out_features: int, in_features: int) -> Tensor:
         # every value a bfloat16: casts between dtypes cannot hide behind rounding
         return (torch.randn(out_features, in_features, generator=generator) * 0.08).bfloat16().to(sizes.dtype)
 
-    def norm() -> Tensor:
-        return (1 + 0.3 * torch.randn(sizes.hidden, generator=generator)).bfloat16().to(sizes.dtype)
+    def norm(size: int = sizes.hidden) -> Tensor:
+        return (1 + 0.3 * torch.randn(size, generator=generator)).bfloat16().to(sizes.dtype)
 
     query, key = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     tensors = {"model.embed_tokens.weight": matrix(rows, sizes.hidden), "model.norm.weight": norm()}
@@ -144,15 +152,30 @@ def random_hf(sizes: Sizes, seed: int, rows: int) -> Tensors:
             f"{prefix}self_attn.k_proj.weight": matrix(key, sizes.hidden),
             f"{prefix}self_attn.v_proj.weight": matrix(key, sizes.hidden),
             f"{prefix}self_attn.o_proj.weight": matrix(sizes.hidden, query),
-            f"{prefix}mlp.gate_proj.weight": matrix(sizes.ffn, sizes.hidden),
-            f"{prefix}mlp.up_proj.weight": matrix(sizes.ffn, sizes.hidden),
-            f"{prefix}mlp.down_proj.weight": matrix(sizes.hidden, sizes.ffn),
         }
+        if sizes.qkv_bias:
+            parts = (("q", query), ("k", key), ("v", key))
+            tensors |= {f"{prefix}self_attn.{name}_proj.bias": matrix(1, size)[0] for name, size in parts}
+        if sizes.qk_norm:
+            tensors |= {f"{prefix}self_attn.{name}_norm.weight": norm(sizes.head_dim) for name in "qk"}
+        if sizes.experts is not None and sizes.experts.layers[layer]:
+            own = sizes.experts.random(layer, sizes.hidden, matrix)
+            tensors |= {prefix + name: tensor for name, tensor in own.items()}
+        else:
+            tensors |= {
+                f"{prefix}mlp.gate_proj.weight": matrix(sizes.ffn, sizes.hidden),
+                f"{prefix}mlp.up_proj.weight": matrix(sizes.ffn, sizes.hidden),
+                f"{prefix}mlp.down_proj.weight": matrix(sizes.hidden, sizes.ffn),
+            }
     return tensors
 
 
-def rank_tensors(hf: Tensors, sizes: Sizes, tp: int, rank: int) -> Tensors:
-    """One tensor rank's local-spec tensors of the whole depth, layers by global number."""
+Cut = tuple[int, int]  # (rank, size)
+
+
+def rank_tensors(hf: Tensors, sizes: Sizes, tensor: Cut, expert: Cut = (0, 1), expert_tensor: Cut = (0, 1)) -> Tensors:
+    """One rank's local-spec tensors of the whole depth, layers by global number."""
+    rank, tp = tensor
     tensors = {
         EMBEDDING: hf["model.embed_tokens.weight"].chunk(tp)[rank],
         HEAD: hf["model.embed_tokens.weight" if sizes.tied else "lm_head.weight"].chunk(tp)[rank],
@@ -162,17 +185,33 @@ def rank_tensors(hf: Tensors, sizes: Sizes, tp: int, rank: int) -> Tensors:
     for layer in range(sizes.layers):
         source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
         q, k, v = (hf[f"{source}self_attn.{name}_proj.weight"] for name in "qkv")
-        rows = []
-        for group in range(sizes.kv_heads):
-            rows.append(q[group * per_group * dim : (group + 1) * per_group * dim])
-            rows.append(k[group * dim : (group + 1) * dim])
-            rows.append(v[group * dim : (group + 1) * dim])
-        gate, up = (hf[f"{source}mlp.{name}_proj.weight"].chunk(tp)[rank] for name in ("gate", "up"))
+
+        def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows = []
+            for group in range(sizes.kv_heads):
+                rows.append(q[group * per_group * dim : (group + 1) * per_group * dim])
+                rows.append(k[group * dim : (group + 1) * dim])
+                rows.append(v[group * dim : (group + 1) * dim])
+            return torch.cat(rows).chunk(tp)[rank]
+
         tensors |= {
             f"{target}input_layernorm.weight": hf[f"{source}input_layernorm.weight"],
             f"{target}pre_mlp_layernorm.weight": hf[f"{source}post_attention_layernorm.weight"],
-            f"{target}self_attention.linear_qkv.weight": torch.cat(rows).chunk(tp)[rank],
+            f"{target}self_attention.linear_qkv.weight": grouped(q, k, v),
             f"{target}self_attention.linear_proj.weight": hf[f"{source}self_attn.o_proj.weight"].chunk(tp, dim=1)[rank],
+        }
+        if sizes.qkv_bias:
+            biases = (hf[f"{source}self_attn.{name}_proj.bias"] for name in "qkv")
+            tensors[f"{target}self_attention.linear_qkv.bias"] = grouped(*biases)
+        if sizes.qk_norm:
+            for name in "qk":
+                norm = hf[f"{source}self_attn.{name}_norm.weight"]
+                tensors[f"{target}self_attention.{name}_layernorm.weight"] = norm
+        if sizes.experts is not None and sizes.experts.layers[layer]:
+            tensors |= sizes.experts.of_rank(hf, source, target, tensor, expert, expert_tensor)
+            continue
+        gate, up = (hf[f"{source}mlp.{name}_proj.weight"].chunk(tp)[rank] for name in ("gate", "up"))
+        tensors |= {
             f"{target}mlp.linear_fc1.weight": torch.cat([gate, up]),
             f"{target}mlp.linear_fc2.weight": hf[f"{source}mlp.down_proj.weight"].chunk(tp, dim=1)[rank],
         }
@@ -182,13 +221,29 @@ def rank_tensors(hf: Tensors, sizes: Sizes, tp: int, rank: int) -> Tensors:
 # --- megatron-core on a CPU ------------------------------------------------------------------------------------------
 
 
+class Idle:
+    """A stream or an event that has nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: Idle()
+
+
 def cpu_shims() -> None:
     """The places where megatron-core reaches for a GPU on these paths; the last only with a tied head and PP > 1."""
     from megatron.core.tensor_parallel import random as tp_random
+    from megatron.core.transformer.moe import moe_utils
 
     cpu: Any = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.Stream = torch.cuda.Event = Idle  # of those that deal tokens out to experts
+    torch.cuda.current_stream = lambda *args: Idle()
+    torch.cuda.stream = lambda *args: contextlib.nullcontext()
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     ones = torch.ones
     torch.ones = lambda *args, **kwargs: ones(*args, **(kwargs | {"device": "cpu"}))  # the mask of a window
@@ -198,6 +253,7 @@ def cpu_shims() -> None:
         yield
 
     tp_random.CudaRNGStatesTracker.fork = fork
+    vars(moe_utils).setdefault("te_general_gemm", None)  # 0.16.1 forgets it where Transformer Engine is not installed
 
 
 @dataclass(frozen=True)
@@ -215,7 +271,7 @@ def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | Non
     """GPTModels of this rank in the local layer spec, one per virtual stage."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -249,6 +305,7 @@ def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | Non
         gradient_accumulation_fusion=False,
         attention_softmax_in_fp32=True,
         window_size=window,
+        **expert_fields(sizes, options),
         **{STAGE_FIELDS.get(name, name): value for name, value in options.stages.items()},
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -256,9 +313,13 @@ def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | Non
     for virtual in range(options.vpp):
         first = stage == 0 and virtual == 0
         last = stage == options.pp - 1 and virtual == options.vpp - 1
+        spec: Any = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=sizes.qk_norm)
+        if sizes.experts is not None:
+            stage_of = virtual if options.vpp > 1 else None
+            spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm", vp_stage=stage_of)
         model = GPTModel(
             config=config,
-            transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=sizes.qk_norm),
+            transformer_layer_spec=spec,
             vocab_size=sizes.padded_vocab(options.divisible_by, options.tp),
             max_sequence_length=sizes.max_positions,
             pre_process=first,
@@ -266,15 +327,35 @@ def build_chunks(sizes: Sizes, options: Namespace, window: tuple[int, int] | Non
             share_embeddings_and_output_weights=sizes.tied,
             position_embedding_type="rope",
             rotary_base=int(sizes.theta),
+            rotary_percent=sizes.rotary_percent,
             seq_len_interpolation_factor=sizes.rope_factor,
             rope_scaling=sizes.llama3_factor is not None,
             rope_scaling_factor=sizes.llama3_factor or 8.0,
             vp_stage=virtual if options.vpp > 1 else None,
         )
         model.to(sizes.dtype).eval()  # as training's Float16Module does: the local norms are born float32
+        for module in model.modules():
+            if hasattr(module, "_maintain_float32_expert_bias"):
+                module._maintain_float32_expert_bias()
         offset = get_transformer_layer_offset(config, virtual if options.vpp > 1 else None)
         chunks.append(Chunk(model, virtual, offset, first, last))
     return chunks
+
+
+def expert_fields(sizes: Sizes, options: Namespace) -> dict[str, Any]:
+    """What TransformerConfig is told where there are experts."""
+    if sizes.experts is None:
+        return {}
+    return sizes.experts.config() | {
+        "expert_model_parallel_size": options.ep,
+        "expert_tensor_parallel_size": options.etp or options.tp,
+        **(LEGACY if options.experts == "legacy" else {}),
+    }
+
+
+def world_of(options: Namespace) -> int:
+    """The fewest processes that hold both, the dense layers' ranks and the experts'."""
+    return math.lcm(options.tp, options.ep * (options.etp or options.tp)) * options.pp
 
 
 @torch.no_grad()
@@ -304,7 +385,8 @@ def forward(chunks: list[Chunk], tokens: Tensor, options: Namespace) -> Tensor |
         return None
     shards = [torch.empty_like(hidden) for _ in range(options.tp)]
     torch.distributed.all_gather(shards, hidden.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(shards, dim=-1) if parallel_state.get_tensor_model_parallel_rank() == 0 else None
+    first_of_all = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0
+    return torch.cat(shards, dim=-1) if first_of_all else None
 
 
 def content_metadata(layers: str) -> dict[str, Any]:
@@ -325,8 +407,20 @@ def model_key(options: Namespace, virtual: int) -> str:
     return f"model{virtual}" if options.vpp > 1 else "model"
 
 
-def rank_folder(options: Namespace, tensor_rank: int, stage: int) -> str:
-    return f"mp_rank_{tensor_rank:02d}" + (f"_{stage:03d}" if options.pp > 1 else "")
+def rank_folder(options: Namespace, tensor_rank: int, stage: int, expert: int = 0) -> str:
+    folder = f"mp_rank_{tensor_rank:02d}" + (f"_{stage:03d}" if options.pp > 1 else "")
+    return folder + (f"_{expert:03d}" if options.ep > 1 else "")
+
+
+def cuts() -> tuple[Cut, Cut, Cut]:
+    """(rank, size) of this process among the tensor ranks, the expert ranks, and those that cut an expert."""
+    from megatron.core import parallel_state as ps
+
+    return (
+        (ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()),
+        (ps.get_expert_model_parallel_rank(), ps.get_expert_model_parallel_world_size()),
+        (ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size()),
+    )
 
 
 def training_args(sizes: Sizes, options: Namespace) -> Namespace:
@@ -348,13 +442,13 @@ def training_args(sizes: Sizes, options: Namespace) -> Namespace:
         add_position_embedding=True,
         use_rotary_position_embeddings=True,
         rotary_base=int(sizes.theta),
-        rotary_percent=1.0,
+        rotary_percent=sizes.rotary_percent,
         rotary_interleaved=False,
         rotary_seq_len_interpolation_factor=None if sizes.rope_factor is None else int(sizes.rope_factor),
         use_rope_scaling=False,
         add_bias_linear=False,
-        add_qkv_bias=False,
-        qk_layernorm=False,
+        add_qkv_bias=sizes.qkv_bias,
+        qk_layernorm=sizes.qk_norm,
         multi_latent_attention=False,
         swiglu=True,
         squared_relu=False,
@@ -374,9 +468,8 @@ def training_args(sizes: Sizes, options: Namespace) -> Namespace:
         tensor_model_parallel_size=options.tp,
         pipeline_model_parallel_size=options.pp,
         virtual_pipeline_model_parallel_size=options.vpp if options.vpp > 1 else None,
-        expert_model_parallel_size=1,
-        num_experts=None,
-        world_size=options.tp * options.pp,
+        world_size=world_of(options),
+        **expert_args(sizes, options),
         data_parallel_size=1,
         params_dtype=sizes.dtype,
         bf16=sizes.dtype == torch.bfloat16,
@@ -391,6 +484,17 @@ def training_args(sizes: Sizes, options: Namespace) -> Namespace:
         wandb_api_key="do-not-copy-me",
         **options.stages,
     )
+
+
+def expert_args(sizes: Sizes, options: Namespace) -> dict[str, Any]:
+    if sizes.experts is None:
+        return {"expert_model_parallel_size": 1, "num_experts": None}
+    return sizes.experts.args() | {
+        "expert_model_parallel_size": options.ep,
+        "expert_tensor_parallel_size": options.etp or options.tp,
+        "moe_grouped_gemm": options.experts != "each",
+        "moe_use_legacy_grouped_gemm": options.experts == "legacy",
+    }
 
 
 def add_training_state(state: dict[str, Any], chunks: list[Chunk], metadata: dict[str, Any]) -> None:
@@ -444,11 +548,11 @@ def save(sizes: Sizes, options: Namespace) -> None:
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
     )
-    ours = rank_tensors(hf, sizes, options.tp, tensor_rank)
+    ours = rank_tensors(hf, sizes, *cuts())
     with torch.no_grad():
         for chunk in chunks:
-            for name, parameter in chunk.model.named_parameters():
-                parameter.copy_(ours[to_global(name, chunk.offset)])
+            for name, parameter in weights_of(chunk):
+                fill(parameter, name, ours, chunk.offset)
 
     folder = options.out / f"iter_{options.iteration:07d}"
     rank = torch.distributed.get_rank()
@@ -473,13 +577,18 @@ def save(sizes: Sizes, options: Namespace) -> None:
             (folder / "common.pt").unlink()
     else:
         for chunk in chunks:
-            state[model_key(options, chunk.virtual)] = chunk.model.state_dict_for_save_checkpoint()
+            model = chunk.model.state_dict_for_save_checkpoint()
+            # a stand-in for TEGroupedMLP, which a CPU cannot build
+            state[model_key(options, chunk.virtual)] = {
+                core_experts.spelled(name, options.experts): value for name, value in model.items()
+            }
         if options.training_state:
             state["optimizer"] = {"state": {"exp_avg": torch.full((64,), 7.0)}}
             state["rng_state"] = [{"torch_rng_state": torch.get_rng_state()}]
-        path = folder / rank_folder(options, tensor_rank, stage) / "model_optim_rng.pt"
-        path.parent.mkdir(parents=True)
-        torch.save(state, path)
+        path = folder / rank_folder(options, tensor_rank, stage, cuts()[1][0]) / "model_optim_rng.pt"
+        if 0 in (parallel_state.get_data_parallel_rank(), parallel_state.get_expert_data_parallel_rank()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, path)
     torch.distributed.barrier()
     if rank == 0:
         (options.out / "latest_checkpointed_iteration.txt").write_text(str(options.iteration))
@@ -488,6 +597,26 @@ def save(sizes: Sizes, options: Namespace) -> None:
         save_file(expected, options.out / "expected.safetensors", {"format": "pt"})
         save_file({n: hf[n] for n in tables if n in hf}, options.out / "padded.safetensors", {"format": "pt"})
         (options.out / "config.json").write_text(options.hf_config.read_text())
+
+
+def weights_of(chunk: Chunk) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the one buffer that is trained."""
+    yield from chunk.model.named_parameters()
+    yield from ((name, buffer) for name, buffer in chunk.model.named_buffers() if name.endswith(".expert_bias"))
+
+
+def fill(parameter: Tensor, name: str, ours: Tensors, offset: int) -> None:
+    whole = to_global(name, offset)
+    if whole in ours:
+        parameter.copy_(ours[whole])
+        return
+    # GroupedMLP: all experts of the rank in one, each transposed, one behind the other in memory
+    prefix, _, number = whole.rpartition("weight")
+    each = [
+        ours[f"{prefix}local_experts.{expert}.linear_fc{number}.weight"].T
+        for expert in range(sum(key.startswith(f"{prefix}local_experts.") for key in ours) // 2)
+    ]
+    parameter.view(len(each), *each[0].shape).copy_(torch.stack(each))
 
 
 def to_global(name: str, offset: int) -> str:
@@ -523,7 +652,7 @@ def load(sizes: Sizes, options: Namespace) -> None:
     chunks = build_chunks(sizes, options)
     with torch.no_grad():
         for chunk in chunks:
-            for parameter in chunk.model.parameters():
+            for _, parameter in weights_of(chunk):
                 parameter.fill_(float("nan"))
     folder = checkpoint_folder(options.checkpoint)
     missing: list[str] = []
@@ -540,26 +669,35 @@ def load(sizes: Sizes, options: Namespace) -> None:
             options,
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_pipeline_model_parallel_rank(),
+            cuts()[1][0],
         )
         state = torch.load(folder / name / "model_optim_rng.pt", map_location="cpu", weights_only=False)
         for chunk in chunks:
             model = choose_norms(state[model_key(options, chunk.virtual)], options.norms)
+            model = {core_experts.spelled(name, "each"): value for name, value in model.items()}
             result = chunk.model.load_state_dict(model, strict=options.norms != "both")
             missing += result.missing_keys
             unexpected += result.unexpected_keys
 
-    report: dict[str, Any] = {"parameters": 0, "nan": [], "dtypes": set(), "missing": missing, "unexpected": unexpected}
+    report: dict[str, Any] = {
+        "parameters": 0,
+        "nan": [],
+        "dtypes": set(),
+        "buffers": set(),
+        "missing": missing,
+        "unexpected": unexpected,
+    }
     for chunk in chunks:
-        for name, parameter in chunk.model.named_parameters():
+        for name, parameter in weights_of(chunk):
             report["parameters"] += 1
-            report["dtypes"].add(str(parameter.dtype))
+            report["dtypes" if isinstance(parameter, torch.nn.Parameter) else "buffers"].add(str(parameter.dtype))
             if name in (EMBEDDING, HEAD):
                 # the run pads for its own TP: rows behind the checkpoint's are not the checkpoint's to fill
                 start = parallel_state.get_tensor_model_parallel_rank() * parameter.shape[0]
                 parameter = parameter[: max(0, sizes.vocab - start)]
             if parameter.isnan().any():
                 report["nan"].append(to_global(name, chunk.offset))
-    reports: list[Any] = [None] * (options.tp * options.pp)
+    reports: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(reports, report)
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, sizes.vocab, (2, 16), generator=generator)
@@ -579,7 +717,10 @@ def load(sizes: Sizes, options: Namespace) -> None:
             },
             "checkpoint_version": state["checkpoint_version"],
             "iteration": state["iteration"],
-            **{key: sorted({n for r in reports for n in r[key]}) for key in ("nan", "dtypes", "missing", "unexpected")},
+            **{
+                key: sorted({n for r in reports for n in r[key]})
+                for key in ("nan", "dtypes", "buffers", "missing", "unexpected")
+            },
         }
         torch.save(merged, options.out)
 
@@ -589,7 +730,7 @@ def load(sizes: Sizes, options: Namespace) -> None:
 
 def run_rank(options: Namespace, rank: int, store: str) -> None:
     """One job on one of its ranks."""
-    world = options.tp * options.pp
+    world = world_of(options)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=90)
     )
@@ -599,6 +740,8 @@ def run_rank(options: Namespace, rank: int, store: str) -> None:
         tensor_model_parallel_size=options.tp,
         pipeline_model_parallel_size=options.pp,
         virtual_pipeline_model_parallel_size=options.vpp if options.vpp > 1 else None,
+        expert_model_parallel_size=options.ep,
+        expert_tensor_parallel_size=options.etp or options.tp,
     )
     sizes = Sizes.from_hf(options.hf_config)
     {"save": save, "load": load}[options.action](sizes, options)
@@ -613,9 +756,10 @@ def run_jobs(jobs: list[list[str]], errors: Path, rank: int, store: str) -> None
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     cpu_shims()
+    core_experts.grouped_gemm()
     for number, arguments in enumerate(jobs):
         options = parse(arguments)
-        if rank >= options.tp * options.pp:
+        if rank >= world_of(options):
             continue
         try:
             run_rank(options, rank, f"{store}-{number}")
@@ -663,6 +807,12 @@ def parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--vpp", type=int, default=1, help="model chunks per rank")
+    parser.add_argument("--ep", type=int, default=1, help="expert ranks")
+    parser.add_argument("--etp", type=int, help="ranks that cut an expert; default: --tp")
+    parser.add_argument(
+        "--experts", choices=("each", "grouped", "legacy"), default="each",
+        help="save: modules of their own, the names of TEGroupedMLP (--format torch), or GroupedMLP's class",
+    )  # fmt: skip
     parser.add_argument("--stages", type=json.loads, default={}, help="save: args of uneven pipeline stages, as JSON")
     parser.add_argument("--divisible-by", type=int, default=128, help="make_vocab_size_divisible_by of the run")
     parser.add_argument("--seed", type=int, default=1)
@@ -690,7 +840,7 @@ def main(arguments: list[str]) -> int:
         errors = options.jobs.parent if options.action == "run" else Path(scratch)
         if options.rank is None:
             parsed = [parse(job) for job in jobs]
-            code = launch([*arguments, "--errors", str(errors)], max(job.tp * job.pp for job in parsed))
+            code = launch([*arguments, "--errors", str(errors)], max(map(world_of, parsed)))
             if options.action != "run":
                 for path in errors.glob("ERROR-*.txt"):
                     sys.stderr.write(path.read_text())

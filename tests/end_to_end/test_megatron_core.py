@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import moe_models
 import pytest
 import tiny_models as tm
 import torch
@@ -62,9 +63,11 @@ class Job:
         return "-".join(str(part).removeprefix("--") for part in (self.model, *self.layout)) or "plain"
 
 
-def loads(model: str, tp: int = 1, pp: int = 1, vpp: int = 1, conversion: Sequence[Any] = (), norms: str = "") -> Job:
+def loads(
+    model: str, tp: int = 1, pp: int = 1, vpp: int = 1, conversion: Sequence[Any] = (), norms: str = "", ep: int = 1
+) -> Job:
     layout = [*(["--norms", norms, "--format", "torch"] if norms else []), "--tp", tp, "--pp", pp, "--vpp", vpp]
-    return Job("load", model, tuple(layout), tuple(conversion))
+    return Job("load", model, (*layout, *(["--ep", ep] if ep > 1 else [])), tuple(conversion))
 
 
 def saves(model: str, *layout: Any) -> Job:
@@ -133,6 +136,7 @@ F32 = torch.float32
 MODELS: dict[str, tm.Tiny] = (
     tm.MODELS
     | tm.DENSE
+    | moe_models.MODELS
     | {
         model.name: model
         for model in (
@@ -317,6 +321,54 @@ def assert_training_args(args: dict[str, Any], model: tm.Tiny) -> None:
         "group_query_attention": model.groups != model.heads,
     }
     assert {key: args.get(key) for key in expected} == expected
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+ALL_LAYOUTS = bool(os.environ.get("MEGATRON_CORE_ALL"))  # of every model with experts; else one of each family
+
+
+def in_ranks(tp: int, ep: int, *options: Any, pp: int = 1) -> list[Any]:
+    return [*cut(tp, pp), "--expert-model-parallel-size", ep, *options]
+
+
+def moe_loads() -> list[Job]:
+    daily = [("mixtral", 1, 1, 2), ("qwen2-moe", 2, 1, 1), ("qwen3-moe", 2, 1, 2), ("glm4-moe", 1, 1, 2)]
+    daily += [("qwen3-moe-mixed", 1, 2, 2)]
+    sizes = [(tp, pp, ep) for pp in (1, 2) for tp in (1, 2) for ep in (1, 2) if tp * pp * ep < 8]
+    everything = [
+        (name, *each) for name, model in moe_models.MODELS.items() for each in sizes if not model.layers % each[1]
+    ]
+    return [loads(name, tp, pp, ep=ep) for name, tp, pp, ep in (everything if ALL_LAYOUTS else daily)]
+
+
+def moe_loads_of_ranks() -> list[Job]:
+    each, grouped = (), ("--moe-grouped-gemm",)
+    daily = [
+        ("mixtral", 2, 2, grouped),
+        ("qwen2-moe", 2, 2, each),
+        ("qwen3-moe", 1, 2, each),
+        ("glm4-moe", 2, 2, grouped),
+    ]
+    sizes = [(tp, ep, spelled) for tp in (1, 2) for ep in (1, 2) for spelled in (each, grouped)]
+    everything = [(name, *size) for name in moe_models.MODELS for size in sizes]
+    return [
+        loads(name, tp, conversion=in_ranks(tp, ep, *spelled), norms="local", ep=ep)
+        for name, tp, ep, spelled in (everything if ALL_LAYOUTS else daily)
+    ]
+
+
+@pytest.mark.parametrize("job", moe_loads(), ids=str)
+def test_experts_of_torch_dist_load(job: Job, ran, huggingface) -> None:
+    """In the local layer spec, under megatron-core's default strictness."""
+    found = assert_same_model(ran(job), huggingface(job.model), MODELS[job.model].dtype)
+    assert found["buffers"] == (["torch.float32"] if MODELS[job.model].family == "glm4-moe" else [])
+
+
+@pytest.mark.parametrize("job", moe_loads_of_ranks(), ids=str)
+def test_experts_of_rank_files_load_strictly(job: Job, ran, huggingface) -> None:
+    """Under SequentialMLP's names, and under TEGroupedMLP's, which the harness reads through those."""
+    assert_same_model(ran(job), huggingface(job.model), MODELS[job.model].dtype)
 
 
 # --- what we write, looked at without megatron-core ------------------------------------------------------------------
@@ -547,6 +599,35 @@ with_trained = pytest.mark.parametrize("job", [TRAINED], ids=str)
     ids=str,
 )
 def test_export_of_megatron_core(job: Job, ran, huggingface, to_hf, tmp_path: Path) -> None:
+    assert_exports(ran(job), job.model, huggingface(job.model), to_hf, tmp_path)
+
+
+def moe_saves() -> list[Job]:
+    """Rank files: three spellings. torch_dist: one, for which GroupedMLP transposes (-k "not legacy" from 0.17 on)."""
+    ranks, each, grouped, legacy = ("--format", "torch"), ("each",), ("grouped",), ("legacy",)
+    daily = [
+        saves("mixtral", *ranks, "--tp", 2, "--ep", 2, "--experts", *legacy),
+        saves("qwen2-moe", *ranks, "--tp", 2, "--ep", 2, "--etp", 1, "--experts", *grouped),
+        saves("qwen3-moe-mixed", *ranks, "--pp", 2, "--ep", 2, "--experts", *each),
+        saves("qwen3-moe", "--tp", 2, "--experts", *legacy),
+        saves("glm4-moe", "--tp", 2, "--ep", 2),
+        saves("glm4-moe-groups", *ranks, "--pp", 2, "--vpp", 2, "--ep", 2, "--experts", *legacy),
+    ]
+    everything = [
+        saves(name, *form, "--tp", tp, "--ep", ep, *(("--etp", 1) if etp else ()), "--experts", how)
+        for name in moe_models.MODELS
+        for form, kinds in ((ranks, (*each, *grouped, *legacy)), ((), (*each, *legacy)))
+        for tp in (1, 2)
+        for ep in (1, 2)
+        for etp in (False, *((True,) if tp * ep == 4 else ()))
+        for how in kinds
+    ]
+    return everything if ALL_LAYOUTS else daily
+
+
+@pytest.mark.parametrize("job", moe_saves(), ids=str)
+def test_export_of_experts(job: Job, ran, huggingface, to_hf, tmp_path: Path) -> None:
+    """Of megatron-core's own modules; only TEGroupedMLP's names are put on by the harness."""
     assert_exports(ran(job), job.model, huggingface(job.model), to_hf, tmp_path)
 
 
