@@ -3,6 +3,7 @@
 The tests that need megatron-core run it in processes of its own (`megatron_core.py`), all jobs of a session at once.
 Install it next to the tests with `pip install --no-deps megatron-core==0.16.1` and `pip install
 packaging numpy einops psutil`, or name an interpreter that has it in MEGATRON_CORE_PYTHON; without it they are skipped.
+MEGATRON_CORE_ALL=1 runs models with experts in every layout and spelling, some 200 jobs.
 The others need nothing but the converter.
 """
 
