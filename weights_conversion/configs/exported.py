@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from weights_conversion.configs import hf_config
+from weights_conversion.configs import hf_config, quantization
 
 
 def set_token_ids(
@@ -47,8 +47,14 @@ def differences(source: Mapping[str, Any], where: str, of: str, exported: Mappin
     differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     return [
         *(f"config     {key}: {one!r} in the {of}, {two!r} here" for key, (one, two) in differing.items()),
-        *(f"config     {key} is left out: the export holds nothing of what it names" for key in left),
+        *(f"config     {key} is left out: {_why_left(key)}" for key in left),
     ]
+
+
+def _why_left(key: str) -> str:
+    if key in quantization.KEYS:
+        return "the weights that are written are not quantised"
+    return "the export holds nothing of what it names"
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:

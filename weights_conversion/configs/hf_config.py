@@ -9,15 +9,17 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import features, foreign_keys, hf_falcon, hf_parts, rope, windows
+from weights_conversion.configs import features, foreign_keys, hf_falcon, hf_parts, quantization, rope, windows
 from weights_conversion.configs.features import class_of
 from weights_conversion.configs.hf_keys import GENERIC
 from weights_conversion.errors import ConversionError
 from weights_conversion.mapping.dialects import Dialect
 
 # Keys that name what OUT does not hold: code of the source's own (never copied, never run; transformers has a class for
-# every family), a weight file by another name, a tokenizer class, which tokenizer_config.json states.
-LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenizer_class", "_commit_hash")
+# every family), a weight file by another name, a tokenizer class, which tokenizer_config.json states; how weights were
+# quantised, which are not any more.
+LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenizer_class", "_commit_hash",
+               *quantization.KEYS)  # fmt: skip
 
 
 # Features that a target has or has not: the others are parts of these.
@@ -192,11 +194,7 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
         if key != "use_sliding_window"
         or not foreign_keys.idle_window(known.completed(raw), experts=known.experts is not None)
     ]
-    problems += [
-        f"{where} has {key}: the weights are quantized; convert the unquantized checkpoint"
-        for key in ("quantization_config", "compression_config")
-        if raw.get(key)
-    ]
+    problems += quantization.problems(raw, where)
     if raw.get("transformers_weights") not in (None, "model.safetensors", "model.safetensors.index.json"):
         problems.append(
             f"{where} has transformers_weights {raw['transformers_weights']!r}; rename that file to "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from weights_conversion.engine.streams import Scratch, Source, bytes_of
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import Block, Placed, TensorRef, Written, overlaps
+from weights_conversion.layouts.placement import Block, Decoder, Placed, TensorRef, Written, overlaps
 from weights_conversion.layouts.plan import CHUNK_BYTES, Chunk, Plan, Step
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.mapping.ops import Context, Op, Range, to_hf, to_megatron
@@ -40,7 +40,9 @@ def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, cop
     full = scratch.take((last - first, placed.columns), placed.dtype)
     for block, start, stop in overlaps(placed.copies[copy], rows):
         part = full[start - first : stop - first, block.columns[0] : block.columns[1]]
-        if block.transposed or block.ref.transposed:
+        if block.ref.decoder is not None:
+            _decoded(block, block.ref.decoder, (start, stop), part, source, scratch)
+        elif block.transposed or block.ref.transposed:
             part.copy_(_turned(block, (start, stop), source, scratch))
         elif part.is_contiguous() and block.ref.dtype == placed.dtype:
             source.read(block.ref, block.byte(start), part)
@@ -63,6 +65,24 @@ def _adapted(placed: Placed, rows: Range, stored: Tensor, source: Source, scratc
             torch.mm(above, below, out=added)
             full[start - first : stop - first].add_(added.mul_(delta.scale))
     return full
+
+
+def _decoded(block: Block, decoder: Decoder, rows: Range, into: Tensor, source: Source, scratch: Scratch) -> None:
+    """Rows of a block whose values are computed from stored ones."""
+    wanted = _rows_of_ref(block, rows)
+    stored = []
+    for piece, (first, last) in zip(decoder.pieces, decoder.reads(wanted), strict=True):
+        width = piece.shape[1]
+        part = scratch.take((last - first, width), piece.dtype)
+        source.read(piece, first * width * piece.dtype.itemsize, part)
+        stored.append(part)
+    decoder.decode(wanted, stored, into)
+
+
+def _rows_of_ref(block: Block, rows: Range) -> Range:
+    """Which rows of its whole tensor (as a matrix) some rows of a block are."""
+    above = block.start // block.ref.shape[-1] - block.rows[0]
+    return rows[0] + above, rows[1] + above
 
 
 def _turned(block: Block, rows: Range, source: Source, scratch: Scratch) -> Tensor:
@@ -93,6 +113,12 @@ def prefetch_chunk(plan: Plan, chunk: Chunk, source: Source) -> None:
         return
     for placed, rows in plan.source_pieces(plan.steps[chunk.step], chunk.start, chunk.stop):
         for block, start, stop in overlaps(placed.copies[0], rows):
+            if (decoder := block.ref.decoder) is not None:
+                reads = decoder.reads(_rows_of_ref(block, (start, stop)))
+                for piece, (first, last) in zip(decoder.pieces, reads, strict=True):
+                    width = piece.shape[1] * piece.dtype.itemsize
+                    source.prefetch(piece, first * width, (last - first) * width)
+                continue
             source.prefetch(block.ref, block.byte(start), block.byte(stop) - block.byte(start))
 
 

@@ -32,8 +32,13 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Pieces of quantised tensors, of any number of dimensions: scales beside values, blocks of small ones.
+_PIECES = re.compile(r".*_(scale|scale_inv|scales|blocks)")
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 # The order in which transformers looks for weights.
@@ -167,7 +172,7 @@ def read_hf(folder: Path) -> dict[str, Placed]:
         for name, ref in refs.items():
             if name in placed:
                 problems.append(f"{name} stands in two files, {placed[name].copies[0][0].ref.file} and {file}")
-            if len(ref.shape) in (1, 2, 3) or is_buffer(name):  # three: all experts of a layer
+            if len(ref.shape) in (1, 2, 3) or is_buffer(name) or _PIECES.fullmatch(name):  # three: all experts
                 placed[name] = whole(ref)
             else:
                 problems.append(f"{name} in {file} has shape {list(ref.shape)}; weights have one to three dimensions")

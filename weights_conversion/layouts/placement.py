@@ -5,19 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from weights_conversion.mapping.ops import Range
 from weights_conversion.mapping.parameters import Index, Packed
 
 PAGE = 4096  # bytes; direct writes begin and end on one
+
+
+class Decoder(Protocol):
+    """Computes a tensor's values from stored ones (quantised values and their scales). Hashable, as a TensorRef is.
+
+    Rows are those of the tensor as a matrix: all axes but the last, as one.
+    """
+
+    @property
+    def pieces(self) -> tuple[TensorRef, ...]:
+        """The stored tensors, as matrices."""
+        ...
+
+    def reads(self, rows: Range) -> tuple[Range, ...]:
+        """Which rows of each piece rows first..last are computed from."""
+        ...
+
+    def decode(self, rows: Range, stored: Sequence[Tensor], into: Tensor) -> None:
+        """Fills `into` (rows, columns), in whatever type it has, rounding once. `stored` are what `reads` named."""
+        ...
 
 
 @dataclass(frozen=True)
 class TensorRef:
     """A tensor stored contiguously in one file. `offset` is its first byte, -1 while a target has no file yet.
 
-    `transposed`: a matrix of `shape` whose columns are stored as rows.
+    `transposed`: a matrix of `shape` whose columns are stored as rows. `decoder`: the values (of `dtype` and `shape`)
+    are stored nowhere, and computed when they are read; `file` is that of the first piece.
     """
 
     file: str
@@ -26,10 +50,20 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int = -1
     transposed: bool = False
+    decoder: Decoder | None = None
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        """The tensors that files hold: this one, or what it is computed from."""
+        return (self,) if self.decoder is None else self.decoder.pieces
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -78,6 +112,15 @@ class Placed:
     @property
     def row_bytes(self) -> int:
         return self.columns * self.dtype.itemsize
+
+    @property
+    def read_bytes(self) -> int:
+        """Memory that a row takes while it is read: its own, and that of what it is computed from."""
+        ref = self.copies[0][0].ref if self.copies[0] else None
+        if ref is None or ref.decoder is None:
+            return self.row_bytes
+        pieces = sum(piece.nbytes for piece in ref.decoder.pieces)
+        return self.row_bytes + -(-self.row_bytes * pieces // max(ref.nbytes, 1))
 
 
 Key = tuple[str, Index]  # Instance.key

@@ -68,7 +68,7 @@ class Plan:
     def source_files(self) -> list[str]:
         """Every file that tensors are read from."""
         placed = [each for step in self.steps for one in step.source for each in with_factors(one)]
-        return sorted({block.ref.file for each in placed for copy in each.copies for block in copy})
+        return sorted({ref.file for each in placed for copy in each.copies for b in copy for ref in b.ref.stored})
 
     def _pieces(
         self, dialect: Dialect, tensors: tuple[Placed, ...], step: Step, start: int, stop: int
@@ -83,7 +83,7 @@ class Plan:
         """The work, cut so that a chunk reads at most `limit` bytes (or one unit) and starts on a page where it can."""
         chunks = []
         for index, step in enumerate(self.steps):
-            unit = sum((stop - start) * placed.row_bytes for placed, (start, stop) in self.source_pieces(step, 0, 1))
+            unit = sum((stop - start) * placed.read_bytes for placed, (start, stop) in self.source_pieces(step, 0, 1))
             if any(placed.deltas for placed in step.source):  # they are added in float32, beside what is read
                 unit *= 4
             targets = self.target_pieces(step, 0, 1)

@@ -15,7 +15,8 @@ from weights_conversion.layouts.placement import Placed
 
 def of_files(kind: str, tensors: Iterable[Placed]) -> str:
     """A Hugging Face or Meta folder: its kind, and how many files hold its weights."""
-    files = len({block.ref.file for placed in tensors for copy in placed.copies for block in copy})
+    blocks = (block for placed in tensors for copy in placed.copies for block in copy)
+    files = len({ref.file for block in blocks for ref in block.ref.stored})
     return f"{kind}, {files} file{'s' * (files > 1)}"
 
 

@@ -20,7 +20,7 @@ from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
-from weights_conversion.sources import described, peft
+from weights_conversion.sources import described, peft, quantised
 from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.locate import locate
@@ -157,7 +157,8 @@ def open_hf(model: str, folder: Path, target: Dialect, adapter: Path | None = No
     raw = fileio.read_json(folder / "config.json")
     config = hf_config.read_config(model, raw, target, str(folder / "config.json"))
     generation_config = generation.read(folder)
-    tensors = huggingface.read_hf(folder)
+    read = quantised.dequantised(huggingface.read_hf(folder), raw, str(folder / "config.json"))
+    tensors = read.tensors
     merged = [] if adapter is None else [f"adapter    {adapter}, merged in float32, rounded once"]
     if adapter is not None:
         tensors = peft.merged(tensors, peft.open_adapter(adapter))
@@ -173,7 +174,7 @@ def open_hf(model: str, folder: Path, target: Dialect, adapter: Path | None = No
     return Opened(
         folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
         raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
-        notes=(*merged, *further, *notes),
+        notes=(*read.notes, *merged, *further, *notes),
         what=described.of_files(HF.name, tensors.values()),
     )  # fmt: skip
 

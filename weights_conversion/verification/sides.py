@@ -28,12 +28,13 @@ from weights_conversion.formats.iterations import MODEL_FILES
 from weights_conversion.layouts.placement import Key, Placed, main_dtype
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
 from weights_conversion.mapping.parameters import Instance
-from weights_conversion.sources import peft
+from weights_conversion.sources import peft, quantised
 from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
 from weights_conversion.sources.detect import Kind, detect
 from weights_conversion.sources.families import decide_family, read_features
 from weights_conversion.sources.locate_hf import in_huggingface
 from weights_conversion.sources.megatron_adapters import locate_merged
+from weights_conversion.verification import dequantised
 
 # Fields that decide the shapes: models that differ here have no tensors in common.
 SHAPE_FIELDS = (
@@ -199,11 +200,14 @@ def _open(
         # The dialect that can express most, since nothing is to be written.
         dialect = MEGATRON_LLM if FAMILIES[family].parallel_attention else MEGATRON_CORE
         config = hf_config.read_config(family, raw, dialect, str(path / "config.json"))
-        tensors = huggingface.read_hf(path)
+        stored = huggingface.read_hf(path)
+        read = quantised.dequantised(stored, raw, str(path / "config.json"))
+        tensors = dequantised.again(stored, read.tensors, raw)
         if adapter is not None:
             tensors = peft.merged(tensors, peft.open_adapter(adapter))
         config, _ = hf_parts.with_further_layers(hf_config.class_of(family), config, tensors)
-        return _apart(path, HF, config, tensors, frozenset())  # an absent key is stated: transformers has a default
+        # An absent key is stated: transformers has a default.
+        return _apart(path, HF, config, tensors, frozenset(), read.notes)
     if here.kind is Kind.META:
         tensors, raw = meta.read_meta(path), meta.read_params(path)
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
@@ -213,12 +217,14 @@ def _open(
 
 
 def _apart(
-    path: Path, dialect: Dialect, config: ModelConfig, tensors: Mapping[str, Placed], assumed: frozenset[str]
-) -> Model:
+    path: Path, dialect: Dialect, config: ModelConfig, tensors: Mapping[str, Placed], assumed: frozenset[str],
+    notes: tuple[str, ...] = (),
+) -> Model:  # fmt: skip
     placed = in_huggingface(FAMILIES[config.family], config, tensors, dialect)
-    files = len({block.ref.file for group in placed.values() for one in group for copy in one.copies for block in copy})
+    blocks = (block for group in placed.values() for one in group for copy in one.copies for block in copy)
+    files = len({ref.file for block in blocks for ref in block.ref.stored})
     layout = f"{files} file{'s' if files > 1 else ''}"
-    return Model(path, dialect, config, placed, layout, config.vocab_size, assumed=assumed)
+    return Model(path, dialect, config, placed, layout, config.vocab_size, assumed=assumed, notes=notes)
 
 
 def _open_megatron(

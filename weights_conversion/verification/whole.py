@@ -11,6 +11,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,65 @@ from torch import Tensor
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.files.fileio import named, read_json
+from weights_conversion.verification import dequantised
 from weights_conversion.verification.forward import Weights
 
 
 def huggingface_weights(folder: Path) -> Weights:
     """Weights of an HF folder. The files are those that transformers would open."""
-    names: dict[str, Callable[[slice | None], Tensor]] = {}
+    names: dict[str, Stored] = {}
     for path in _files(folder):
         names |= _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
+    names |= _dequantised(folder, names)
 
     def read(name: str, rows: slice | None) -> Tensor:
         if name not in names and (packed := _packed(name, rows, names)) is not None:
             return packed
-        return names[_stored_as(name, names, folder)](rows)
+        return names[_stored_as(name, names, folder)].read(rows)
 
     return read
 
 
-def _packed(name: str, rows: slice | None, names: Mapping[str, Callable[[slice | None], Tensor]]) -> Tensor | None:
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file: its shape, and how to read rows of it (None: all)."""
+
+    shape: tuple[int, ...]
+    read: Callable[[slice | None], Tensor]
+
+
+def _dequantised(folder: Path, names: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors that have scales beside them, by their names, as the values that these make of them."""
+    pairs = {name: next((n for n in (f"{name}_scale_inv", f"{name}_scale") if n in names), None) for name in names}
+    raw = read_json(folder / "config.json") if any(pairs.values()) else {}
+    stated = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    dtype = {"float16": torch.float16, "float32": torch.float32}.get(stated, torch.bfloat16)
+
+    def computed(values: Stored, scales: Stored) -> Stored:
+        block = dequantised.block_of(values.shape, scales.shape, raw)
+
+        def read(rows: slice | None) -> Tensor:
+            stored, factors, first = values.read(rows), scales.read(None), rows.start or 0 if rows is not None else 0
+            result = torch.empty(stored.shape, dtype=dtype)
+            if stored.dim() == 2:
+                return dequantised.values_of(stored, factors, first, block, result)
+            for number, matrix in enumerate(stored):  # rows are whole experts
+                own = factors[first + number] if len(factors.shape) > 0 and factors.numel() > 1 else factors
+                dequantised.values_of(matrix, own, 0, block, result[number])
+            return result
+
+        return Stored(values.shape, read)
+
+    return {name: computed(names[name], names[scale]) for name, scale in pairs.items() if scale is not None}
+
+
+def _packed(name: str, rows: slice | None, names: Mapping[str, Stored]) -> Tensor | None:
     """Rows of one expert's matrix, where one tensor holds those of all experts: (E, 2f, H) with gate above up."""
     match = re.fullmatch(r"(.*\.experts\.)(\d+)\.(gate|up|down)_proj\.weight", name)
     whole = f"{match[1]}{'down_proj' if match[3] == 'down' else 'gate_up_proj'}" if match else ""
     if match is None or whole not in names:
         return None
-    matrix = names[whole](slice(int(match[2]), int(match[2]) + 1))[0]
+    matrix = names[whole].read(slice(int(match[2]), int(match[2]) + 1))[0]
     half = {"gate": slice(0, len(matrix) // 2), "up": slice(len(matrix) // 2, None), "down": slice(None)}[match[3]]
     return matrix[half][rows or slice(None)]
 
@@ -70,7 +106,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("model-*-of-*.safetensors")) or sorted(folder.glob("pytorch_model-*-of-*.bin"))
 
 
-def _safetensors(path: Path) -> dict[str, Callable[[slice | None], Tensor]]:
+def _safetensors(path: Path) -> dict[str, Stored]:
     from safetensors import safe_open
 
     with _read_by("safetensors", path):
@@ -84,7 +120,8 @@ def _safetensors(path: Path) -> dict[str, Callable[[slice | None], Tensor]]:
 
         return read
 
-    return {name: reader(name) for name in names}
+    with _read_by("safetensors", path):
+        return {name: Stored(tuple(file.get_slice(name).get_shape()), reader(name)) for name in names}
 
 
 # Of which libraries of C++ and Rust tell in words alone.
@@ -112,7 +149,7 @@ def _read_by(library: str, path: Path) -> Iterator[None]:
         raise ConversionError(f"{path} cannot be read by {library} ({why[0][:200]})") from error
 
 
-def _torch_file(path: Path) -> dict[str, Callable[[slice | None], Tensor]]:
+def _torch_file(path: Path) -> dict[str, Stored]:
     # Only archives can be mapped; the files of torch before 1.6 are none.
     with _read_by("torch.load", path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -120,4 +157,8 @@ def _torch_file(path: Path) -> dict[str, Callable[[slice | None], Tensor]]:
     def reader(tensor: Tensor) -> Callable[[slice | None], Tensor]:
         return lambda rows: tensor.detach() if rows is None else tensor.detach()[rows]
 
-    return {name: reader(tensor) for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    return {
+        name: Stored(tuple(tensor.shape), reader(tensor))
+        for name, tensor in content.items()
+        if isinstance(tensor, Tensor)
+    }

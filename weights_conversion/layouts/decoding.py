@@ -1,0 +1,67 @@
+"""Tensors that files do not hold as such: their values are computed from several stored ones while they are read.
+
+A `TensorRef` with a decoder has the shape and type of the values; where its pieces are is the decoder's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weights_conversion.errors import ConversionError
+from weights_conversion.layouts.placement import TensorRef
+from weights_conversion.mapping.ops import Range
+
+STRIP_VALUES = 1 << 18  # that are in float32 at a time: 1 MB
+
+
+@dataclass(frozen=True)
+class BlockScaled:
+    """Values times scales: one scale for each block of `block` (rows, columns), cut off at the matrix's edges.
+
+    `values` (matrices x height, columns) are matrices of `height` rows one below the other; `scales` (matrices x
+    ceil(height / block rows), ceil(columns / block columns)) likewise. The product is taken in float32 and rounded
+    once. A row is a block of (1, columns), and a whole matrix one of (height, columns).
+    """
+
+    values: TensorRef
+    scales: TensorRef
+    block: tuple[int, int]
+    height: int
+
+    @property
+    def pieces(self) -> tuple[TensorRef, ...]:
+        return self.values, self.scales
+
+    def reads(self, rows: Range) -> tuple[Range, ...]:
+        first, last = rows
+        return rows, (self._scale_row(first), self._scale_row(last - 1) + 1)
+
+    def _scale_row(self, row: int) -> int:
+        matrix, local = divmod(row, self.height)
+        return matrix * -(-self.height // self.block[0]) + local // self.block[0]
+
+    def decode(self, rows: Range, stored: Sequence[Tensor], into: Tensor) -> None:
+        values, scales = stored[0], stored[1].to(torch.float32)
+        numbers = torch.arange(*rows)
+        of_rows = numbers // self.height * -(-self.height // self.block[0]) + numbers % self.height // self.block[0]
+        of_rows -= self._scale_row(rows[0])
+        width = values.shape[1]
+        whole, rest = divmod(width, self.block[1])
+        strip = max(STRIP_VALUES // max(width, 1), 1)
+        for start in range(0, len(values), strip):
+            part = values[start : start + strip].to(torch.float32)
+            factors = scales[of_rows[start : start + strip]]
+            if whole:
+                part[:, : width - rest].unflatten(1, (whole, -1)).mul_(factors[:, :whole, None])
+            if rest:
+                part[:, width - rest :].mul_(factors[:, whole:])
+            into[start : start + strip].copy_(part)
+            if into.dtype == torch.float16 and not torch.equal(into[start : start + strip].isinf(), part.isinf()):
+                raise ConversionError(
+                    f"{self.values.name} has values up to {part[part.isfinite()].abs().max():g}, too large for the "
+                    "float16 that config.json states; set its torch_dtype to bfloat16"
+                )
