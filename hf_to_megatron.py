@@ -95,6 +95,11 @@ def build_parser() -> arguments.Parser:
         "(default: 1 where every layer has experts)",
     )  # fmt: skip
     layout.add_argument(
+        "--mla-down-proj-fusion", action="store_true",
+        help="for runs with Megatron-LM's flag of this name: both down projections of latent attention, and the norm "
+        "in front of them, as one module in format torch (default: apart)",
+    )  # fmt: skip
+    layout.add_argument(
         "--make-vocab-size-divisible-by", type=cli.positive, metavar="N",
         help="vocabulary rows become a multiple of N x TP (default: 128); without this, a TP size or --true-vocab-size "
         "the table keeps its rows",
@@ -165,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             divisible_by=args.make_vocab_size_divisible_by,
             moe_grouped_gemm=args.moe_grouped_gemm,
             moe_layer_freq=args.moe_layer_freq,
+            mla_down_proj_fusion=args.mla_down_proj_fusion,
             true_vocab_size=args.true_vocab_size,
             new_rows=args.new_rows,
             load_iters=args.load_iters,

@@ -96,7 +96,8 @@ def edit(folder: Path, **changes: Any) -> None:
     """Changes keys of config.json; None takes one out."""
     path = folder / "config.json"
     raw = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    gone = {key for key, value in changes.items() if value is None}
+    path.write_text(json.dumps({key: value for key, value in raw.items() if key not in gone}))
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:

@@ -21,6 +21,7 @@ class Shape:
     """How an import is laid out: `vocabulary` rows, a multiple of `divisible_by` x TP where padding was asked for.
 
     Of a model with experts: `layer_freq` is moe_layer_freq, and `grouped` says that experts are for TEGroupedMLP.
+    Of latent attention: `fused` says that its down projections are one module (--mla-down-proj-fusion).
     """
 
     parallel: Parallelism
@@ -30,6 +31,7 @@ class Shape:
     divisible_by: int
     layer_freq: int | list[int] = 1
     grouped: bool = False
+    fused: bool = False
 
 
 def layer_freq(config: ModelConfig, dialect: Dialect, expression: str | None, grouped: bool) -> int | list[int]:
@@ -39,6 +41,24 @@ def layer_freq(config: ModelConfig, dialect: Dialect, expression: str | None, gr
     if asked and (config.moe is None or dialect is not MEGATRON_CORE):
         raise ConversionError(f"{asked} is for Megatron-Core's models with experts, which this is not")
     return moe_layers.core_layer_freq(config, None if expression is None else moe_layers.parse_freq(expression))
+
+
+def warnings(config: ModelConfig, shape: Shape) -> list[str]:
+    """What a run that is started otherwise than the line says, or is of another release, does without a word."""
+    if shape.ckpt_format != "torch" or shape.dialect is not MEGATRON_CORE:
+        return []
+    older = [
+        "the rank files call the inner layer of a prediction layer mtp_model_layer, as Megatron-Core 0.18 does; 0.16 "
+        "and older call it transformer_layer, and do not find it (--ckpt-format torch_dist is the same for all)"
+    ]
+    return (older if config.mtp_num_layers else []) + (_OF_FUSION if shape.fused else [])
+
+
+_OF_FUSION = [
+    "a run without --mla-down-proj-fusion, which no checkpoint restores, loads these rank files in silence, and "
+    "leaves every input_layernorm, linear_q_down_proj and linear_kv_down_proj as they are before training; "
+    "Megatron-LM has the flag since 0.18"
+]
 
 
 def notes(config: ModelConfig, shape: Shape) -> list[str]:
@@ -56,14 +76,15 @@ def rank_args(config: ModelConfig, shape: Shape, dtype: torch.dtype) -> dict[str
     if shape.dialect is not MEGATRON_CORE:
         return megatron_args.write_args(config, shape.parallel, vocabulary=shape.vocabulary, **sizes)
     sizes["layer_freq"] = shape.layer_freq if config.moe is not None else None
+    fusion = {"mla_down_proj_fusion": True} if shape.fused else {}
     if shape.ckpt_format == "torch_dist":
-        return core_args.write_args(config, shape.parallel, ckpt_format="torch_dist", vocabulary=None, **sizes)
+        return core_args.write_args(config, shape.parallel, ckpt_format="torch_dist", vocabulary=None, **sizes) | fusion
     args = core_args.write_args(config, shape.parallel, ckpt_format="torch", vocabulary=shape.vocabulary, **sizes)
     if config.moe is not None:
         args["expert_model_parallel_size"] = shape.parallel.expert
         args["expert_tensor_parallel_size"] = shape.parallel.experts_tensor
         args["moe_grouped_gemm"] = shape.grouped
-    return args
+    return args | fusion
 
 
 def training_flags(config: ModelConfig, shape: Shape, out: Path, dtype: torch.dtype) -> list[str]:
@@ -77,6 +98,7 @@ def training_flags(config: ModelConfig, shape: Shape, out: Path, dtype: torch.dt
     sizes = ["--use-mp-args-from-checkpoint-args"] if shape.parallel != Parallelism() else []
     if shape.parallel.experts_tensor != shape.parallel.tensor:  # which it does not restore
         sizes.append(f"--expert-tensor-parallel-size {shape.parallel.experts_tensor}")
+    sizes += ["--mla-down-proj-fusion"] if shape.fused else []
     return [form, *sizes, *core_args.training_flags(config, dtype)]
 
 

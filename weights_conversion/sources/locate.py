@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from weights_conversion.architectures import latent
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
@@ -55,6 +56,10 @@ def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelCon
             "cannot be"
         )
 
+    if latent.is_fused(files.names):
+        if problems := latent.fusion_problems(config, files.parallel.tensor):
+            raise ConversionError(*(f"{files.folder}: {problem}" for problem in problems))
+        architecture = latent.fused(architecture)
     anything = next(ref for tensors in files.ranks.values() for ref in tensors.values())
 
     def place_of(rank: Rank) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from weights_conversion.architectures import FAMILIES
+from weights_conversion.architectures import FAMILIES, latent
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import core_args, manifest, model_size, moe_layers, training_lines
 from weights_conversion.configs.training_lines import Shape
@@ -68,6 +68,7 @@ class ImportOptions(RunOptions):
     ckpt_format: str | None = None
     moe_grouped_gemm: bool = False
     moe_layer_freq: str | None = None
+    mla_down_proj_fusion: bool = False
     adapter: Path | None = None
     core_release: str = "auto"
     hybrid_layer_pattern: str | None = None
@@ -192,6 +193,7 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
     problems.found += check_parallelism(config, parallel, vocabulary, dialect)
     asked = options.moe_layer_freq, options.moe_grouped_gemm
     freq = problems.of(training_lines.layer_freq, config, dialect, *asked) or 1
+    problems.found += latent.fusion_problems(config, parallel.tensor) if options.mla_down_proj_fusion else []
     problems.raise_all()
 
     stored = main_dtype([placed for group in located.values() for placed in group])
@@ -199,7 +201,8 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
     files, notes = carried(opened.tokenizer)
     report.notes += notes
     divisible_by, grouped = options.divisible_by or DIVISIBLE_BY, options.moe_grouped_gemm
-    shape = Shape(parallel, dialect, wanted.ckpt_format, vocabulary, divisible_by, freq, grouped)
+    fused = options.mla_down_proj_fusion
+    shape = Shape(parallel, dialect, wanted.ckpt_format, vocabulary, divisible_by, freq, grouped, fused)
     dtype = DTYPES.get(options.dtype)
     args = training_lines.rank_args(config, shape, dtype or stored) | _kept_args(opened, dialect, set(files), report)
     form = checked(wanted.form, config)
@@ -266,6 +269,7 @@ def _targets(
             plan, config, args, form, shape.vocabulary, written, shape.divisible_by, stacked=stacked
         )  # fmt: skip
     each = config.moe is not None and not shape.grouped
+    architecture = latent.fused(architecture) if shape.fused else architecture
     plan = plan_to_megatron(
         architecture, config, located, opened.dialect, MEGATRON_CORE_EACH if each else shape.dialect, shape.parallel,
         shape.vocabulary, dtype, rank_file("release", shape.parallel), options.new_rows,
@@ -282,6 +286,7 @@ def _say_training(
     if shape.dialect is MEGATRON_CORE:
         report.warnings += core_args.training_warnings(config)
     report.notes += training_lines.notes(config, shape)
+    report.warnings += training_lines.warnings(config, shape)
 
 
 def _check_early(options: ImportOptions, config: ModelConfig, dtype: str | None, wanted: _Wanted) -> None:

@@ -74,6 +74,8 @@ class RankReader:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _parts(self, name: str) -> list[Part]:
+        if (joined := self._joined(name)) is not None:
+            return joined
         refs = self._refs(name)
         name = re.sub(r"(\.experts\..*weight)\d+$", r"\1", name)
         height = refs[0].shape[0]
@@ -89,6 +91,27 @@ class RankReader:
                 for rank, ref in enumerate(refs)
             ]
         return [Part(rank * height, (rank + 1) * height, (ref,), 0) for rank, ref in enumerate(refs)]
+
+    def _joined(self, name: str) -> list[Part] | None:
+        """Where a run with --mla-down-proj-fusion has what another has as modules of their own; None: it is none.
+
+        A rank has its rows of q's down projection, and below them its rows of kv's. The norm in front of both is a
+        whole copy.
+        """
+        module, mla = "self_attention.linear_qkv_down_proj.", self.config.mla
+        if mla is None or not any(module in stored for stored in self.files.names):
+            return None
+        if name.endswith(".input_layernorm.weight"):
+            ref = self._refs(name.replace("input_layernorm.weight", f"{module}layer_norm_weight"))[0]
+            return [Part(0, ref.shape[0], (ref,), 0)]
+        match = re.fullmatch(r"(.*)self_attention\.linear_(q|kv)_down_proj\.weight", name)
+        if match is None:
+            return None
+        refs = self._refs(f"{match[1]}{module}weight")
+        own = (mla.q_lora_rank or 0) // len(refs)
+        height = own if match[2] == "q" else refs[0].shape[0] - own
+        local = 0 if match[2] == "q" else own
+        return [Part(at * height, (at + 1) * height, (ref,), local) for at, ref in enumerate(refs)]
 
     def _refs(self, name: str) -> list[TensorRef]:
         """The tensor of every tensor rank, in the order in which they are joined."""
