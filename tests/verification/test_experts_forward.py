@@ -16,7 +16,7 @@ from weights_conversion.verification.conventions import HF
 from weights_conversion.verification.forward import trace
 from weights_conversion.verification.whole import huggingface_weights
 
-FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "deepseek-v2", "deepseek-v3")
+FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "deepseek-v2", "deepseek-v3", "gpt-oss")
 # What a clone has, and more cases where they lie beside it.
 FOLDERS = (Path(__file__).parents[1] / "golden", Path(__file__).parents[3] / "shared" / "golden")
 CASES = {

@@ -14,6 +14,12 @@ from weights_conversion.mapping.parameters import COLUMN, GLU, ROW, Packed, same
 
 _EXPERTS = "model.layers.{layer}.mlp.experts."
 
+
+def _packed(name: str) -> tuple[Packed, ...]:
+    """Columns first, and rows first where the file is quantised."""
+    return (Packed(_EXPERTS + name, 0, 1, always=True, transposed=True, turned=f"{_EXPERTS}{name}_blocks"),)
+
+
 BIASES = (
     same(
         "decoder.layers.{layer}.self_attention.core_attention.softmax_offset",
@@ -36,7 +42,7 @@ EXPERTS = (
         ("expert_glu", "hidden"),
         GLU,
         op=InterleavedGLU("expert_glu"),
-        packed=(Packed(f"{_EXPERTS}gate_up_proj", 0, 1, always=True, transposed=True),),
+        packed=_packed("gate_up_proj"),
     ),
     same(
         "decoder.layers.{layer}.mlp.experts.linear_fc1.bias{expert}",
@@ -52,7 +58,7 @@ EXPERTS = (
         ("hidden", "expert_ffn"),
         ROW,
         op=WholeCopy("hidden"),
-        packed=(Packed(f"{_EXPERTS}down_proj", 0, 1, always=True, transposed=True),),
+        packed=_packed("down_proj"),
     ),
     same(
         "decoder.layers.{layer}.mlp.experts.linear_fc2.bias{expert}",

@@ -54,6 +54,8 @@ def _of_method(said: Mapping[str, Any]) -> Quantisation | str:
             return Quantisation(method)
         pair = _pair(block)
         return f"{method} with weight_block_size {short(block)}" if pair is None else Quantisation(method, pair)
+    if method == "mxfp4":
+        return Quantisation(method)
     if method == "compressed-tensors":
         return _compressed(said)
     if method == "modelopt" and str(said.get("quant_algo")).upper() == "FP8":

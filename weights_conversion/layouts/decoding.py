@@ -65,3 +65,35 @@ class BlockScaled:
                     f"{self.values.name} has values up to {part[part.isfinite()].abs().max():g}, too large for the "
                     "float16 that config.json states; set its torch_dtype to bfloat16"
                 )
+
+
+MXFP4_VALUES = 32  # of a block, which has one exponent
+# What a nibble means: a sign, two bits of exponent and one of mantissa.
+_NIBBLES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """Nibbles times powers of two. `values` (rows, columns / 2) are bytes, the value of the lower nibble first;
+    `scales` (rows, columns / 32) are exponents + 127. A value is rounded to bfloat16, as transformers does."""
+
+    values: TensorRef
+    scales: TensorRef
+
+    @property
+    def pieces(self) -> tuple[TensorRef, ...]:
+        return self.values, self.scales
+
+    def reads(self, rows: Range) -> tuple[Range, ...]:
+        return rows, rows
+
+    def decode(self, rows: Range, stored: Sequence[Tensor], into: Tensor) -> None:
+        values, scales = stored
+        known = torch.tensor(_NIBBLES, dtype=torch.float32)
+        strip = max(STRIP_VALUES // max(into.shape[1], 1), 1)
+        for start in range(0, len(values), strip):
+            part = values[start : start + strip]
+            powers = torch.pow(2.0, scales[start : start + strip].to(torch.int32) - 127)  # float32
+            pairs = torch.stack([known[(part & 0x0F).int()], known[(part >> 4).int()]], dim=-1)
+            blocks = pairs.flatten(1).unflatten(1, (-1, MXFP4_VALUES)) * powers[:, :, None]
+            into[start : start + strip].copy_(blocks.flatten(1).to(torch.bfloat16))

@@ -64,7 +64,8 @@ def named(template: str, index: Index) -> str:
 class Packed:
     """Where an expert's tensor is, if one tensor holds those of all experts of a layer: (E, parts x rows, columns).
 
-    `always`: there is no other spelling. `transposed`: it is (E, columns, rows); such a tensor has one part.
+    `always`: there is no other spelling. `transposed`: it is (E, columns, rows); such a tensor has one part. `turned`
+    is the name of the same tensor where it is not transposed.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Packed:
     parts: int
     always: bool = False
     transposed: bool = False
+    turned: str = ""
 
     def shape(self, experts: int, each: tuple[int, ...]) -> tuple[int, ...]:
         """Of the tensor, where one expert's part has the shape `each`."""

@@ -102,6 +102,8 @@ class _Search:
 
     def _slab(self, instance: Instance, packed: Packed, shape: tuple[int, ...]) -> Placed | None:
         """One expert's part of a tensor of all experts, which lies in one piece."""
+        if packed.turned and instance.hf(packed.turned) in self.tensors:
+            packed = replace(packed, name=packed.turned, transposed=False)
         name, moe = instance.hf(packed.name), self.config.moe
         expected = packed.shape(moe.num_experts if moe is not None else 0, shape)
         if name not in self.tensors:

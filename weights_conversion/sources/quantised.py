@@ -17,7 +17,7 @@ from weights_conversion.configs.quantization import Quantisation
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.decoding import BlockScaled
 from weights_conversion.layouts.placement import Decoder, Placed, TensorRef, whole
-from weights_conversion.sources import naming
+from weights_conversion.sources import mxfp4, naming
 
 SCALED = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
@@ -44,10 +44,14 @@ def dequantised(tensors: Mapping[str, Placed], raw: Mapping[str, Any], where: st
     stated = quantization.read(raw, where)
     if isinstance(stated, list):
         raise ConversionError(*stated)
+    small = mxfp4.joined(tensors, _dtype(raw, tensors))
+    if small.problems:
+        raise ConversionError(*naming.grouped(small.problems))
+    tensors, noted = small.tensors, _noted(small)
     quantised = {name: each for name, each in tensors.items() if each.dtype in SCALED}
     if not quantised:
         said = f"quantised  {where} says {stated.method}, and no tensor is: they are read as they are" if stated else ""
-        return Dequantised(dict(tensors), (said,) if said else ())
+        return Dequantised(tensors, noted or ((said,) if said else ()))
     dtype = _dtype(raw, tensors)
     found = {name: each for name, each in tensors.items() if not _ACTIVATIONS.fullmatch(name)}
     idle = len(tensors) - len(found)
@@ -76,7 +80,14 @@ def dequantised(tensors: Mapping[str, Placed], raw: Mapping[str, Any], where: st
         "float32 that is rounded once"
     )
     left = [f"quantised  {idle} scales of activations are left out: they change no weight"] if idle else []
-    return Dequantised(found, (note, *left))
+    return Dequantised(found, (*noted, note, *left))
+
+
+def _noted(small: mxfp4.Found) -> tuple[str, ...]:
+    if not small.names:
+        return ()
+    dtype = _short(small.tensors[small.names[0]].dtype)
+    return (f"quantised  mxfp4: {len(small.names)} tensors of all experts are dequantised to {dtype}, which is exact",)
 
 
 def computed(placed: Placed, dtype: torch.dtype, decoder: Decoder, shape: tuple[int, ...] | None = None) -> Placed:

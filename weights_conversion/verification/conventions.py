@@ -21,6 +21,9 @@ class ExpertNames:
     inner: tuple[str, ...]
     outer: str
     bias: str = ""  # that chooses experts, and does not weigh them
+    router_bias: str = ""  # that is part of the router's scores, as biases of a linear layer are
+    inner_bias: tuple[str, ...] = ()
+    outer_bias: str = ""
     shared_inner: tuple[str, ...] = ()
     shared_outer: str = ""
     shared_gate: str = ""
@@ -57,6 +60,8 @@ class Names:
     qkv_bias: tuple[str, ...] = ()  # as `qkv`; empty: this side's model has none
     q_norm: str = ""  # of one head's dimensions, the same for all heads; empty: this side's model has none
     k_norm: str = ""
+    dense_bias: str = ""
+    sinks: str = ""
     experts: ExpertNames | None = None  # None: this side's model has none
     latent: LatentNames | None = None
 
@@ -68,9 +73,14 @@ class Block:
     parallel: bool = False
     gated: bool = True  # silu(gate) * up; else one matrix and GELU
     layer_norm: bool = False  # LayerNorm with bias; else RMSNorm
+    sinks: bool = False  # each head's softmax has one logit more, which attends to nothing
+    alpha: float | None = None  # gate * sigmoid(alpha * gate) * (up + 1), both clamped; None: silu(gate) * up
 
 
-BLOCKS = {"falcon": Block(parallel=True, gated=False, layer_norm=True)}  # all others are Llama's
+BLOCKS = {  # all others are Llama's
+    "falcon": Block(parallel=True, gated=False, layer_norm=True),
+    "gpt-oss": Block(sinks=True, alpha=1.702),
+}
 
 
 def block_of(config: ModelConfig) -> Block:
@@ -140,6 +150,15 @@ _HF_EXPERTS = ExpertNames(
     shared_outer="mlp.shared_experts.down_proj.weight",
 )
 _HF_OF_FAMILIES = {
+    "gpt-oss": ExpertNames(  # columns first, gate and up in turn: verification/whole.py knows what these names mean
+        norm="post_attention_layernorm.weight",
+        router="mlp.router.weight",
+        router_bias="mlp.router.bias",
+        inner=("mlp.experts.gate_up_proj.{}.gate", "mlp.experts.gate_up_proj.{}.up"),
+        inner_bias=("mlp.experts.gate_up_proj_bias.{}.gate", "mlp.experts.gate_up_proj_bias.{}.up"),
+        outer="mlp.experts.down_proj.{}",
+        outer_bias="mlp.experts.down_proj_bias.{}",
+    ),
     "mixtral": ExpertNames(
         norm="post_attention_layernorm.weight",
         router="block_sparse_moe.gate.weight",
@@ -169,6 +188,8 @@ HF = Convention(
         qkv_bias=("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
         q_norm="self_attn.q_norm.weight",
         k_norm="self_attn.k_norm.weight",
+        dense_bias="self_attn.o_proj.bias",
+        sinks="self_attn.sinks",
         experts=_HF_EXPERTS,
         latent=LatentNames(
             norm="input_layernorm.weight",
@@ -241,11 +262,16 @@ MEGATRON_CORE = Convention(
         qkv_bias=("self_attention.linear_qkv.bias",),
         q_norm="self_attention.q_layernorm.weight",  # spelled so by both layer specs
         k_norm="self_attention.k_layernorm.weight",
+        dense_bias="self_attention.linear_proj.bias",
+        sinks="self_attention.core_attention.softmax_offset",
         experts=ExpertNames(
             norm="pre_mlp_layernorm.weight",
             router="mlp.router.weight",
+            router_bias="mlp.router.bias",
             inner=("mlp.experts.linear_fc1.weight{}",),
+            inner_bias=("mlp.experts.linear_fc1.bias{}",),
             outer="mlp.experts.linear_fc2.weight{}",
+            outer_bias="mlp.experts.linear_fc2.bias{}",
             bias="mlp.router.expert_bias",
             shared_inner=("mlp.shared_experts.linear_fc1.weight",),
             shared_outer="mlp.shared_experts.linear_fc2.weight",

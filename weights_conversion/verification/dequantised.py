@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weights_conversion.layouts.decoding import BlockScaled
+from weights_conversion.layouts.decoding import BlockScaled, Mxfp4
 from weights_conversion.layouts.placement import Placed, TensorRef
 
 _STRIP = 1 << 18  # values that are in float64 at a time
@@ -101,11 +101,50 @@ class Again:
             values_of(values[part], own, first - row, self.block, into[part])
 
 
+def small_values(values: Tensor, scales: Tensor) -> Tensor:
+    """Rows of bytes (rows, columns / 2) with exponents (rows, columns / 32) as float64 (rows, columns).
+
+    A nibble has one bit of sign, two of exponent (bias 1) and one of mantissa; the lower one of a byte comes first.
+    """
+    nibbles = values.repeat_interleave(2, dim=1).int()
+    nibbles[:, 0::2] %= 16
+    nibbles[:, 1::2] //= 16
+    sign, exponent, half = 1.0 - nibbles.div(8, rounding_mode="floor") * 2.0, nibbles % 8 // 2, nibbles % 2 * 0.5
+    known = torch.where(exponent == 0, half, (1.0 + half) * torch.exp2(exponent.double() - 1)) * sign
+    powers = torch.exp2(scales.double() - 127).float().double()  # 2^128 is none of float32
+    return known * powers.repeat_interleave(32, dim=1)
+
+
+@dataclass(frozen=True)
+class SmallAgain:
+    """A decoder of MXFP4 (layouts.placement) by this file's arithmetic."""
+
+    values: TensorRef
+    scales: TensorRef
+
+    @property
+    def pieces(self) -> tuple[TensorRef, ...]:
+        return self.values, self.scales
+
+    def reads(self, rows: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        return rows, rows
+
+    def decode(self, rows: tuple[int, int], stored: Sequence[Tensor], into: Tensor) -> None:
+        values, scales = stored
+        step = max(_STRIP // into.shape[1], 1)
+        for start in range(0, len(values), step):
+            into[start : start + step] = small_values(values[start : start + step], scales[start : start + step])
+
+
 def again(stored: Mapping[str, Placed], found: Mapping[str, Placed], raw: Mapping[str, Any]) -> dict[str, Placed]:
     """`found` tensors, the quantised ones of `stored` computed by this file instead of the converter's reader."""
     result = dict(found)
     for name, placed in found.items():
         ((block, *_), *_) = placed.copies
+        if isinstance(block.ref.decoder, Mxfp4):
+            own = SmallAgain(*block.ref.decoder.pieces)
+            result[name] = replace(placed, copies=((replace(block, ref=replace(block.ref, decoder=own)),),))
+            continue
         if not isinstance(block.ref.decoder, BlockScaled):
             continue
         values = stored[name].copies[0][0].ref

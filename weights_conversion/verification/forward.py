@@ -101,7 +101,8 @@ def layer(
     normed = norm(config, weights, prefix + in_front, hidden)
     yield "attention_norm", index, normed
     attend = _attention if config.mla is None else _latent_attention
-    attended = attend(config, convention, weights, prefix, normed, positions)
+    here = replace(config, sliding_window=config.window_of(index), window_layers=None)
+    attended = attend(here, convention, weights, prefix, normed, positions)
     yield "attention", index, attended
 
     residual = hidden + attended
@@ -129,19 +130,35 @@ def _attention(
     cos, sin = _angles(config, positions)
     q, k = (_rotate(convention, part, cos, sin) for part in (q, k))
 
-    out = _attend(config, q, k, v, dim**-0.5)
-    return linear(weights, prefix + names.dense, out, 0, config.hidden_size)
+    sinks = None
+    if block_of(config).sinks:
+        sinks = vector(weights, prefix + names.sinks, config.num_attention_heads).view(groups, -1)
+    out = _attend(config, q, k, v, dim**-0.5, sinks)
+    out = linear(weights, prefix + names.dense, out, 0, config.hidden_size)
+    biased = config.moe is not None and config.moe.biased
+    return out + vector(weights, prefix + names.dense_bias, config.hidden_size) if biased else out
 
 
-def _attend(config: ModelConfig, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q (prompts, length, groups, heads of a group, dim), k and v with one head: (prompts, length, heads x dim)."""
+def _attend(
+    config: ModelConfig, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """q (prompts, length, groups, heads of a group, dim), k and v with one head: (prompts, length, heads x dim).
+
+    `sinks` (groups, heads of a group) are logits that stand beside each token's scores in the softmax, and weigh
+    nothing.
+    """
     scores = torch.einsum("bigrd,bjgsd->bgrij", q, k) * scale
     place = torch.arange(q.shape[1])
     distance = place[:, None] - place[None, :]
     masked = distance < 0
     if config.sliding_window is not None:
         masked |= distance >= config.sliding_window  # a token sees `sliding_window` tokens, itself included
-    scores = scores.masked_fill(masked, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(masked, float("-inf"))
+    if sinks is not None:
+        beside = sinks[None, :, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, beside], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        scores = scores.softmax(dim=-1)
     return torch.einsum("bgrij,bjgsd->bigrd", scores, v).flatten(2)
 
 

@@ -32,6 +32,7 @@ _MOE = {  # of one with experts; what a class does not have, its code decides
     "num_experts": ("n_routed_experts", "num_local_experts", "num_experts"),
     "ffn_hidden_size": ("moe_intermediate_size", "intermediate_size"),
     "topk": ("num_experts_per_tok",),
+    "clamp": ("swiglu_limit",),
     "shared_ffn_hidden_size": ("shared_expert_intermediate_size",),
 }
 _MLA = {
@@ -57,9 +58,9 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
         values = [getattr(stated, name) for name in spellings if hasattr(stated, name)]
         if values and values[0] is not None and values[0] != getattr(config, field):
             problems.append(_sentence(field, values[0], getattr(config, field)))
-    window = _window(stated)
-    if window != config.sliding_window:
-        problems.append(_sentence("sliding_window", window, config.sliding_window))
+    there, here = (_windows(each, config.num_layers) for each in (stated, config))
+    if there != here:
+        problems.append(_sentence("sliding_window of each layer", there, here))
     for part, names in ((config.moe, _MOE), (config.mla, _MLA)):
         problems += _differing(stated, names, part) if part is not None else []
     for field, keys in _SWITCHES.items():
@@ -124,11 +125,14 @@ def _load(folder: Path) -> Any:
         logging.set_verbosity(before)
 
 
-def _window(stated: Any) -> int | None:
-    kinds = getattr(stated, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return getattr(stated, "sliding_window", None)
+def _windows(stated: Any, layers: int) -> list[int | None] | int | None:
+    """The window of each layer, by transformers' config or the converter's; one where all of them have it."""
+    if isinstance(stated, ModelConfig):
+        found = [stated.window_of(layer) for layer in range(layers)]
+    else:
+        window, kinds = getattr(stated, "sliding_window", None), getattr(stated, "layer_types", None)
+        found = [window if kind == "sliding_attention" else None for kind in kinds or ["sliding_attention"] * layers]
+    return found[0] if len(set(found)) == 1 else found
 
 
 def rope_values(stated: Any) -> dict[str, Any]:

@@ -33,11 +33,16 @@ def mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: s
 
 def gated(convention: Convention, weights: Weights, inner: list[str], x: Tensor, ffn: int) -> Tensor:
     """silu(gate) * up of `ffn` rows each, of two matrices or of one that holds both."""
+    gate, up = halves(convention, weights, inner, x, ffn)
+    return F.silu(gate) * up
+
+
+def halves(convention: Convention, weights: Weights, inner: list[str], x: Tensor, ffn: int) -> tuple[Tensor, Tensor]:
+    """x times gate, and times up."""
     # Fused: the second half begins at row ffn of the same matrix.
     start = ffn if len(inner) == 1 else 0
-    halves = linear(weights, inner[0], x, 0, ffn), linear(weights, inner[-1], x, start, start + ffn)
-    gate, up = halves if convention.gate_first else halves[::-1]
-    return F.silu(gate) * up
+    first, second = linear(weights, inner[0], x, 0, ffn), linear(weights, inner[-1], x, start, start + ffn)
+    return (first, second) if convention.gate_first else (second, first)
 
 
 def norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from weights_conversion.config import ModelConfig, Moe
-from weights_conversion.verification.conventions import Convention
-from weights_conversion.verification.linear import Weights, gated, linear, vector
+from weights_conversion.verification.conventions import Convention, ExpertNames, block_of
+from weights_conversion.verification.linear import Weights, gated, halves, linear, vector
 
 _SMALL = 1e-20  # added to a sum of sigmoids before it divides
 
@@ -22,14 +22,14 @@ def experts(config: ModelConfig, convention: Convention, weights: Weights, prefi
     assert names is not None
     tokens = x.flatten(0, 1)
     logits = linear(weights, prefix + names.router, tokens, 0, moe.num_experts)
+    if moe.biased:
+        logits = logits + vector(weights, prefix + names.router_bias, moe.num_experts)
     bias = vector(weights, prefix + names.bias, moe.num_experts) if moe.expert_bias else torch.zeros(moe.num_experts)
     chosen, weight = route(moe, config.family, logits, bias)
     out = torch.zeros_like(tokens)
     for number in torch.unique(chosen).tolist():
         token, place = (chosen == number).nonzero(as_tuple=True)
-        inner = [prefix + name.format(number) for name in names.inner]
-        each = gated(convention, weights, inner, tokens[token], moe.ffn_hidden_size)
-        each = linear(weights, prefix + names.outer.format(number), each, 0, config.hidden_size)
+        each = _expert(config, convention, weights, prefix, tokens[token], number)
         out.index_add_(0, token, each * weight[token, place, None])
     if moe.shared_ffn_hidden_size:
         inner = [prefix + name for name in names.shared_inner]
@@ -39,6 +39,37 @@ def experts(config: ModelConfig, convention: Convention, weights: Weights, prefi
             shared = shared * linear(weights, prefix + names.shared_gate, tokens, 0, 1).sigmoid()
         out = out + shared
     return out.view_as(x)
+
+
+def _expert(
+    config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor, number: int
+) -> Tensor:
+    """x (tokens, hidden) through one expert."""
+    moe, names, block = config.moe, convention.names_for(config).experts, block_of(config)
+    assert moe is not None
+    assert names is not None
+    inner = [prefix + name.format(number) for name in names.inner]
+    outer = prefix + names.outer.format(number)
+    if block.alpha is None:
+        return linear(weights, outer, gated(convention, weights, inner, x, moe.ffn_hidden_size), 0, config.hidden_size)
+    gate, up = halves(convention, weights, inner, x, moe.ffn_hidden_size)
+    if moe.biased:
+        gate_bias, up_bias = _biases(convention, weights, prefix, moe, names, number)
+        gate, up = gate + gate_bias, up + up_bias
+    if moe.clamp is not None:
+        gate, up = gate.clamp(max=moe.clamp), up.clamp(-moe.clamp, moe.clamp)
+    out = linear(weights, outer, (up + 1) * gate * torch.sigmoid(gate * block.alpha), 0, config.hidden_size)
+    return out + vector(weights, prefix + names.outer_bias.format(number), config.hidden_size) if moe.biased else out
+
+
+def _biases(
+    convention: Convention, weights: Weights, prefix: str, moe: Moe, names: ExpertNames, number: int
+) -> tuple[Tensor, Tensor]:
+    """Of gate and up, one tensor for each or one for both."""
+    found = [prefix + name.format(number) for name in names.inner_bias]
+    size = moe.ffn_hidden_size * (2 if len(found) == 1 else 1)
+    parts = torch.cat([vector(weights, name, size) for name in found]).chunk(2)
+    return (parts[0], parts[1]) if convention.gate_first else (parts[1], parts[0])
 
 
 def route(moe: Moe, family: str, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

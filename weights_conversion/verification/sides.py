@@ -56,6 +56,7 @@ NUMBER_FIELDS = (
     "rope_scaling_factor",
     "rope_scaling",
     "sliding_window",
+    "window_layers",
     "tie_word_embeddings",
     "max_position_embeddings",
     "rotary_percent",
