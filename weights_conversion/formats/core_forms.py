@@ -7,7 +7,7 @@ from pathlib import Path
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats import bridge_files, hybrid
+from weights_conversion.formats import bridge_files, bridge_model, hybrid
 
 RELEASES = ("auto", "before-0.19", "0.19")
 
@@ -35,7 +35,7 @@ class Form:
 def checked(form: Form, config: ModelConfig) -> Form:
     """`form`, if a model of `config` can have it. Raises ConversionError."""
     if form.bridge:
-        bridge_files.check(config)
+        bridge_model.check(config)
     if form.pattern is None:
         return form
     if form.bridge:

@@ -42,7 +42,7 @@ def dist_targets(
     }
     files: dict[str, bytes | Path] = {f"{form.folder}/{name}": content for name, content in inside.items()}
     if form.bridge:
-        files |= bridge_files.files(config, vocabulary, dtype, divisible_by)
+        files |= bridge_files.files(config, args, vocabulary, dtype, divisible_by)
     return list(targets), files
 
 
