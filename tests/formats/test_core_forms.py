@@ -1,13 +1,15 @@
 """Forms of a torch_dist output: of a release of Megatron-Core, of Megatron-Bridge, of a HybridModel; integrity.json.
 
 Megatron-Bridge 0.6.2's own load_megatron_model and megatron-core 0.19.2's own load_common_state_dict and
-verify_integrity_manifest were run on such outputs by hand: logits within 2.1e-6 of transformers'.
+verify_integrity_manifest were run on such outputs by hand: logits within 2.1e-6 of transformers', those of experts,
+of yarn and of DeepSeek-V3's latent attention too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,22 @@ HYBRID = ("--hybrid-layer-pattern", "*-*-", "--spec", "megatron.core.models.hybr
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
+def place(case: str) -> Path:
+    return GOLDEN / case if (GOLDEN / case).is_dir() else SHARED / case
+
+
 def write(to_megatron, case: str, out: Path, *options: Any) -> Result:
-    family = tm.read_json(GOLDEN / case / "case.json")["family"]
-    return to_megatron(family, "--model-path", GOLDEN / case / "hf", "--out", out, *options)
+    family = tm.read_json(place(case) / "case.json")["family"]
+    return to_megatron(family, "--model-path", place(case) / "hf", "--out", out, *options)
 
 
 def comes_back(to_hf, case: str, out: Path, to: Path) -> None:
     to_hf("--input_dir", out, "--output_dir", to, "--no_tokenizer", "--verify").succeeded()
-    found, expected = tm.read_huggingface(to), tm.read_huggingface(GOLDEN / case / "hf")
+    found, expected = tm.read_huggingface(to), tm.read_huggingface(place(case) / "hf")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     for key in ("rms_norm_eps", "max_position_embeddings", "num_hidden_layers", "tie_word_embeddings"):
-        assert tm.read_json(to / "config.json")[key] == tm.read_json(GOLDEN / case / "hf" / "config.json")[key]
+        assert tm.read_json(to / "config.json")[key] == tm.read_json(place(case) / "hf" / "config.json")[key]
 
 
 # ---- a HybridModel
@@ -119,20 +125,56 @@ def test_megatron_cores_own_sums(target: str, to_megatron, tmp_path: Path) -> No
 # ---- Megatron-Bridge
 
 
-@pytest.mark.parametrize("case", ["core-llama3", "core-qwen2", "core-qwen3"])
+# What a clone has, and more cases where they lie beside it.
+SHARED = GOLDEN.parents[2] / "shared" / "golden"
+BRIDGED = ["core-llama3", "core-qwen2", "core-qwen3", "core-qwen3-yarn", "core-qwen3-moe-tp2ep2"]
+BRIDGED += [
+    case for case in ("core-mixtral", "core-qwen2-moe", "core-deepseek-v2-lite", "core-deepseek-v3-fused")
+    if (SHARED / case).is_dir()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BRIDGED)
 def test_bridge(case: str, to_megatron, to_hf, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(to_megatron, case, out, "--target", "megatron-bridge", "--make-vocab-size-divisible-by", 64).succeeded()
     assert (out / "latest_checkpointed_iteration.txt").read_text() == "0"
     run_config = yaml.safe_load((out / "iter_0000000" / "run_config.yaml").read_text())
-    model, config = run_config["model"], tm.read_json(GOLDEN / case / "hf" / "config.json")
-    assert model["_target_"] == "megatron.bridge.models.gpt_provider.GPTModelProvider"
+    model, config = run_config["model"], tm.read_json(place(case) / "hf" / "config.json")
     assert (model["layernorm_epsilon"], model["vocab_size"]) == (config["rms_norm_eps"], config["vocab_size"])
     assert model["should_pad_vocab"] == (config["vocab_size"] % 64 != 0)
     assert run_config["checkpoint"]["save_optim"] is False
     for path in (out / "latest_train_state.pt", out / "iter_0000000" / "train_state.pt"):
         assert torch.load(path, weights_only=True)["step"] == 0
     comes_back(to_hf, case, out, tmp_path / "hf")
+    (out / "conversion_manifest.json").unlink()  # what is stated in run_config.yaml is enough
+    shutil.rmtree(tmp_path / "hf")
+    comes_back(to_hf, case, out, tmp_path / "hf")
+    first, again = config, tm.read_json(tmp_path / "hf" / "config.json")
+    same = ("num_experts_per_tok", "norm_topk_prob", "kv_lora_rank", "first_k_dense_replace", "n_group", "topk_method")
+    assert {key: again[key] for key in same if key in first} == {key: first[key] for key in same if key in first}
+
+
+LAYER_BY_LAYER = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
+
+
+def test_what_bridge_builds_experts_and_latent_attention_with(to_megatron, tmp_path: Path) -> None:
+    """Fields of its provider, as AutoBridge sets them for a Qwen3-MoE, and as a DeepSeek-V3 needs them."""
+    write(to_megatron, "core-qwen3-moe-tp2ep2", tmp_path / "moe", "--target", "megatron-bridge").succeeded()
+    model = yaml.safe_load((tmp_path / "moe" / "iter_0000000" / "run_config.yaml").read_text())["model"]
+    assert model["_target_"] == "megatron.bridge.models.gpt_provider.GPTModelProvider"
+    assert "transformer_layer_spec" not in model
+    config = tm.read_json(GOLDEN / "core-qwen3-moe-tp2ep2" / "hf" / "config.json")
+    assert (model["num_moe_experts"], model["moe_router_topk"], model["moe_ffn_hidden_size"]) == (
+        config["num_experts"], config["num_experts_per_tok"], config["moe_intermediate_size"]
+    )  # fmt: skip
+    assert (model["moe_grouped_gemm"], model["moe_layer_freq"], model["moe_router_pre_softmax"]) == (True, 1, False)
+    if (SHARED / "core-deepseek-v3-fused").is_dir():
+        write(to_megatron, "core-deepseek-v3-fused", tmp_path / "mla", "--target", "megatron-bridge").succeeded()
+        model = yaml.safe_load((tmp_path / "mla" / "iter_0000000" / "run_config.yaml").read_text())["model"]
+        assert model["_target_"] == "megatron.bridge.models.mla_provider.MLAModelProvider"
+        assert model["transformer_layer_spec"]["_target_"] == LAYER_BY_LAYER
+        assert (model["multi_latent_attention"], model["qk_layernorm"], model["rope_type"]) == (True, True, "yarn")
 
 
 def test_bridge_alone_without_our_manifest(to_megatron, to_hf, tmp_path: Path) -> None:
@@ -145,7 +187,3 @@ def test_bridge_alone_without_our_manifest(to_megatron, to_hf, tmp_path: Path) -
     one, two = (tm.read_json(p / "config.json") for p in (GOLDEN / "core-llama3" / "hf", tmp_path / "hf"))
     assert two["rope_scaling"].items() >= one["rope_scaling"].items()
     assert (two["rope_theta"], two["rms_norm_eps"]) == (one["rope_theta"], one["rms_norm_eps"])
-
-
-def test_what_bridges_form_is_not_written_for(to_megatron, tmp_path: Path) -> None:
-    write(to_megatron, "core-qwen3-yarn", tmp_path / "out", "--target", "megatron-bridge").refused("yarn", "yet")

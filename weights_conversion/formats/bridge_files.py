@@ -25,7 +25,7 @@ _LATEST = f"latest_{_TRAIN_STATE}"
 def files(
     config: ModelConfig, args: Mapping[str, Any], vocabulary: int, dtype: torch.dtype, divisible_by: int
 ) -> dict[str, bytes]:
-    """The small files, below the checkpoint's root. `args` are Megatron-LM's of the model, `vocabulary` rows written."""
+    """The small files, below the checkpoint's root. `args` are Megatron-LM's, `vocabulary` counts the rows."""
     state = _train_state()
     content = {
         "_target_": "megatron.bridge.training.config.ConfigContainer",

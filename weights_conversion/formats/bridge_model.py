@@ -1,7 +1,8 @@
 """The section `model` of Megatron-Bridge's run_config.yaml: the fields of its provider that a model sets.
 
 A provider is Megatron-Core's TransformerConfig and what a GPTModel is built with beside it
-(megatron/bridge/models/gpt_provider.py, mla_provider.py of Megatron-Bridge 0.6). A field that is not here has its default.
+(megatron/bridge/models/gpt_provider.py, mla_provider.py of Megatron-Bridge 0.6). A field that is not here has its
+default.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
 
 # Features of layers (ModelConfig.layer_features) that the fields below say.
-_SAID = frozenset(
-    "untied shared_norm qkv_bias qk_norms attention mla q_lora q_whole dense moe expert_bias shared_experts shared_gate"
-    .split()
-)
+_SAID = {
+    *("untied", "shared_norm", "qkv_bias", "qk_norms", "attention", "mla", "q_lora", "q_whole", "dense", "moe"),
+    *("expert_bias", "shared_experts", "shared_gate"),
+}
 # Args of Megatron-LM that are fields of an MLATransformerConfig, if they are there.
 _LATENT = (
     *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
