@@ -43,7 +43,7 @@ def verify(
     source: Path, checkpoint: Path, model: str | None = None, *, workers: int = 2, exact_only: bool = False,
     source_iters: int | str | None = None, checkpoint_iters: int | str | None = None, allow_inconsistent: bool = False,
     fields: Mapping[str, Any] | None = None, true_vocab_size: int | None = None, weights: str = "model",
-    adapter: Path | None = None, adapter_alpha: float | None = None,
+    adapter: Path | None = None, adapter_alpha: float | None = None, mtp: str = "keep",
 ) -> Verification:  # fmt: skip
     """Compares `checkpoint` with `source`, which is taken as right where only one of them can be.
 
@@ -51,15 +51,15 @@ def verify(
     trackers'; `allow_inconsistent`: copies on the source's ranks may differ, the first is taken; `fields` (of
     ModelConfig) and `true_vocab_size` are what the user states about a Megatron source; `weights` "master": its
     optimizer's float32 weights are what is compared; `adapter` is one that the source is to have (PEFT's or
-    Megatron's), with `adapter_alpha` where its files do not say it. Raises ConversionError for a side that cannot be
-    read.
+    Megatron's), with `adapter_alpha` where its files do not say it; `mtp` "drop": both sides without layers
+    that predict further tokens. Raises ConversionError for a side that cannot be read.
     """
     from weights_conversion.verification.proof import prove
 
     return prove(
         source, checkpoint, model, workers=workers, exact_only=exact_only, source_iters=source_iters,
         checkpoint_iters=checkpoint_iters, allow_inconsistent=allow_inconsistent, fields=fields,
-        true_vocab_size=true_vocab_size, weights=weights, adapter=adapter, adapter_alpha=adapter_alpha,
+        true_vocab_size=true_vocab_size, weights=weights, adapter=adapter, adapter_alpha=adapter_alpha, mtp=mtp,
     )  # fmt: skip
 
 
@@ -104,6 +104,10 @@ def build_parser() -> arguments.Parser:
         "--load-iters", type=cli.iteration, metavar="N", help="iteration of Megatron sides (default: tracker's)"
     )  # fmt: skip
     parser.add_argument(
+        "--mtp", choices=("keep", "drop"), default="keep",
+        help="layers that predict further tokens: compared, or left out of both sides (default: keep)",
+    )  # fmt: skip
+    parser.add_argument(
         "--allow-inconsistent", action="store_true",
         help="where the source's ranks hold different values of one parameter, take the first",
     )  # fmt: skip
@@ -131,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         found = verify(
             args.source, args.checkpoint, args.model, workers=args.workers, exact_only=args.exact_only,
             source_iters=args.load_iters, checkpoint_iters=args.load_iters,
-            allow_inconsistent=args.allow_inconsistent,
+            allow_inconsistent=args.allow_inconsistent, mtp=args.mtp,
         )  # fmt: skip
         if args.plot is not None:
             plot.draw(found, args.plot)

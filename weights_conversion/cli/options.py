@@ -69,9 +69,7 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
     )
     for name, kind in FIELDS.items():
         values.add_argument(f"--{name}", type=kind, metavar="X", help=_MEANINGS[name])
-    values.add_argument(
-        "--sliding_window_size", type=window, metavar="N", help="window of attention; 0: no window"
-    )
+    values.add_argument("--sliding_window_size", type=window, metavar="N", help="window of attention; 0: no window")
 
 
 def stated_fields(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
@@ -91,6 +89,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--dtype", type=arguments.dtype, choices=("keep", "bfloat16", "float16", "float32"), default="keep",
         help="type of the written weights, or bf16, fp16, fp32 (default: as they are)",
+    )  # fmt: skip
+    work.add_argument(
+        "--mtp", choices=("keep", "drop"), default="keep",
+        help="layers that predict further tokens (multi-token prediction): kept, or left out (default: keep)",
     )  # fmt: skip
     work.add_argument("--dry-run", action="store_true", help="print the plan (files, bytes, memory, disk) and stop")
     work.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -126,8 +128,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 RUN_OPTIONS = (
-    "dtype", "dry_run", "overwrite", "workers", "allow_inconsistent", "checksums", "verify", "ranks", "rank_rate",
-    "filesystem_bandwidth", "began",
+    "dtype", "mtp", "dry_run", "overwrite", "workers", "allow_inconsistent", "checksums", "verify", "ranks",
+    "rank_rate", "filesystem_bandwidth", "began",
 )  # fmt: skip
 
 

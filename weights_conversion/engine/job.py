@@ -21,6 +21,7 @@ class RunOptions:
     """What both directions share."""
 
     dtype: str = "keep"
+    mtp: str = "keep"  # or "drop": without layers that predict further tokens
     dry_run: bool = False
     overwrite: bool = False
     workers: int = 2

@@ -24,6 +24,7 @@ from weights_conversion.formats.run_config import MODEL_YAML, RUN_CONFIG, pretra
 from weights_conversion.formats.stored_args import plain_args
 from weights_conversion.formats.torch_dist import DistCheckpoint, open_dist
 from weights_conversion.mapping.dialects import MEGATRON_CORE
+from weights_conversion.sources import further
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.families import chosen_family, read_features, with_flags
 from weights_conversion.sources.reference import args_beside
@@ -104,13 +105,15 @@ def open_checkpoint(
     root: Path, model: str | None, *, load_iters: int | str | None = None, true_vocab_size: int | None = None,
     flags: Mapping[str, Any] | None = None, compared: bool = False,
     weights: str = "model", reference_rows: int | None = None, model_type: str | None = None,
+    mtp: str = further.KEEP,
 ) -> OpenedCheckpoint:  # fmt: skip
     """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep.
 
     `model` None: the family that the checkpoint says or shows, which is reported. `compared`: it is to be compared with
     another, so that a value which nothing states needs no flag. `weights`: as open_files has it. `reference_rows`: what
     --reference has, which count where nothing else states the true number. `model_type` is
-    that of its config.json, which decides where the checkpoint does not.
+    that of its config.json, which decides where the checkpoint does not. `mtp` "drop": without layers that predict
+    further tokens.
     """
     here = megatron_root(root, load_iters)
     root, files = here.root, open_files(here.root, here.iteration, weights)
@@ -119,6 +122,9 @@ def open_checkpoint(
     found = manifest.find([root, *trained_from(files.args)])
     said = found[1] if found else None
     notes = here.notes
+    if mtp == further.DROP:
+        files, left = further.without_in_files(files)
+        notes = [*notes, left]
     model = _family(model, files, said, root, true_vocab_size, notes, flags or {}, model_type)
     if (flags or {}).get("sliding_window") is not None and not FAMILIES[model].windowed:
         raise ConversionError(f"--sliding_window_size was given, but {root} holds a {model} model, which has no window")
@@ -147,6 +153,8 @@ def open_checkpoint(
     notes.append(kept.note)
     warnings += kept.warnings
     fields = manifest.model_fields(said) if said else None
+    if fields is not None and mtp == further.DROP:
+        fields["mtp_num_layers"] = 0
     args = dict(files.args)
     if FAMILIES[model].ties_in_megatron_llm:  # the original's release files leave it out
         args["tie_embed_logits"] = not files.has_head()

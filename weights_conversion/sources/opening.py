@@ -20,7 +20,7 @@ from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
-from weights_conversion.sources import described, peft, quantised
+from weights_conversion.sources import described, further, peft, quantised
 from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.locate import locate
@@ -61,21 +61,23 @@ def open_source(
     revision: str | None = None, load_iters: int | str | None = None, true_vocab_size: int | None = None,
     fields: Mapping[str, Any] | None = None, recheck: bool = False, adapter: Path | None = None,
     early: Callable[[ModelConfig, str | None], None] = lambda config, dtype: None, headers: Path | None = None,
+    mtp: str = further.KEEP,
 ) -> Opened:  # fmt: skip
     """What `path` (a folder or a repository) names, or else `model` and `size`. `target` decides what is refused.
 
     `fields` are ModelConfig fields that the user states about a Megatron checkpoint. `recheck`: hold what the hub's
     cache has against the hub's sums, also where that was done before. `adapter`: PEFT's, to be merged into the source.
     `early` raises ConversionError for what the model and its dtype (as its config.json states them) cannot become,
-    before weights are fetched. `headers`, a folder to be made: of a repository's weights, fetch the headers alone.
+    before weights are fetched.
+    `mtp` "drop" leaves layers out that predict further tokens. `headers`, a folder to be made: of a repository's weights, fetch the headers alone.
     """
     here = find_local(path, model, size, load_iters)
     if here is not None:
         if here.kind is Kind.MEGATRON:
-            opened = open_megatron(model, here.root, target, here.iteration, true_vocab_size, fields)
+            opened = open_megatron(model, here.root, target, here.iteration, true_vocab_size, fields, mtp)
         else:
             hf = here.kind is Kind.HUGGINGFACE
-            opened = open_hf(model, here.root, target, adapter) if hf else open_meta(model, here.root)
+            opened = open_hf(model, here.root, target, adapter, mtp) if hf else open_meta(model, here.root)
         return dataclasses.replace(opened, notes=(*here.notes, *opened.notes))
     if path is None and cache is not None and cache.is_dir() and FAMILIES[model].meta_in_cache_dir:
         folder = meta.find_meta(cache, _meta_names(model, size))
@@ -103,7 +105,7 @@ def open_source(
         settings: dict[str, Any] = {"recheck": True} if recheck and distributed.current().rank == 0 else {}
         settings |= {"headers": headers / repository} if headers is not None else {}
         snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache, accept=accept, **settings)
-    opened = open_hf(model, snapshot.folder, target, adapter)
+    opened = open_hf(model, snapshot.folder, target, adapter, mtp)
     notes = (*opened.notes, *([snapshot.note] if getattr(snapshot, "note", "") else []))
     return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision, notes=notes)
 
@@ -153,16 +155,22 @@ def _found(path: Path, model: str, size: str | None, load_iters: int | str | Non
     return found
 
 
-def open_hf(model: str, folder: Path, target: Dialect, adapter: Path | None = None) -> Opened:
+def open_hf(
+    model: str, folder: Path, target: Dialect, adapter: Path | None = None, mtp: str = further.KEEP
+) -> Opened:  # fmt: skip
     raw = fileio.read_json(folder / "config.json")
     config = hf_config.read_config(model, raw, target, str(folder / "config.json"))
     generation_config = generation.read(folder)
-    read = quantised.dequantised(huggingface.read_hf(folder), raw, str(folder / "config.json"))
+    tensors, left = huggingface.read_hf(folder), []
+    if mtp == further.DROP:
+        config, tensors, note = further.without(config, tensors)
+        left.append(note)
+    read = quantised.dequantised(tensors, raw, str(folder / "config.json"))
     tensors = read.tensors
     merged = [] if adapter is None else [f"adapter    {adapter}, merged in float32, rounded once"]
     if adapter is not None:
         tensors = peft.merged(tensors, peft.open_adapter(adapter))
-    config, further = hf_parts.with_further_layers(hf_config.class_of(model), config, tensors)
+    config, corrected = hf_parts.with_further_layers(hf_config.class_of(model), config, tensors)
     unread = hf_config.unread(model, raw)
     shown = ", ".join(map(short, unread[:10])) + (f" and {len(unread) - 10} more" if len(unread) > 10 else "")
     notes = [f"keys of config.json that are not known here are kept as they are: {shown}"] if unread else []
@@ -174,7 +182,7 @@ def open_hf(model: str, folder: Path, target: Dialect, adapter: Path | None = No
     return Opened(
         folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
         raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
-        notes=(*read.notes, *merged, *further, *notes),
+        notes=(*left, *read.notes, *merged, *corrected, *notes),
         what=described.of_files(HF.name, tensors.values()),
     )  # fmt: skip
 
@@ -191,10 +199,10 @@ def open_meta(model: str, folder: Path) -> Opened:
 
 def open_megatron(
     model: str, root: Path, target: Dialect, load_iters: int | str | None = None, true_vocab_size: int | None = None,
-    fields: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None, mtp: str = further.KEEP,
 ) -> Opened:  # fmt: skip
     """A Megatron checkpoint as the source of another; its manifest, tokenizer and training args go along."""
-    opened = open_checkpoint(root, model, load_iters=load_iters, flags=fields)
+    opened = open_checkpoint(root, model, load_iters=load_iters, flags=fields, mtp=mtp)
     root = opened.root
     if FAMILIES[model].parallel_attention and not target.parallel_attention:
         raise ConversionError(f"{target.name} cannot express {model}: it has no attention in parallel with the MLP")

@@ -153,6 +153,7 @@ def _plan(options: ExportOptions, source: _Read) -> Job:
         opened.root, config.family, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
         source_iters=opened.load_iters, fields=options.fields, true_vocab_size=config.vocab_size,
         weights=options.weights, adapter=options.adapter, adapter_alpha=options.adapter_alpha,
+        mtp=options.mtp,
     )  # fmt: skip
     read = (opened.root, options.input_dir)
     return Job(plan, report, targets, options.output_dir, files, prove=prove, read=read)
@@ -212,7 +213,7 @@ def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
     def opened(fields: Mapping[str, Any], rows: int | None = None) -> OpenedCheckpoint:
         return open_checkpoint(
             options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
-            flags=fields, weights=options.weights, reference_rows=rows,
+            flags=fields, weights=options.weights, reference_rows=rows, mtp=options.mtp,
             model_type=reference.config.get("model_type") if reference else None,
         )  # fmt: skip
 

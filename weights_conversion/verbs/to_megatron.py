@@ -168,6 +168,7 @@ def _open(options: ImportOptions, wanted: _Wanted) -> tuple[Opened, Located, lis
         revision=options.revision, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
         fields=options.fields, recheck=options.verify, adapter=options.adapter,
         early=lambda config, dtype: _check_early(options, config, dtype, wanted), headers=wanted.headers,
+        mtp=options.mtp,
     )  # fmt: skip
     problems = Problems()
     if options.size is not None:
@@ -225,6 +226,7 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
         opened.folder, options.model, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
         source_iters=opened.load_iters, fields=options.fields,
         true_vocab_size=config.vocab_size if opened.dialect.megatron else None, adapter=options.adapter,
+        mtp=options.mtp,
     )  # fmt: skip
     files |= {**small, manifest.NAME: text.encode()}
     return Job(plan, report, targets, wanted.out, files, {TRACKER: form.tracker}, prove, (opened.folder,))

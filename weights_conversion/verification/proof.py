@@ -36,14 +36,14 @@ def prove(
     source: Path, checkpoint: Path, model: str | None, *, workers: int, exact_only: bool,
     source_iters: int | str | None, checkpoint_iters: int | str | None, allow_inconsistent: bool,
     fields: Mapping[str, Any] | None, true_vocab_size: int | None, weights: str,
-    adapter: Path | None, adapter_alpha: float | None,
+    adapter: Path | None, adapter_alpha: float | None, mtp: str = "keep",
 ) -> Verification:  # fmt: skip
     """See weights_conversion.verify.verify."""
     started = time.monotonic()
     with watching(Watch("nothing is proven")) as seen:
         result = _prove(
             source, checkpoint, model, workers, exact_only, source_iters, checkpoint_iters, allow_inconsistent, fields,
-            true_vocab_size, weights, adapter, adapter_alpha,
+            true_vocab_size, weights, adapter, adapter_alpha, mtp,
         )  # fmt: skip
         seen.check()  # what has changed meanwhile is neither the same nor different
     result.seconds = time.monotonic() - started
@@ -54,7 +54,7 @@ def _prove(
     source: Path, checkpoint: Path, model: str | None, workers: int, exact_only: bool, source_iters: int | str | None,
     checkpoint_iters: int | str | None, allow_inconsistent: bool, fields: Mapping[str, Any] | None,
     true_vocab_size: int | None, weights: str, adapter: Path | None,
-    adapter_alpha: float | None,
+    adapter_alpha: float | None, mtp: str = "keep",
 ) -> Verification:  # fmt: skip
     one_side, other_side = detect(source, source_iters), detect(checkpoint, checkpoint_iters)
     source, source_iters = one_side.root, one_side.iteration
@@ -70,8 +70,9 @@ def _prove(
             weights=weights,
             adapter=adapter,
             adapter_alpha=adapter_alpha,
+            mtp=mtp,
         ),
-        open_model(checkpoint, family, checkpoint_iters),
+        open_model(checkpoint, family, checkpoint_iters, mtp=mtp),
     )
     ours, theirs = adopt_assumed(one, two), adopt_assumed(two, one)
     result = Verification(family, ours, theirs, ())

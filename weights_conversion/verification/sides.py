@@ -28,7 +28,7 @@ from weights_conversion.formats.iterations import MODEL_FILES
 from weights_conversion.layouts.placement import Key, Placed, main_dtype
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
 from weights_conversion.mapping.parameters import Instance
-from weights_conversion.sources import peft, quantised
+from weights_conversion.sources import further, peft, quantised
 from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
 from weights_conversion.sources.detect import Kind, detect
 from weights_conversion.sources.families import decide_family, read_features
@@ -173,14 +173,15 @@ def choose_family(
 def open_model(
     path: Path, family: str, load_iters: int | str | None = None, *, fields: Mapping[str, Any] | None = None,
     true_vocab_size: int | None = None, weights: str = "model", adapter: Path | None = None,
-    adapter_alpha: float | None = None,
+    adapter_alpha: float | None = None, mtp: str = further.KEEP,
 ) -> Model:  # fmt: skip
     """Opens one side: headers, configs and args are read and checked, no data.
 
     `fields` and `true_vocab_size` are what the user has stated about a Megatron side, over what its files say;
     `weights` is "master" for its optimizer's weights, `adapter` is one that is merged (PEFT's or Megatron's).
+    `mtp` "drop": without layers that predict further tokens.
     """
-    model = _open(path, family, load_iters, fields, true_vocab_size, weights, adapter, adapter_alpha)
+    model = _open(path, family, load_iters, fields, true_vocab_size, weights, adapter, adapter_alpha, mtp)
     integers = [placed for group in model.placed.values() for placed in group if not placed.dtype.is_floating_point]
     if integers:
         raise ConversionError(
@@ -192,7 +193,7 @@ def open_model(
 def _open(
     path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any] | None,
     true_vocab_size: int | None, weights: str, adapter: Path | None,
-    adapter_alpha: float | None,
+    adapter_alpha: float | None, mtp: str,
 ) -> Model:  # fmt: skip
     here = detect(path, load_iters)
     path, load_iters = here.root, here.iteration
@@ -201,20 +202,23 @@ def _open(
         # The dialect that can express most, since nothing is to be written.
         dialect = MEGATRON_LLM if FAMILIES[family].parallel_attention else MEGATRON_CORE
         config = hf_config.read_config(family, raw, dialect, str(path / "config.json"))
-        stored = huggingface.read_hf(path)
+        stored, left = huggingface.read_hf(path), []
+        if mtp == further.DROP:
+            config, stored, note = further.without(config, stored)
+            left.append(note)
         read = quantised.dequantised(stored, raw, str(path / "config.json"))
         tensors = dequantised.again(stored, read.tensors, raw)
         if adapter is not None:
             tensors = peft.merged(tensors, peft.open_adapter(adapter))
         config, _ = hf_parts.with_further_layers(hf_config.class_of(family), config, tensors)
         # An absent key is stated: transformers has a default.
-        return _apart(path, HF, config, tensors, frozenset(), read.notes)
+        return _apart(path, HF, config, tensors, frozenset(), (*left, *read.notes))
     if here.kind is Kind.META:
         tensors, raw = meta.read_meta(path), meta.read_params(path)
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}
         config = meta_params.read_params(family, raw, tensors, str(path / "params.json"))
         return _apart(path, META, config, tensors, frozenset(assumed))
-    return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size, weights, adapter, adapter_alpha)
+    return _open_megatron(path, family, load_iters, fields or {}, true_vocab_size, weights, adapter, adapter_alpha, mtp)
 
 
 def _apart(
@@ -230,11 +234,11 @@ def _apart(
 
 def _open_megatron(
     path: Path, family: str, load_iters: int | str | None, fields: Mapping[str, Any], true_vocab_size: int | None,
-    weights: str, adapter: Path | None, adapter_alpha: float | None,
+    weights: str, adapter: Path | None, adapter_alpha: float | None, mtp: str,
 ) -> Model:  # fmt: skip
     opened = open_checkpoint(
         path, family, load_iters=load_iters, flags=fields, true_vocab_size=true_vocab_size,
-        compared=True, weights=weights,
+        compared=True, weights=weights, mtp=mtp,
     )  # fmt: skip
     files, config = opened.files, opened.config
     placed, _, _ = locate_merged(files, FAMILIES[family], config, adapter, adapter_alpha)
