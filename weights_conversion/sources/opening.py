@@ -69,7 +69,8 @@ def open_source(
     cache has against the hub's sums, also where that was done before. `adapter`: PEFT's, to be merged into the source.
     `early` raises ConversionError for what the model and its dtype (as its config.json states them) cannot become,
     before weights are fetched.
-    `mtp` "drop" leaves layers out that predict further tokens. `headers`, a folder to be made: of a repository's weights, fetch the headers alone.
+    `mtp` "drop" leaves layers out that predict further tokens. `headers`, a
+    folder to be made: of a repository's weights, fetch the headers alone.
     """
     here = find_local(path, model, size, load_iters)
     if here is not None:
