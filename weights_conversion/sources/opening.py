@@ -68,9 +68,8 @@ def open_source(
     `fields` are ModelConfig fields that the user states about a Megatron checkpoint. `recheck`: hold what the hub's
     cache has against the hub's sums, also where that was done before. `adapter`: PEFT's, to be merged into the source.
     `early` raises ConversionError for what the model and its dtype (as its config.json states them) cannot become,
-    before weights are fetched.
-    `mtp` "drop" leaves layers out that predict further tokens. `headers`, a
-    folder to be made: of a repository's weights, fetch the headers alone.
+    before weights are fetched. `mtp` "drop": without layers that predict further tokens. `headers`, a folder to be
+    made: of a repository's weights, fetch the headers alone.
     """
     here = find_local(path, model, size, load_iters)
     if here is not None:
@@ -80,17 +79,8 @@ def open_source(
             hf = here.kind is Kind.HUGGINGFACE
             opened = open_hf(model, here.root, target, adapter, mtp) if hf else open_meta(model, here.root)
         return dataclasses.replace(opened, notes=(*here.notes, *opened.notes))
-    if path is None and cache is not None and cache.is_dir() and FAMILIES[model].meta_in_cache_dir:
-        folder = meta.find_meta(cache, _meta_names(model, size))
-        if folder is not None:
-            return open_meta(model, folder)
-        if any(cache.iterdir()) and not any(cache.glob("models--*")):
-            names = ", ".join(_meta_names(model, size))
-            logger.warning(
-                "--cache-dir %s holds no consolidated.00.pth, nor a folder (%s) that does; so it is the hub's "
-                "cache, into which the model is fetched",
-                cache, names,
-            )  # fmt: skip
+    if path is None and cache is not None and (found := _meta_in_cache(model, cache, size)) is not None:
+        return open_meta(model, found)
     from weights_conversion.hub import repositories as hub
 
     repository = path or FAMILIES[model].repositories[size or FAMILIES[model].default_size]
@@ -109,6 +99,20 @@ def open_source(
     opened = open_hf(model, snapshot.folder, target, adapter, mtp)
     notes = (*opened.notes, *([snapshot.note] if getattr(snapshot, "note", "") else []))
     return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision, notes=notes)
+
+
+def _meta_in_cache(model: str, cache: Path, size: str | None) -> Path | None:
+    """Meta's files below --cache-dir, as the original script takes them; None: it is the hub's cache."""
+    if not cache.is_dir() or not FAMILIES[model].meta_in_cache_dir:
+        return None
+    folder = meta.find_meta(cache, _meta_names(model, size))
+    if folder is None and any(cache.iterdir()) and not any(cache.glob("models--*")):
+        logger.warning(
+            "--cache-dir %s holds no consolidated.00.pth, nor a folder (%s) that does; so it is the hub's "
+            "cache, into which the model is fetched",
+            cache, ", ".join(_meta_names(model, size)),
+        )  # fmt: skip
+    return folder
 
 
 def check_named(
