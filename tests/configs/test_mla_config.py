@@ -14,7 +14,7 @@ from moe_families import CONFIGS, CORE, families, from_args, read
 from test_moe_config import args_of
 
 from weights_conversion.config import Mla
-from weights_conversion.configs import core_args, hf_config, rope, rope_latent
+from weights_conversion.configs import core_args, hf_config, rope_core, rope_latent
 from weights_conversion.errors import ConversionError
 from weights_conversion.verification.rope import frequencies
 
@@ -159,7 +159,7 @@ def test_yarn_means_the_same_everywhere(changes: dict[str, Any]) -> None:
     found = core_yarn(args["rotary_scaling_factor"], args["mscale"], args["mscale_all_dim"])
     assert found == pytest.approx((on_angles, softmax), rel=1e-12)
     again = from_args("deepseek-v2", args)
-    assert rope.completed(again.rope_scaling, config.rope_scaling, latent=True) == config.rope_scaling
+    assert rope_core.completed(again.rope_scaling, config.rope_scaling, latent=True) == config.rope_scaling
     written = hf_config.write_config(again, {}, "bfloat16")["rope_parameters"]
     written = {key: value for key, value in written.items() if key not in ("rope_type", "rope_theta")}
     theirs, factor = frequencies("yarn", dim=8, theta=10000, **written)
@@ -184,9 +184,9 @@ def test_constants_of_megatron_core() -> None:
     ).rope_scaling
     assert stated is not None
     assert stated.beta_fast == 32
-    assert rope.completed(stated, kimi.rope_scaling, latent=True) == kimi.rope_scaling
+    assert rope_core.completed(stated, kimi.rope_scaling, latent=True) == kimi.rope_scaling
     # trained on with another factor: that counts, and the import's constants still do
-    longer = rope.completed(dataclasses.replace(stated, factor=64.0), kimi.rope_scaling, latent=True)
+    longer = rope_core.completed(dataclasses.replace(stated, factor=64.0), kimi.rope_scaling, latent=True)
     assert longer is not None
     assert (longer.factor, longer.beta_fast) == (64.0, 1.0)
     # Megatron-Bridge states them

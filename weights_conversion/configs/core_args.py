@@ -11,7 +11,7 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import Mla, ModelConfig, Parallelism
-from weights_conversion.configs import core_table, features, megatron_args, mla, moe, rope, windows
+from weights_conversion.configs import core_table, features, megatron_args, mla, moe, rope_core, windows
 from weights_conversion.errors import ConversionError
 
 # Megatron-Core's name -> Megatron-LLM's, where they differ and the value is the same.
@@ -50,7 +50,7 @@ def write_args(
         "kv_channels": config.head_dim,
         "seq_length": config.max_position_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
-        **rope.write_core(config),
+        **rope_core.write_core(config),
         "add_position_embedding": True,
         "rotary_base": _whole(config.rope_theta),
         "rotary_percent": config.rotary_percent,
@@ -115,7 +115,7 @@ def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
         flags.append(f"--rotary-seq-len-interpolation-factor {_whole(config.rope_scaling_factor)}")
     if config.rotary_percent != 1.0:
         flags.append(f"--rotary-percent {config.rotary_percent:g}")  # restored, not by every release
-    flags += [*mla.core_flags(config), *rope.core_flags(config), *moe.core_flags(config)]
+    flags += [*mla.core_flags(config), *rope_core.core_flags(config), *moe.core_flags(config)]
     if config.mtp_num_layers:
         flags.append(f"--mtp-num-layers {config.mtp_num_layers}")
     if config.qk_layernorm:
@@ -129,7 +129,7 @@ def training_warnings(config: ModelConfig) -> list[str]:
     """What no flag of training can be given."""
     factor = config.rope_scaling_factor
     if factor == 1.0:
-        return [*rope.core_warnings(config), *mla.core_warnings(config), *moe.core_warnings(config)]
+        return [*rope_core.core_warnings(config), *mla.core_warnings(config), *moe.core_warnings(config)]
     if factor != int(factor):
         return [
             "Megatron-LM reads --rotary-seq-len-interpolation-factor as a whole number, this model needs "
@@ -182,8 +182,8 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if result.get("rope_theta") is not None:
         result["rope_theta"] = float(result["rope_theta"])
     result["rope_scaling_factor"] = factor  # linear; Megatron-Core's arg of this name is Llama 3's
-    result["rope_scaling"] = rope.read_core(args, f"the args of {folder}")
-    result["_is_factor_assumed"] = rope.assumed_factor(args)
+    result["rope_scaling"] = rope_core.read_core(args, f"the args of {folder}")
+    result["_is_factor_assumed"] = rope_core.assumed_factor(args)
     result["sliding_window_size"] = None if window is None else window + 1
     result["window_layers"] = windows.read_core(args, f"the args of {folder}")
     result |= {"moe": experts, "mla": latents, "mtp_num_layers": args.get("mtp_num_layers") or 0}

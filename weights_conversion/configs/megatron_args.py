@@ -11,7 +11,7 @@ import torch
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.architectures.family import Family
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import features, parts, rope, windows
+from weights_conversion.configs import features, parts, rope_core, windows
 from weights_conversion.errors import ConversionError
 
 # ModelConfig field -> Megatron-LLM's name in args.
@@ -125,7 +125,7 @@ def _stated(family: str, args: Mapping[str, Any], manifest: Mapping[str, Any]) -
             stated[name] = args[NAMES[name]]
     if "rope_scaling" in args:
         latent = args.get("mla") is not None
-        stated["rope_scaling"] = rope.completed(args["rope_scaling"], manifest.get("rope_scaling"), latent=latent)
+        stated["rope_scaling"] = rope_core.completed(args["rope_scaling"], manifest.get("rope_scaling"), latent=latent)
     if "moe" in stated:
         stated["moe"] = parts.completed(stated["moe"], manifest.get("moe"), args)
     if was_reset(args):

@@ -21,7 +21,8 @@ _BRIDGE = ("original_max_position_embeddings", "beta_fast", "beta_slow")
 _NUMBERS = ("rotary_scaling_factor", "mscale", "mscale_all_dim", *_BRIDGE)
 
 
-def _m(factor: float, scale: float) -> float:
+def yarn_mscale(factor: float, scale: float = 1.0) -> float:
+    """Yarn's factor on cos and sin: m(scale)."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -31,7 +32,7 @@ def canonical(scaling: RopeScaling) -> RopeScaling:
     mscale = core_mscale(scaling)
     if all_dim and factor > 1:
         return dataclasses.replace(scaling, mscale=mscale, mscale_all_dim=all_dim, attention_factor=None)
-    attention = None if mscale == 1.0 else _m(factor, mscale)
+    attention = None if mscale == 1.0 else yarn_mscale(factor, mscale)
     if factor <= 1 and scaling.attention_factor != 1.0:  # stated by itself, whatever the factor
         attention = scaling.attention_factor
     return dataclasses.replace(scaling, mscale=None, mscale_all_dim=None, attention_factor=attention)
@@ -44,8 +45,8 @@ def core_mscale(scaling: RopeScaling) -> float:
         return 1.0
     if scaling.attention_factor is None and scaling.mscale:
         return scaling.mscale
-    on_angles = scaling.attention_factor if scaling.attention_factor is not None else _m(factor, 1.0)
-    return (on_angles * _m(factor, all_dim) - 1.0) / (0.1 * math.log(factor))
+    on_angles = scaling.attention_factor if scaling.attention_factor is not None else yarn_mscale(factor, 1.0)
+    return (on_angles * yarn_mscale(factor, all_dim) - 1.0) / (0.1 * math.log(factor))
 
 
 def read_core(args: Mapping[str, Any], where: str) -> RopeScaling | None:
@@ -79,7 +80,7 @@ def read_core(args: Mapping[str, Any], where: str) -> RopeScaling | None:
         "yarn", factor, original,
         beta_fast=float(stated.get("beta_fast", 32.0)), beta_slow=float(stated.get("beta_slow", 1.0)),
         mscale=mscale if all_dim else None, mscale_all_dim=all_dim or None,
-        attention_factor=None if all_dim or mscale == 1.0 else _m(factor, mscale),
+        attention_factor=None if all_dim or mscale == 1.0 else yarn_mscale(factor, mscale),
     )  # fmt: skip
 
 

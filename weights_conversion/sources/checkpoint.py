@@ -13,7 +13,7 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import core_args, core_foreign, manifest, megatron_args, moe, rope
+from weights_conversion.configs import core_args, core_foreign, manifest, megatron_args, moe, rope_core
 from weights_conversion.errors import ConversionError
 from weights_conversion.files.owners import stranger
 from weights_conversion.formats import hybrid
@@ -164,9 +164,10 @@ def open_checkpoint(
     elif not files.has_head() and not args.get("tie_embed_logits"):
         raise ConversionError(f"{files.folder} has no output layer (lm_head) on its last stage, which {model} needs")
     resolved = megatron_args.resolve(model, args, fields, flags or {}, kept.rows)
-    warnings += [*resolved.warnings, *rope.assumed_warnings(resolved.config, files.args)]
+    warnings += [*resolved.warnings, *rope_core.assumed_warnings(resolved.config, files.args)]
     if files.dialect is MEGATRON_CORE:
-        warnings += rope.trained_warnings(resolved.config) + hybrid.warnings(files.args) + moe.trained_warnings(args)
+        warnings += rope_core.trained_warnings(resolved.config)
+        warnings += hybrid.warnings(files.args) + moe.trained_warnings(args)
     for name in (said or {}).get("assumed", []):
         if resolved.origins.get(name) == "manifest":
             flag, value = megatron_args.NAMES[name], getattr(resolved.config, name)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import exported, hf_config, rope
+from weights_conversion.configs import exported, hf_config, rope_core
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.engine.job import DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
@@ -229,7 +229,7 @@ def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
     taken = [f"{NAMES[name]} {value}" for name, value in lost.items() if name not in options.fields]
     notes = [f"values     of {reference.name}, since the checkpoint says none: {', '.join(taken)}"] if taken else []
     # Constants of Megatron-Core's rope, which args cannot carry, are the reference's where all else agrees.
-    whole = rope.completed(again.config.rope_scaling, model.rope_scaling, latent=again.config.mla is not None)
+    whole = rope_core.completed(again.config.rope_scaling, model.rope_scaling, latent=again.config.mla is not None)
     if again.origins.get("rope_scaling") == "args" and whole != again.config.rope_scaling:
         again = replace(again, config=replace(again.config, rope_scaling=whole))
         notes.append(f"values     of {reference.name}: the parts of its rope scaling that args cannot carry")

@@ -20,6 +20,7 @@ from weights_conversion.configs import (
     meta_params,
     parts,
     rope,
+    rope_core,
 )
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio
@@ -274,7 +275,7 @@ def _open_megatron(
 def _agree(stated: object, said: object, *, latent: bool) -> bool:
     """Args say it, as far as they can: not Llama 3's constants, nor the last digit of yarn's factor."""
     if isinstance(stated, RopeScaling) and isinstance(said, RopeScaling):
-        return rope.completed(stated, said, latent=latent) == said
+        return rope_core.completed(stated, said, latent=latent) == said
     return stated == said
 
 
