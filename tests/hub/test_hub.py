@@ -24,6 +24,7 @@ from hub_standin import HubStandIn, Repository, default_repository_files, shards
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.errors import ConversionError
 from weights_conversion.hub import repositories as hub_module
+from weights_conversion.hub import space as hub_space
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {
@@ -571,10 +572,10 @@ def test_full_disk(standin: HubStandIn, client: Client) -> None:
 def test_too_little_space(standin: HubStandIn, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """What will not fit is refused before the first shard."""
     folder = Path(client.run(weights=False)["folder"])
-    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2000})())
+    monkeypatch.setattr(hub_space.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2000})())
     info = type("Info", (), {"siblings": _siblings(), "sha": "0" * 40})()
     with pytest.raises(ConversionError, match="GB free"):
-        hub_module._check_space(info, sorted(SHARDS), folder, PUBLIC)  # type: ignore[arg-type]
+        hub_space.check_space(info, sorted(SHARDS), folder, PUBLIC)  # type: ignore[arg-type]
 
 
 def _siblings() -> list[Any]:

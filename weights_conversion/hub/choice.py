@@ -1,4 +1,4 @@
-"""Which weight files of a repository to take, from the names that it lists and the index that it holds."""
+"""Which files of a repository to take, from the names that it lists and the index that it holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ from pathlib import Path
 
 from weights_conversion.errors import ConversionError
 
+# In the order in which they are fetched: where the vocabulary is complete, so is everything before it.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+)
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 # Bytes of a config, a tokenizer file or an index; those of the default repositories are below 5 MB.
 MAX_SMALL_BYTES = 64 << 20
 FORMATS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # transformers' stems, the preferred one first

@@ -26,56 +26,79 @@ class Failure:
 
 
 def explain(error: Exception, repository: str, revision: str, cache: Path) -> Failure:
-    from huggingface_hub import constants, errors, get_token
+    """The first of the error's causes that is known, else the last as a broken connection or a fetch that failed."""
+    from huggingface_hub import constants
 
-    hub, page, name = constants.ENDPOINT, f"{constants.ENDPOINT}/{repository}", f"repository {repository}"
-    login = "run 'hf auth login' or set HF_TOKEN" + (f" with a token from {hub}/settings/tokens" if get_token() else "")
-    elsewhere = "name another place with --cache-dir or HF_HOME"
     causes = _causes(error)
     for cause in causes:
-        number = getattr(cause, "errno", None)
-        if isinstance(cause, errors.OfflineModeIsEnabled):
-            remedy = f"unset it, or first run the same command (or 'hf download {repository}') where there is a network"
-            return Failure("offline", f"HF_HUB_OFFLINE is set for {name}", remedy)
-        if number in FULL or "No space left" in str(cause):  # hf_xet gives no number
-            found = f"The disk of the cache {cache} is full, so {name} could not be fetched"
-            return Failure("final", found, f"free some space, or {elsewhere}, and run the same command again")
-        if number in UNWRITABLE and getattr(cause, "filename", None):
-            found = f"The cache {cache} cannot be written for {name} ({_one_line(cause)})"
-            return Failure("refused", found, f"mend that, or {elsewhere}")
-        if isinstance(cause, errors.GatedRepoError):
-            account = "your token's account has no access to it" if get_token() else "no token was sent"
-            remedy = f"request access at {page}, {login}, and run the same command again once access is granted"
-            return Failure("refused", f"The {name} is gated and {account}", remedy)
-        if isinstance(cause, errors.RepositoryNotFoundError):
-            found = f"The hub {hub} has no {name} that you may read"
-            return Failure("refused", found, f"check --model-path, or {login} if it is private")
-        if isinstance(cause, errors.RevisionNotFoundError):
-            return Failure(
-                "final", f"The {name} has no revision '{revision}'", f"choose one at {page}/tree/main with --revision"
-            )
-        if isinstance(cause, errors.HfHubHTTPError) and getattr(cause, "response", None) is not None:
-            status = cause.response.status_code
-            said = _one_line(cause.server_message or cause.response.headers.get("X-Error-Message") or "no reason given")
-            verb, remedy = REFUSALS.get(status, ("fails to serve", "run the same command again later"))
-            found = f"The hub {hub} {verb} {name} (status {status}, {said})"
-            return Failure("refused", found, remedy.format(login=login, page=page))
-    last = causes[-1]
+        failure = _on_this_machine(cause, repository, cache) or _by_the_hub(cause, repository, revision)
+        if failure is not None:
+            return failure
+    last, hub = causes[-1], constants.ENDPOINT
     reason = _one_line(f"{type(last).__name__}: {last}")
-    # What the client's HTTP library, which is another one since 1.0, derives all its errors from.
-    http = tuple(base for base in errors.HfHubHTTPError.__mro__ if base.__module__.startswith(("requests", "httpx")))
-    lost = broke_in_mid_file(error) or any(
-        isinstance(cause, (*http, ConnectionError, TimeoutError)) for cause in causes
-    )
-    if lost and not isinstance(last, ValueError):  # an answer that is no JSON, an address that is none
-        found = f"The connection to {hub} failed or was too slow for {name} ({reason})"
+    # A ValueError is an answer that is no JSON, or an address that is none.
+    if _is_lost(error, causes) and not isinstance(last, ValueError):
+        found = f"The connection to {hub} failed or was too slow for repository {repository} ({reason})"
         remedy = (
             "run the same command again, it continues with what is in the cache; where there is no network, run "
             f"'hf download {repository}' on a machine that has one and point HF_HOME here at (a copy of) its cache"
         )
         return Failure("unreachable", found, remedy)
-    found = f"The {name} could not be fetched from {hub} ({reason})"
+    found = f"The repository {repository} could not be fetched from {hub} ({reason})"
     return Failure("unreachable", found, "check HF_ENDPOINT and the network, and run the same command again")
+
+
+def _on_this_machine(cause: BaseException, repository: str, cache: Path) -> Failure | None:
+    """A network that was switched off, a full disk, a cache that cannot be written."""
+    from huggingface_hub import errors
+
+    number, name = getattr(cause, "errno", None), f"repository {repository}"
+    elsewhere = "name another place with --cache-dir or HF_HOME"
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        remedy = f"unset it, or first run the same command (or 'hf download {repository}') where there is a network"
+        return Failure("offline", f"HF_HUB_OFFLINE is set for {name}", remedy)
+    if number in FULL or "No space left" in str(cause):  # hf_xet gives no number
+        found = f"The disk of the cache {cache} is full, so {name} could not be fetched"
+        return Failure("final", found, f"free some space, or {elsewhere}, and run the same command again")
+    if number in UNWRITABLE and getattr(cause, "filename", None):
+        found = f"The cache {cache} cannot be written for {name} ({_one_line(cause)})"
+        return Failure("refused", found, f"mend that, or {elsewhere}")
+    return None
+
+
+def _by_the_hub(cause: BaseException, repository: str, revision: str) -> Failure | None:
+    """An answer of the hub that is no file: gated, not there, or a status."""
+    from huggingface_hub import constants, errors, get_token
+
+    hub, page, name = constants.ENDPOINT, f"{constants.ENDPOINT}/{repository}", f"repository {repository}"
+    login = "run 'hf auth login' or set HF_TOKEN" + (f" with a token from {hub}/settings/tokens" if get_token() else "")
+    if isinstance(cause, errors.GatedRepoError):
+        account = "your token's account has no access to it" if get_token() else "no token was sent"
+        remedy = f"request access at {page}, {login}, and run the same command again once access is granted"
+        return Failure("refused", f"The {name} is gated and {account}", remedy)
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        found = f"The hub {hub} has no {name} that you may read"
+        return Failure("refused", found, f"check --model-path, or {login} if it is private")
+    if isinstance(cause, errors.RevisionNotFoundError):
+        remedy = f"choose one at {page}/tree/main with --revision"
+        return Failure("final", f"The {name} has no revision '{revision}'", remedy)
+    if isinstance(cause, errors.HfHubHTTPError) and getattr(cause, "response", None) is not None:
+        status = cause.response.status_code
+        said = _one_line(cause.server_message or cause.response.headers.get("X-Error-Message") or "no reason given")
+        verb, remedy = REFUSALS.get(status, ("fails to serve", "run the same command again later"))
+        found = f"The hub {hub} {verb} {name} (status {status}, {said})"
+        return Failure("refused", found, remedy.format(login=login, page=page))
+    return None
+
+
+def _is_lost(error: Exception, causes: list[BaseException]) -> bool:
+    """Whether the connection was: by what the client's HTTP library, another since 1.0, derives all its errors from."""
+    from huggingface_hub import errors
+
+    http = tuple(base for base in errors.HfHubHTTPError.__mro__ if base.__module__.startswith(("requests", "httpx")))
+    return broke_in_mid_file(error) or any(
+        isinstance(cause, (*http, ConnectionError, TimeoutError)) for cause in causes
+    )
 
 
 def _causes(error: BaseException) -> list[BaseException]:
