@@ -20,7 +20,8 @@ first layer and sub-module where the sides part. If the checkpoint holds checksu
 #       largest_relative_error, row, column, source_value, checkpoint_value, first [row, column], files {file: values},
 #       cause]; relative errors are of the larger value; tensors, rows, columns are those of the Hugging Face model
 #   numeric (null with --exact-only): same, stage, layer, error, logits_error, cause, prompts, prompt_tokens,
-#       errors [of the embedding, each layer, and behind the layers]
+#       experts_reached and experts (of all layers; null without experts), errors [of the embedding, each layer, and
+#       behind the layers]
 #   checksums (null without checksums.sha256): same, problems [sentence]
 
 from __future__ import annotations

@@ -92,3 +92,25 @@ def test_a_name_that_transformers_does_not_know(to_megatron, to_hf, tmp_path: Pa
     exported(tmp_path / "mt", tmp_path / "out", to_hf)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("deepseek_v3", ["DeepseekV3ForCausalLM"])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe"])
+def test_another_layout_of_a_checkpoint(family: str, to_megatron, to_hf, tmp_path: Path) -> None:
+    """Of rank files from torch_dist; in Megatron-LLM's format there are no experts."""
+    changes = {"num_nextn_predict_layers": 0} if family == "glm4-moe" else {}
+    hf, first, ranks = source(family, tmp_path / "hf", **changes), tmp_path / "first", tmp_path / "ranks"
+    to_megatron(family, "--model-path", hf, "--out", first).succeeded()
+    layout = ("--target", "megatron-core", "--ckpt-format", "torch", "--expert-model-parallel-size", 2)
+    to_megatron(family, "--model-path", first, "--out", ranks, *layout, "--verify").succeeded()
+    found, expected = exported(ranks, tmp_path / "out", to_hf), load_file(hf / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    refused = to_megatron(family, "--model-path", first, "--out", tmp_path / "llm", "--target", "megatron-llm")
+    refused.refused("Megatron-LLM cannot express", "moe")
+
+
+def test_one_expert_is_no_mixture(to_megatron, tmp_path: Path) -> None:
+    hf = source("qwen3-moe", tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"num_experts": 1, "num_experts_per_tok": 1}))
+    to_megatron("qwen3-moe", "--model-path", hf, "--out", tmp_path / "out").refused("1 expert, where a mixture")

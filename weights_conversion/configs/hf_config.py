@@ -151,6 +151,11 @@ def check_heads(config: ModelConfig, own_head_dim: bool, where: str) -> None:
         raise ConversionError(*problems)
 
 
+def lacking(family: str, target: Dialect) -> list[str]:
+    """Features that models of `family` may have and `target` has not."""
+    return sorted(features.of(family).intersection(_OF_TARGETS).difference(target.features))
+
+
 def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str) -> list[str]:
     """Features of a config.json that the target cannot express, as sentences."""
     found = []
@@ -160,8 +165,7 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str
         if not (raw.get("parallel_attn", True) or raw.get("new_decoder_architecture", False)):
             found.append("attention before the MLP instead of beside it (parallel_attn false)")
     else:
-        lacking = features.of(family).intersection(_OF_TARGETS).difference(target.features)
-        found += [f"{feature}, which {family} has" for feature in sorted(lacking)]
+        found += [f"{feature}, which {family} has" for feature in lacking(family, target)]
         if raw.get("tie_word_embeddings") and not target.ties_heads:
             found.append("a head tied to the embedding (tie_word_embeddings)")
     malformed, partial = [], "partial_rotary" not in features.of(family)

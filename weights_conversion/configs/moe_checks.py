@@ -12,7 +12,9 @@ def impossible(moe: Moe) -> list[str]:
     wrong = []
     if not any(moe.layers):
         wrong.append("no layer with experts, where a mixture of experts has one at least")
-    if moe.topk > moe.num_experts:
+    if moe.num_experts == 1:
+        wrong.append("1 expert, where a mixture of experts has two at least")
+    elif moe.topk > moe.num_experts:
         wrong.append(f"{moe.topk} experts per token, and only {moe.num_experts} experts")
     if moe.num_groups is not None and moe.group_topk is not None:
         if moe.num_experts % moe.num_groups:

@@ -215,7 +215,7 @@ def open_megatron(
         raise ConversionError(
             f"{root} has rope scaling of kind {opened.config.rope_scaling.kind}, which {target.name} cannot express"
         )
-    if lacking := [name for name in sorted(FAMILIES[model].features) if name not in target.features]:
+    if lacking := hf_config.lacking(model, target):
         raise ConversionError(f"{target.name} cannot express {model}: it has no {', '.join(lacking)}")
     if not FAMILIES[model].ties_in_megatron_llm and not target.ties_heads and opened.config.tie_word_embeddings:
         raise ConversionError(f"{root} has a head tied to the embedding, which {target.name} cannot express")

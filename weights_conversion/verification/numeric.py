@@ -16,6 +16,7 @@ from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.verification import forward, linear
 from weights_conversion.verification.conventions import CONVENTIONS, Convention, Names, block_of
 from weights_conversion.verification.forward import Weights
+from weights_conversion.verification.reached import Read
 from weights_conversion.verification.sides import NUMBER_FIELDS, Model, shown
 from weights_conversion.verification.stored import head_of, rounded, weights_of
 
@@ -39,6 +40,7 @@ class Numeric:
     cause: str | None
     prompts: tuple[int, int]
     errors: tuple[float, ...] = ()  # the largest of the embedding, of each layer, and behind the layers
+    experts: tuple[int, int] | None = None  # of all layers: those that a token reached, and all that there are
 
     def sentence(self) -> str:
         at = f"layer {self.layer} {self.stage}" if self.layer is not None else self.stage
@@ -107,8 +109,9 @@ def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -
     tokens = forward.default_prompts(_prompts_config(ours.config, theirs.config))
     shape = (tokens.shape[0], tokens.shape[1])
     # One side's scaling suffices: where the other lost it, the sides part at far positions.
+    read = Read(ours.weights)
     positions = max((forward.default_positions(run.config, shape[1]) for run in (ours, theirs)), key=lambda at: at[-1])
-    ours, theirs = replace(ours, positions=positions), replace(theirs, positions=positions)
+    ours, theirs = replace(ours, positions=positions, weights=read), replace(theirs, positions=positions)
     largest: tuple[float, str, int | None] = (0.0, "embedding", None)
     hidden, error, parted = torch.empty(0), 0.0, None
     layers = ours.config.num_layers
@@ -119,7 +122,8 @@ def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -
             place = layer + 1 if layer is not None else 0 if stage == "embedding" else layers + 1
             errors[place] = max(errors[place], error)
             if error > BOUND and parted is None:  # what follows shows how it goes on
-                cause = Causes(source, checkpoint, ours, theirs, files).find(stage, layer, tokens, hidden, b)
+                again = replace(ours, weights=read.weights)  # what a hypothesis reads, no token reached
+                cause = Causes(source, checkpoint, again, theirs, files).find(stage, layer, tokens, hidden, b)
                 parted = Numeric(False, stage, layer, error, None, cause, shape)
             largest = max(largest, (error, stage, layer), key=lambda entry: entry[0])
             if stage in ("embedding", "layer", "final_norm"):
@@ -127,7 +131,7 @@ def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -
             if stage in ("embedding", "layer", "logits"):
                 advance(1)
     found = parted or Numeric(True, largest[1], largest[2], largest[0], error, None, shape)
-    return replace(found, errors=tuple(errors))
+    return replace(found, errors=tuple(errors), experts=read.experts(ours.config, ours.convention))
 
 
 def _prompts_config(a: ModelConfig, b: ModelConfig) -> ModelConfig:

@@ -75,6 +75,9 @@ class Verification:
                 lines.append(f"            likely cause: {self.numeric.cause}")
             elif not self.numeric.same:
                 lines.append(f"            {self._unexplained()}")
+            if self.numeric.experts is not None:
+                reached, count = self.numeric.experts
+                lines.append(f"experts     the prompts' tokens reached {reached} of {count} experts; no other was run")
             if not self.numeric.same:
                 lines.append(f"errors      {sparkline(self.numeric.errors)}")
         if self.checksums is not None:
@@ -140,6 +143,8 @@ class Verification:
                 "cause": numeric.cause or ("rounding" if numeric.same else None),
                 "prompts": numeric.prompts[0],
                 "prompt_tokens": numeric.prompts[1],
+                "experts_reached": None if numeric.experts is None else numeric.experts[0],
+                "experts": None if numeric.experts is None else numeric.experts[1],
             },
             "checksums": None if self.checksums is None else {"same": not self.checksums, "problems": self.checksums},
             "causes": self.causes,
