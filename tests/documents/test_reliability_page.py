@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from weights_conversion.files import fileio
+from weights_conversion.output import durability
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
 
@@ -29,3 +30,8 @@ def test_commands_are_there() -> None:
         assert path.is_dir() or path.with_suffix(".py").is_file()
         if path.is_dir():
             parse(options.split())
+
+
+def test_what_a_kill_costs() -> None:
+    assert (durability.FIRST_SECONDS, durability.SYNC_SECONDS) == (2.0, 20.0)
+    assert "two seconds after it began and then every twenty" in PAGE.replace("\n", " ")

@@ -6,7 +6,6 @@ The full counts: `python -m tests.robustness.kill_runs`, `... .full_disk` and `.
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import os
 import random
@@ -421,38 +420,16 @@ def test_what_starts_over(change: str, to_megatron: Script, tmp_path: Path, monk
 REF = TensorRef("x.pt", "a", torch.float32, (4, 4))
 
 
-def test_journal_follows_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part is noted after its data are on the disk, and never after a sync has failed."""
-    monkeypatch.setattr(journals, "SYNC_BYTES", 1)
-    journal, noted = journals.Journal(tmp_path, [REF]), []
-
-    def sync() -> None:
-        noted.append(sorted(journals.Journal(tmp_path, [REF]).load()))
-
-    journal.add(0, [Written(REF, 0, 32, 1)], sync)
-    journal.add(1, [Written(REF, 32, 32, 2)], sync)
-    assert noted == [[], [0]]
-
-    def fails() -> None:
-        raise OSError(errno.EIO, "lost")
-
-    with pytest.raises(OSError, match="lost"):
-        journal.add(2, [Written(REF, 0, 32, 3)], fails)
-    journal.flush(sync)
-    journal.add(3, [Written(REF, 0, 32, 3)], sync)
-    assert sorted(journals.Journal(tmp_path, [REF]).load()) == [0, 1]
-
-
 def test_journal_survives_a_line_cut_off(tmp_path: Path) -> None:
     journal = journals.Journal(tmp_path, [REF])
-    journal.add(0, [Written(REF, 0, 64, 1)], lambda: None)
-    journal.flush(lambda: None)
+    journal.add(0, [Written(REF, 0, 64, 1)])
+    journal.note(journal.take())
     path = tmp_path / "chunks.0"
     path.write_text(path.read_text() + "[1, [[0, 0, 6")
     later = journals.Journal(tmp_path, [REF])
     assert sorted(later.load()) == [0]
-    later.add(2, [Written(REF, 0, 64, 1)], lambda: None)
-    later.flush(lambda: None)
+    later.add(2, [Written(REF, 0, 64, 1)])
+    later.note(later.take())
     assert sorted(later.load()) == [0, 2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.output import ownership, publish
+from weights_conversion.output import descriptors, ownership, publish
 from weights_conversion.output.ownership import Kind
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
 
@@ -257,3 +258,19 @@ def test_weights_that_are_links_elsewhere(imported, to_megatron, tmp_path: Path)
     before = listing(tmp_path)
     to_megatron(*layout_again(out, out)).refused()
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["latest_checkpointed_iteration.txt", "conversion_manifest.json"])
+def test_an_output_that_cannot_be_read_is_not_foreign(name: str, imported, tmp_path: Path, monkeypatch) -> None:
+    """A server that is gone for a moment says nothing about whose the files are: the sentence is about the reading."""
+    shutil.copytree(imported("llama2-gqa"), tmp_path / "out")
+    opened = descriptors.open_regular
+
+    def open_regular(wanted: str, within: int, flags: int) -> int:
+        if wanted == name:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), wanted)
+        return opened(wanted, within, flags)
+
+    monkeypatch.setattr(descriptors, "open_regular", open_regular)
+    with pytest.raises(OSError, match="Stale"):
+        ownership.output_in(tmp_path / "out")

@@ -188,9 +188,9 @@ def test_the_old_journal_is_read_by_nobody_else(tmp_path: Path) -> None:
     (tmp_path / "chunks.0").symlink_to(tmp_path / "mine")
     journal = Journal(tmp_path, [ref])
     assert journal.load() == {}
-    journal.add(0, [Written(ref, 0, 64, 1)], lambda: None)
+    journal.add(0, [Written(ref, 0, 64, 1)])
     with pytest.raises(OSError):  # noqa: PT011 which one depends on the system
-        journal.flush(lambda: None)
+        journal.note(journal.take())
     assert (tmp_path / "mine").read_text() == "mine"
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from tests.robustness import sources
 from tests.robustness.sources import Command, clear, tree, write_older
 
-SYNC_BYTES = 4 << 20  # instead of a gigabyte, so that a short run notes its progress many times
+SYNC_SECONDS = 0.01  # instead of tens of seconds, so that a short run notes its progress many times
 
 
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir", "os.listdir")
@@ -62,10 +62,10 @@ def start(line: list[str], log: Path, last: int | None = None, exchange: bool = 
         import importlib
 
         from weights_conversion import cli
-        from weights_conversion.output import journal, publish
+        from weights_conversion.output import durability, publish
 
         os.setpgid(0, 0)
-        journal.SYNC_BYTES = SYNC_BYTES
+        durability.FIRST_SECONDS = durability.SYNC_SECONDS = SYNC_SECONDS
         if not exchange:  # as on filesystems that cannot
             publish.exchange = lambda *_: False
         if last is not None:

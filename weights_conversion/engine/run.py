@@ -22,7 +22,8 @@ from weights_conversion.files import watch
 from weights_conversion.launch import distributed, signals
 from weights_conversion.layouts.placement import Written
 from weights_conversion.layouts.plan import Chunk
-from weights_conversion.output import beginning, finished, finishing, place, space
+from weights_conversion.output import assembly, beginning, finished, finishing, place, space
+from weights_conversion.output.durability import Durability
 from weights_conversion.output.finished import open_to_others
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def _write(
     output = start.lay_out(job, ranks, run_digest, len(chunks), options.overwrite)
     before = needed if output.hold.complete else sum(w.length for writes in output.done.values() for w in writes)
     try:
-        _convert(job, options, chunks, source, output, needed)
+        _convert(job, options, chunks, source, output, needed, run_digest)
     finally:
         output.hold.close()
     if ranks.rank == 0:
@@ -149,66 +150,72 @@ def _write(
 
 
 def _convert(
-    job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, output: start.Output, needed: int
+    job: Job, options: RunOptions, chunks: Sequence[Chunk], source: Source, output: start.Output, needed: int,
+    run_digest: str,
 ) -> None:  # fmt: skip
-    ranks, seen = distributed.current(), watch.current()
+    ranks, seen, hold = distributed.current(), watch.current(), output.hold
     stands = seen.check if seen is not None else lambda: None
     remaining = [(number, chunk) for number, chunk in enumerate(chunks) if number not in output.done]
     mine = sharing.share(remaining, [chunk.nbytes for _, chunk in remaining], ranks.size)[ranks.rank]
-    _write_chunks(job, options, mine, source, output, needed)
+    target = Target(hold.shown, output.offsets, folder=hold.checkpoint)
+    files = [each.file for each in job.targets]
+    note = None if output.durable else lambda: hold.note_digest(run_digest)
+    try:
+        with Durability(output.journal, target, files, assembly.folder_syncs(hold, files), note) as durability:
+            _write_chunks(job, options, mine, source, output, target, durability, needed)
+            if ranks.rank == 0:
+                ranks.settle()
+                done = output.journal.load_all(len(chunks)) if ranks.size > 1 and remaining else output.done
+                written = [write for writes in done.values() for write in writes]
+                if hold.complete and open_to_others(hold.checkpoint):
+                    _is_same(job, options)
+                finishing.finish(
+                    hold, job.targets, output.offsets, written, job.files, job.last, options.overwrite, durability,
+                    options.workers if options.checksums else 0, _proof(job) if options.verify else None, stands,
+                )  # fmt: skip
+    finally:
+        target.close()
     if ranks.rank:
         ranks.hear("finished")
-        return
-    ranks.settle()
-    done = output.journal.load_all(len(chunks)) if ranks.size > 1 and remaining else output.done
-    written = [write for writes in done.values() for write in writes]
-    if output.hold.complete and open_to_others(output.hold.checkpoint):
-        _is_same(job, options)
-    finishing.finish(
-        output.hold, job.targets, output.offsets, written, job.files, job.last, options.overwrite,
-        options.workers if options.checksums else 0, _proof(job) if options.verify else None, stands,
-    )  # fmt: skip
-    signals.leaves(str)
-    ranks.tell("finished")
+    else:
+        signals.leaves(str)
+        ranks.tell("finished")
 
 
 def _write_chunks(
-    job: Job, options: RunOptions, mine: Sequence[tuple[int, Chunk]], source: Source, output: start.Output, needed: int
-) -> None:
+    job: Job, options: RunOptions, mine: Sequence[tuple[int, Chunk]], source: Source, output: start.Output,
+    target: Target, durability: Durability, needed: int,
+) -> None:  # fmt: skip
     """This rank's share of the chunks. Rank 0 comes back when all ranks have written theirs."""
-    ranks, journal, seen = distributed.current(), output.journal, watch.current()
-    target = Target(output.hold.shown, output.offsets, folder=output.hold.checkpoint)
+    ranks, seen = distributed.current(), watch.current()
     before = counted = sum(w.length for writes in output.done.values() for w in writes)
-    try:
-        with progress.bar(needed, before) if ranks.rank == 0 else contextlib.nullcontext(lambda _: None) as advance:
+    with progress.bar(needed, before) if ranks.rank == 0 else contextlib.nullcontext(lambda _: None) as advance:
 
-            def show(count: int) -> None:
-                nonlocal counted
-                counted += count
-                advance(count)
+        def show(count: int) -> None:
+            nonlocal counted
+            counted += count
+            advance(count)
 
-            ranks.shows(show)
-            if ranks.rank == 0:
-                signals.leaves(lambda: _left_behind(output.hold.path, counted, needed))
+        ranks.shows(show)
+        if ranks.rank == 0:
+            signals.leaves(lambda: _left_behind(output.hold.path, counted, needed))
 
-            def finished(number: int, _: object, written: list[Written]) -> None:
-                output.done[number] = written
-                journal.add(number, written, target.sync)
-                ranks.count(sum(w.length for w in written))
+        def finished(number: int, _: object, written: list[Written]) -> None:
+            output.done[number] = written
+            durability.add(number, written)
+            ranks.count(sum(w.length for w in written))
 
-            try:
-                execute(job.plan, mine, source, target, options.workers, finished, ranks.stop)
-            finally:
-                journal.flush(target.sync)
-            ranks.check()
-            if seen is not None:
-                seen.check()
+        execute(job.plan, mine, source, target, options.workers, finished, ranks.stop)
+        durability.stop()
+        if ranks.size > 1:  # what this rank has written is noted before the others build upon it
+            durability.flush()
+        ranks.check()
+        if seen is not None:
+            seen.check()
+        if ranks.rank:
             target.close()
-            if ranks.rank:
-                output.hold.close()  # nothing more is written here
-            ranks.gather("written")
-    finally:
-        target.close()
+            output.hold.close()  # nothing more is written here
+        ranks.gather("written")
 
 
 def _left_behind(partial: Path, done: int, needed: int) -> str:

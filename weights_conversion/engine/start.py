@@ -19,12 +19,16 @@ from weights_conversion.output.partial import Partial
 
 @dataclass
 class Output:
-    """OUT.partial, laid out: this rank's hold on it, where each tensor begins, and what is finished already."""
+    """OUT.partial, laid out: this rank's hold on it, where each tensor begins, and what is finished already.
+
+    Not `durable`: a power cut may still undo the layout, so that nothing says yet by which run it can be continued.
+    """
 
     hold: Partial
     offsets: Mapping[TensorRef, int]
     journal: Journal
     done: dict[int, list[Written]]
+    durable: bool = True
 
 
 def lay_out(job: Job, ranks: distributed.Ranks, run_digest: str, chunks: int, overwrite: bool) -> Output:
@@ -44,12 +48,16 @@ def lay_out(job: Job, ranks: distributed.Ranks, run_digest: str, chunks: int, ov
     hold = beginning.prepare(job.out, run_digest, overwrite)
     try:
         done: dict[int, list[Written]] = {}
+        durable = True
         if hold.resume and (offsets := _found(hold, job)) is not None:
             journal = Journal(hold.notes, refs, 0, hold.journal)
             done = {n: [] for n in range(chunks)} if hold.complete else journal.load()
             job.report.notes.append(f"continued an interrupted run: {len(done)} of {chunks} parts were good")
         else:
-            offsets = assembly.lay_out(hold, job.targets, run_digest)
+            offsets, durable = assembly.lay_out(hold, job.targets), ranks.size > 1
+            if durable:  # the other ranks know it by its digest, which is not there before
+                assembly.sync_layout(hold, job.targets)
+                hold.note_digest(run_digest)
             journal = Journal(hold.notes, refs, 0, hold.journal)
         if ranks.size > 1:
             hold.share()
@@ -57,7 +65,7 @@ def lay_out(job: Job, ranks: distributed.Ranks, run_digest: str, chunks: int, ov
     except BaseException:
         hold.close()
         raise
-    return Output(hold, offsets, journal, done)
+    return Output(hold, offsets, journal, done, durable)
 
 
 def _found(hold: Partial, job: Job) -> dict[TensorRef, int] | None:

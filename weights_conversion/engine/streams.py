@@ -189,13 +189,19 @@ class Target:
             return os.open(self._root / file, flags | os.O_CLOEXEC)
         return descriptors.open_regular(file, self._folder, flags)
 
-    def sync(self) -> None:
-        """Make everything that was written survive a power cut."""
-        with self._lock:
-            opened = [(file, cached) for file, (cached, _) in self._files.items()]
-        for file, descriptor in opened:
-            with fileio.named("syncing", self._root / file):
+    def sync(self, file: str) -> None:
+        """Make what was written into a file survive a power cut, by whom it was ever written."""
+        with descriptors.shown_as("syncing", self._root / file):
+            with self._lock:
+                opened = self._files.get(file)
+            if opened is not None:  # open since before it was written: by this descriptor no error goes unheard
+                os.fsync(opened[0])
+                return
+            descriptor = self._open_file(file, os.O_RDONLY)
+            try:
                 os.fsync(descriptor)
+            finally:
+                fileio.close_quietly(descriptor)
 
     def close(self) -> None:
         files, refused = self._files, self._refused

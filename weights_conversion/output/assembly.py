@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -16,6 +17,7 @@ from weights_conversion.layouts.placement import TensorRef
 from weights_conversion.output import beginning, descriptors, place, space
 from weights_conversion.output.journal import VISIBLE_SECONDS
 from weights_conversion.output.partial import Partial
+from weights_conversion.output.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,8 @@ class TargetFile(Protocol):
         ...
 
 
-def lay_out(held: Partial, targets: Sequence[TargetFile], run_digest: str) -> dict[TensorRef, int]:
-    """Creates every file at its final size; where each tensor's data begin."""
+def lay_out(held: Partial, targets: Sequence[TargetFile]) -> dict[TensorRef, int]:
+    """Creates every file at its final size; where each tensor's data begin. Nothing is synced yet."""
     offsets: dict[TensorRef, int] = {}
     try:
         for target in targets:
@@ -54,8 +56,6 @@ def lay_out(held: Partial, targets: Sequence[TargetFile], run_digest: str) -> di
     except OSError:
         held.remove()  # nothing is gained yet, and the disk may be full of it
         raise
-    sync_all(held, targets)
-    held.note_digest(run_digest)
     return offsets
 
 
@@ -97,16 +97,27 @@ def join_layout(
         time.sleep(0.5)
 
 
-def sync_all(held: Partial, targets: Sequence[TargetFile]) -> None:
-    """Makes the files, and the folders that name them, survive a power cut."""
-    for target in targets:
+def folder_syncs(held: Partial, names: Iterable[str]) -> list[Callable[[], None]]:
+    """Calls, in any order, that make the names of files (relative to the checkpoint) survive a power cut."""
+
+    def sync(folder: str) -> None:
+        with descriptors.shown_as("syncing", held.shown / folder):
+            descriptors.sync_folder(folder, held.checkpoint)
+
+    folders = sorted({str(folder) for name in names for folder in Path(name).parents})
+    return [functools.partial(sync, folder) for folder in folders]
+
+
+def sync_layout(held: Partial, targets: Sequence[TargetFile]) -> None:
+    """Makes the files as they were laid out, and the folders that name them, survive a power cut."""
+
+    def sync(target: TargetFile) -> None:
         with named("syncing", held, target):
             descriptor = held.open(target.file, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 fileio.close_quietly(descriptor)
-    folders = {folder for target in targets for folder in Path(target.file).parents}
-    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
-        with descriptors.shown_as("syncing", held.shown / folder):
-            descriptors.sync_folder(str(folder), held.checkpoint)
+
+    files = [functools.partial(sync, target) for target in targets]
+    together([*files, *folder_syncs(held, [target.file for target in targets])])

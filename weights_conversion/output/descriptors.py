@@ -14,6 +14,7 @@ from weights_conversion.files import fileio
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _SAFE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.EINVAL, errno.ENXIO, errno.EISDIR)
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EISDIR)
 
 
@@ -166,6 +167,21 @@ def read_note(within: int, name: str, limit: int, whole: bool = True) -> bytes |
             content = file.read(limit + whole)
     except OSError:
         return None
+    return None if len(content) > limit else content
+
+
+def read_known(within: int, name: str, limit: int, whole: bool = True) -> bytes | None:
+    """As `read_note`, but what may be there and could not be read is an OSError that names it."""
+    try:
+        descriptor = open_regular(name, within, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in _NOT_A_FILE:
+            return None
+        raise
+    with named_in(within, name), os.fdopen(descriptor, "rb", buffering=0) as file:
+        content = b""
+        while len(content) < limit + whole and (part := file.read(limit + whole - len(content))):
+            content += part
     return None if len(content) > limit else content
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio
 from weights_conversion.layouts.placement import TensorRef, Written
 from weights_conversion.output import assembly, crc32, descriptors, file_sums
+from weights_conversion.output.durability import Durability
 from weights_conversion.output.partial import Partial
+from weights_conversion.output.together import together
 
 
 def combine_crcs(targets: Sequence[assembly.TargetFile], written: Iterable[Written]) -> dict[TensorRef, int]:
@@ -35,8 +40,8 @@ def combine_crcs(targets: Sequence[assembly.TargetFile], written: Iterable[Writt
 
 def finish(
     held: Partial, targets: Sequence[assembly.TargetFile], offsets: Mapping[TensorRef, int], written: Iterable[Written],
-    files: Mapping[str, bytes | Path], last: Mapping[str, bytes], overwrite: bool, sum_workers: int = 0,
-    prove: Callable[[Path], None] | None = None, stands: Callable[[], None] = lambda: None,
+    files: Mapping[str, bytes | Path], last: Mapping[str, bytes], overwrite: bool, durability: Durability,
+    sum_workers: int = 0, prove: Callable[[Path], None] | None = None, stands: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """CRCs, small files (`last` ones after all others are on the disk), then the rename that makes OUT appear.
 
@@ -52,25 +57,12 @@ def finish(
             descriptors.sync_folder(".", held.parent)  # which may be what the earlier run did not come to
         held.remove()
         return
-    crcs = combine_crcs(targets, written)
-    for target in targets:
-        with assembly.named("finishing", held, target), os.fdopen(held.open(target.file), "r+b") as file:
-            target.finish(file, crcs, offsets)
     _remove_strays(held.checkpoint, {*names})
-    for name, content in files.items():
-        if isinstance(content, Path):  # a copy is readable by nobody who cannot read what it is a copy of
-            data = fileio.read_whole(content, fileio.MAX_TOKENIZER_BYTES)
-            held.write(name, data, content.stat().st_mode & 0o777)
-        else:
-            held.write(name, content)
-    if sum_workers:
-        for name, content in file_sums.sums(held.shown, names, last, sum_workers).items():
-            held.write(name, content)
-    assembly.sync_all(held, targets)
-    for name, text in last.items():
-        held.write(name, text)
-    with descriptors.shown_as("syncing", held.shown):
-        descriptors.sync_folder(held.checkpoint)
+    _finish_files(held, targets, offsets, combine_crcs(targets, written), files, durability)
+    sums = file_sums.sums(held.shown, names, last, sum_workers) if sum_workers else {}
+    early = [held.note_publishing] if prove is None else []  # what fails its proof will not be OUT
+    together([durability.note, lambda: _write_last(held, sums, last), *early])
+    durability.files.close()
     stands()
     if prove is not None:
         _prove(held, prove)
@@ -81,6 +73,57 @@ def finish(
         if isinstance(interruption, Exception) or not held.published:
             raise
         held.end()  # a signal after OUT is there: the work is done, and ends as such
+
+
+def _finish_files(
+    held: Partial, targets: Sequence[assembly.TargetFile], offsets: Mapping[TensorRef, int],
+    crcs: Mapping[TensorRef, int], files: Mapping[str, bytes | Path], durability: Durability,
+) -> None:  # fmt: skip
+    """The files of tensors get their CRCs, the small ones their content, and all is synced, at one time."""
+    by_name = {target.file: target for target in targets}
+
+    def finish_file(name: str) -> None:
+        target = by_name[name]
+        with assembly.named("finishing", held, target), os.fdopen(held.open(name), "r+b") as file:
+            target.finish(file, crcs, offsets)
+
+    with contextlib.ExitStack() as opened:
+        small = [opened.enter_context(_Small(held, name, content)) for name, content in files.items()]
+        syncs = assembly.folder_syncs(held, files)  # all names are there by now
+        durability.finish([*(each.write for each in small), *syncs], finish_file)
+
+
+class _Small:
+    """A small file of the output that is there, empty, and to be written."""
+
+    def __init__(self, held: Partial, name: str, content: bytes | Path) -> None:
+        self._held, self._path, mode = held, held.shown / name, 0o666
+        if isinstance(content, Path):  # a copy is readable by nobody who cannot read what it is a copy of
+            content, mode = fileio.read_whole(content, fileio.MAX_TOKENIZER_BYTES), content.stat().st_mode & 0o777
+        self._content = content
+        with descriptors.shown_as("writing", self._path):
+            self._file = os.fdopen(held.create(name, mode), "wb")
+
+    def __enter__(self) -> _Small:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with contextlib.suppress(OSError):  # where `write` has not come to it, another error is told
+            self._file.close()
+
+    def write(self) -> None:
+        """All of it, onto the disk."""
+        with descriptors.shown_as("writing", self._path), self._file as file:
+            file.write(self._content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _write_last(held: Partial, sums: Mapping[str, bytes], last: Mapping[str, bytes]) -> None:
+    """What is written when all other files are on the disk, and its names."""
+    for files in filter(None, (sums, last)):
+        together([functools.partial(held.write, name, content) for name, content in files.items()])
+        together(assembly.folder_syncs(held, files))
 
 
 def _prove(held: Partial, prove: Callable[[Path], None] | None) -> None:

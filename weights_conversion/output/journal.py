@@ -8,7 +8,8 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from weights_conversion.errors import ConversionError
@@ -16,8 +17,15 @@ from weights_conversion.layouts.placement import TensorRef, Written
 from weights_conversion.output import descriptors
 
 MAX_NOTE_BYTES = 1 << 30
-SYNC_BYTES = 1 << 30  # how much may have to be done again after a kill, per process
 VISIBLE_SECONDS = 20.0  # how long another node's files may take to be seen here
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Finished chunks, as lines, and the files that hold their data."""
+
+    lines: Sequence[bytes]
+    files: Sequence[str]
 
 
 class Journal:
@@ -35,8 +43,7 @@ class Journal:
         self._number = {ref: number for number, ref in enumerate(refs)}
         self._refs = refs
         self._waiting: list[bytes] = []
-        self._bytes = 0
-        self._sync_failed = False
+        self._files: set[str] = set()
         self._lock = threading.Lock()
 
     def load(self) -> dict[int, list[Written]]:
@@ -68,33 +75,28 @@ class Journal:
             time.sleep(0.5)
         return done
 
-    def add(self, number: int, written: Iterable[Written], sync: Callable[[], None]) -> None:
-        """Notes a finished chunk; after every SYNC_BYTES the data are synced and the notes written."""
+    def add(self, number: int, written: Iterable[Written]) -> None:
+        """A finished chunk, to be noted when its data are on the disk."""
         writes = [(self._number[w.ref], w.start, w.length, w.crc) for w in written]
+        text = json.dumps([number, writes]).encode()
         with self._lock:
-            text = json.dumps([number, writes]).encode()
             self._waiting.append(_sum(text) + b" " + text)
-            self._bytes += sum(length for _, _, length, _ in writes)
-            if self._bytes < SYNC_BYTES:
-                return
-            self._flush(sync)
+            self._files.update(self._refs[ref].file for ref, *_ in writes)
 
-    def flush(self, sync: Callable[[], None]) -> None:
+    def take(self) -> Entries:
+        """What was added since it was last taken: to be noted once these files are synced."""
         with self._lock:
-            self._flush(sync)
+            taken = Entries(self._waiting, sorted(self._files))
+            self._waiting, self._files = [], set()
+        return taken
 
-    def _flush(self, sync: Callable[[], None]) -> None:
-        lines, self._waiting, self._bytes = self._waiting, [], 0
-        if not lines or self._sync_failed:
+    def note(self, entries: Entries) -> None:
+        """Writes entries whose data are on the disk."""
+        if not entries.lines:
             return
-        try:
-            sync()
-        except OSError:
-            self._sync_failed = True  # the kernel reports lost data once, so no later sync vouches for anything
-            raise
         shown = descriptors.shown_as("writing", self._folder / f"chunks.{self._rank}")
         with shown, self._opened() as folder, os.fdopen(self._open(folder), "ab") as file:
-            file.write(b"\n" + b"\n".join(lines) + b"\n")  # in front too: a kill may have left half a line
+            file.write(b"\n" + b"\n".join(entries.lines) + b"\n")  # in front too: a kill may have left half a line
             file.flush()
             os.fsync(file.fileno())
 

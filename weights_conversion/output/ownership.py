@@ -156,7 +156,7 @@ def _is_named(name: str, what: int, kind: Kind) -> bool:
 def _kind(top: int, names: set[str]) -> Kind:
     """Whose output a folder is, by what only a conversion leaves."""
     if {TRACKER, MANIFEST} <= names:
-        tracker = descriptors.read_note(top, TRACKER, 100)
+        tracker = descriptors.read_known(top, TRACKER, 100)
         return Kind.MEGATRON if (tracker or b"").strip() == b"release" and _has_manifest(top) else Kind.FOREIGN
     weights = [name for name in names if name.endswith(".safetensors")]
     if "config.json" in names and weights and all(_begins_on_a_page(top, name) for name in weights):
@@ -166,14 +166,14 @@ def _kind(top: int, names: set[str]) -> Kind:
 
 def _has_manifest(top: int) -> bool:
     try:
-        content = json.loads(descriptors.read_note(top, MANIFEST, 100_000_000) or b"")
+        content = json.loads(descriptors.read_known(top, MANIFEST, 100_000_000) or b"")
     except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "format" in content and "converter_version" in content
 
 
 def _begins_on_a_page(top: int, name: str) -> bool:
-    start = descriptors.read_note(top, name, 8, whole=False)
+    start = descriptors.read_known(top, name, 8, whole=False)
     return start is not None and len(start) == 8 and (int.from_bytes(start, "little") + 8) % PAGE == 0
 
 

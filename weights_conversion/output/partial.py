@@ -42,6 +42,7 @@ class Partial:
         self.resume = False  # an earlier run of the same plan can be continued
         self._publishing = False
         self.complete = False  # OUT is that run's finished output; only its clean-up is left
+        self.noted: tuple[int, int] | None = None  # by what this process has noted that OUT will be known
         self.was_open = False  # to others, so that nothing in it is to be trusted
 
     def __enter__(self) -> Partial:
@@ -142,6 +143,11 @@ class Partial:
             os.fsync(file.fileno())
 
     # --- ending -------------------------------------------------------------------------------------------------------
+
+    def note_publishing(self) -> None:
+        """What `publish` notes before its rename, already while the last files are written."""
+        with descriptors.shown_as("writing", self.notes / "publishing"):
+            publish.note(self)
 
     def check_places(self) -> None:
         """Refuses to publish where another folder has come to a name: another run's, or another user's."""

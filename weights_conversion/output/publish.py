@@ -29,9 +29,7 @@ def publish(partial: Partial, overwrite: bool) -> None:
     if old is not None:
         with descriptors.folder(out.name, partial.parent) as there:
             mode = imitate.take_over(there, partial.checkpoint)
-    finished = os.fstat(partial.checkpoint)
-    note = f"{finished.st_ino} {finished.st_uid}"  # by which OUT is known again, should the clean-up be interrupted
-    descriptors.write_note(partial.journal, "publishing", note.encode())
+    note(partial)
     if not found.files:
         try:
             _rename(partial, "checkpoint", out.name)
@@ -49,6 +47,14 @@ def publish(partial: Partial, overwrite: bool) -> None:
     if mode is not None:
         os.fchmod(partial.checkpoint, mode)
     descriptors.sync_folder(".", partial.parent)  # not by its path, on which there may be links
+
+
+def note(partial: Partial) -> None:
+    """Writes by what OUT is known again, should the clean-up be interrupted; again only where that has changed."""
+    finished = os.fstat(partial.checkpoint)
+    if partial.noted != (known := (finished.st_ino, finished.st_uid)):
+        descriptors.write_note(partial.journal, "publishing", f"{known[0]} {known[1]}".encode())
+        partial.noted = known
 
 
 def _what_is_there(partial: Partial) -> os.stat_result | None:
