@@ -108,8 +108,8 @@ def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -
     theirs = _runner(checkpoint, source, vocabulary, files)
     tokens = forward.default_prompts(_prompts_config(ours.config, theirs.config))
     shape = (tokens.shape[0], tokens.shape[1])
-    # One side's scaling suffices: where the other lost it, the sides part at far positions.
     read = Read(ours.weights)
+    # One side's scaling suffices: where the other lost it, the sides part at far positions.
     positions = max((forward.default_positions(run.config, shape[1]) for run in (ours, theirs)), key=lambda at: at[-1])
     ours, theirs = replace(ours, positions=positions, weights=read), replace(theirs, positions=positions)
     largest: tuple[float, str, int | None] = (0.0, "embedding", None)

@@ -133,24 +133,29 @@ class Verification:
                 "copies": exact.source_copies + exact.copies,
                 "padding": exact.padding,
             },
-            "numeric": None if numeric is None else {
-                "same": numeric.same,
-                "stage": numeric.stage,
-                "layer": numeric.layer,
-                "error": numeric.error,
-                "logits_error": numeric.logits_error,
-                "errors": list(numeric.errors),
-                "cause": numeric.cause or ("rounding" if numeric.same else None),
-                "prompts": numeric.prompts[0],
-                "prompt_tokens": numeric.prompts[1],
-                "experts_reached": None if numeric.experts is None else numeric.experts[0],
-                "experts": None if numeric.experts is None else numeric.experts[1],
-            },
+            "numeric": None if numeric is None else _numeric_json(numeric),
             "checksums": None if self.checksums is None else {"same": not self.checksums, "problems": self.checksums},
             "causes": self.causes,
             "notes": self.notes,
             "seconds": round(self.seconds, 3),
         }  # fmt: skip
+
+
+def _numeric_json(numeric: Numeric) -> Mapping[str, Any]:
+    reached, experts = numeric.experts or (None, None)
+    return {
+        "same": numeric.same,
+        "stage": numeric.stage,
+        "layer": numeric.layer,
+        "error": numeric.error,
+        "logits_error": numeric.logits_error,
+        "errors": list(numeric.errors),
+        "cause": numeric.cause or ("rounding" if numeric.same else None),
+        "prompts": numeric.prompts[0],
+        "prompt_tokens": numeric.prompts[1],
+        "experts_reached": reached,
+        "experts": experts,
+    }
 
 
 def _side(model: Model) -> str:
