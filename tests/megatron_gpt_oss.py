@@ -3,9 +3,9 @@
     python tests/megatron_gpt_oss.py JOBS.json
 
 JOBS.json is a list of jobs. {"load": ROOT, "flags": [...], "out": FILE} builds a model as a run with
---use-checkpoint-args and `flags` has it, loads ROOT (torch_dist) into it, every parameter, and writes float32 logits for
-"tokens". {"save": ROOT, "of": ROOT2, "hf": FOLDER} builds the model of ROOT2's args and saves it as training does, its
-values put there by the naive mapping of gpt_oss_models.py. Nothing of the package under test is imported.
+--use-checkpoint-args and `flags` has it, loads ROOT (torch_dist) into it, every parameter, and writes float32 logits
+for "tokens". {"save": ROOT, "of": ROOT2, "hf": FOLDER} builds the model of ROOT2's args and saves it as training does,
+its values put there by the naive mapping of gpt_oss_models.py. Nothing of the package under test is imported.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def local_name(name: str) -> str:
     before, dot, behind = name.partition(".mlp.experts.")
     if dot:
         module, kind = behind.split(".")
-        number = kind.lstrip("weightbias")
+        number = "".join(filter(str.isdigit, kind))
         return f"{before}.mlp.experts.local_experts.{number}.{module}.{kind.removesuffix(number)}"
     return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
 

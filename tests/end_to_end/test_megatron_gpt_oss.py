@@ -1,7 +1,7 @@
 """GPT-OSS in the real megatron-core: it loads ours with the flags that we print, and we export what it saves.
 
-As test_megatron_core.py says, MEGATRON_CORE_PYTHON may name an interpreter with another release (0.19: then both forms of
-torch_dist are loaded).
+As test_megatron_core.py says, MEGATRON_CORE_PYTHON may name an interpreter with another release; with 0.19 both forms
+of torch_dist are loaded.
 """
 
 from __future__ import annotations
