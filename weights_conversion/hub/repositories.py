@@ -158,5 +158,3 @@ def _remember_absence(repository: str, commit: str, cache: Path) -> None:
     for name in VOCABULARIES:
         with contextlib.suppress(EntryNotFoundError):
             download(repository, name, commit, cache)
-
-

@@ -98,6 +98,7 @@ class Convention:
     parallel: tuple[Names, ...] = ()  # with one norm in front of parallel branches, and with two; empty: cannot hold it
     grouped_qkv: bool = True  # fused QKV is [q .. q, k, v] per group; otherwise all q, all k, all v
     grouped_bias: bool = True  # the same of its bias
+    embedding_first: bool = True  # of the two halves that a prediction layer's projection takes
     # Of families that spell them in their own way.
     experts: Mapping[str, ExpertNames] = field(default_factory=dict, hash=False)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from weights_conversion.config import ModelConfig
+from weights_conversion.verification import predicting
 from weights_conversion.verification.conventions import Convention, block_of
 from weights_conversion.verification.linear import Weights, linear, mlp, norm, rms, rows_of, vector
 from weights_conversion.verification.rope import frequencies, softmax_scale
@@ -22,7 +23,8 @@ from weights_conversion.verification.routed import experts
 Stage = tuple[str, int | None, Tensor]
 """(sub-module, layer or None, output). The sub-modules are `embedding`, then per layer `attention_norm`, `attention`
 (behind the output projection), `mlp_norm` (absent where falcon shares one norm), `mlp` and `layer` (with the residual),
-then `final_norm` and `logits`. Outputs are float32 (prompts, length, hidden), logits (prompts, length, vocab)."""
+then `final_norm`, and per layer that predicts further tokens `joined`, the stages of a layer, and `prediction`; then
+`logits`. Outputs are float32 (prompts, length, hidden), logits (prompts, length, vocab)."""
 
 
 def default_prompts(config: ModelConfig, count: int = 3, length: int = 24) -> Tensor:
@@ -73,9 +75,42 @@ def trace(
             hidden = stage[2]
     hidden = norm(config, weights, names.final_norm, hidden)
     yield "final_norm", None, hidden
+    yield from _predictions(config, convention, weights, tokens, hidden, positions)
     head = head or (names.embedding if config.tie_word_embeddings else names.head)
     # Rows from vocab_size on are a layout's padding.
     yield "logits", None, linear(weights, head, hidden, 0, config.vocab_size)
+
+
+def _predictions(
+    config: ModelConfig, convention: Convention, weights: Weights, tokens: Tensor, hidden: Tensor,
+    positions: Tensor | None,
+) -> Iterator[Stage]:  # fmt: skip
+    """Layers that predict further tokens, each from the one before; numbered on behind the last layer."""
+    names = predicting.names_of(convention.title, config)
+    for index in predicting.numbers(convention.title, config):
+        assert names is not None
+        tokens = tokens.roll(-1, dims=1)
+        tokens[:, -1] = 0  # behind the end, as Megatron-Core has it
+        state = joined(config, convention, weights, index, tokens, hidden)
+        yield "joined", index, state
+        for stage in layer(config, convention, weights, index, state, positions):
+            yield stage
+            state = stage[2]
+        hidden = norm(config, weights, names.prefix(config, index) + names.norm, state)
+        yield "prediction", index, hidden
+
+
+def joined(
+    config: ModelConfig, convention: Convention, weights: Weights, index: int, tokens: Tensor, hidden: Tensor
+) -> Tensor:
+    """What a prediction layer begins with: the next `tokens` and the `hidden` state of the layers before."""
+    names = predicting.names_of(convention.title, config)
+    assert names is not None  # the caller has looked
+    prefix = names.prefix(config, index)
+    embedded = norm(config, weights, prefix + names.embedding_norm, embed(config, convention, weights, tokens))
+    parts = [embedded, norm(config, weights, prefix + names.hidden_norm, hidden)]
+    both = torch.cat(parts if convention.embedding_first else parts[::-1], dim=-1)
+    return linear(weights, prefix + names.joined, both, 0, config.hidden_size)
 
 
 def embed(config: ModelConfig, convention: Convention, weights: Weights, tokens: Tensor) -> Tensor:
@@ -95,19 +130,21 @@ def layer(
     """Stages of one layer for its input `hidden`; the last one, `layer`, is the input of the next."""
     positions = torch.arange(hidden.shape[1]) if positions is None else positions
     names = convention.names_for(config)
-    prefix = names.layer.format(index)
+    own = min(index, config.num_layers - 1)  # a prediction layer is as the last layer is
+    further = predicting.names_of(convention.title, config) if own < index else None
+    prefix = names.layer.format(index) if further is None else further.prefix(config, index) + further.inner
 
     in_front = names.attention_norm if config.mla is None or names.latent is None else names.latent.norm
     normed = norm(config, weights, prefix + in_front, hidden)
     yield "attention_norm", index, normed
     attend = _attention if config.mla is None else _latent_attention
-    here = replace(config, sliding_window=config.window_of(index), window_layers=None)
+    here = replace(config, sliding_window=config.window_of(own), window_layers=None)
     attended = attend(here, convention, weights, prefix, normed, positions)
     yield "attention", index, attended
 
     residual = hidden + attended
     mlp_input = hidden if block_of(config).parallel else residual
-    routed = names.experts is not None and config.moe is not None and config.moe.layers[index]
+    routed = names.experts is not None and config.moe is not None and config.moe.layers[own]
     mlp_norm = names.experts.norm if routed and names.experts is not None else names.mlp_norm
     if mlp_norm != names.attention_norm:
         normed = norm(config, weights, prefix + mlp_norm, mlp_input)

@@ -13,7 +13,7 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.engine import progress
 from weights_conversion.engine.streams import Source
 from weights_conversion.formats.megatron import RankFiles
-from weights_conversion.verification import forward, linear
+from weights_conversion.verification import forward, linear, predicting
 from weights_conversion.verification.conventions import CONVENTIONS, Convention, Names, block_of
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.reached import Read
@@ -114,7 +114,9 @@ def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -
     ours, theirs = replace(ours, positions=positions, weights=read), replace(theirs, positions=positions)
     largest: tuple[float, str, int | None] = (0.0, "embedding", None)
     hidden, error, parted = torch.empty(0), 0.0, None
-    layers = ours.config.num_layers
+    state = hidden  # what a prediction layer begins with
+    trunk = ours.config.num_layers
+    layers = trunk + len(predicting.numbers(ours.convention.title, ours.config))
     errors = [0.0] * (layers + 2)
     with progress.bar(layers + 2, doing="running both models", unit="step") as advance:
         for (stage, layer, a), (_, _, b) in zip(ours.trace(tokens), theirs.trace(tokens), strict=True):
@@ -123,10 +125,13 @@ def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -
             errors[place] = max(errors[place], error)
             if error > BOUND and parted is None:  # what follows shows how it goes on
                 again = replace(ours, weights=read.weights)  # what a hypothesis reads, no token reached
-                cause = Causes(source, checkpoint, again, theirs, files).find(stage, layer, tokens, hidden, b)
+                causes = Causes(source, checkpoint, again, theirs, files)
+                cause = causes.find(stage, layer, tokens, hidden if layer is None or layer < trunk else state, b)
                 parted = Numeric(False, stage, layer, error, None, cause, shape)
             largest = max(largest, (error, stage, layer), key=lambda entry: entry[0])
-            if stage in ("embedding", "layer", "final_norm"):
+            if stage in ("joined", "final_norm"):
+                state = a
+            if stage in ("embedding", "final_norm") or (stage == "layer" and layer is not None and layer < trunk):
                 hidden = a
             if stage in ("embedding", "layer", "logits"):
                 advance(1)
@@ -151,7 +156,9 @@ class Causes:
     files: Source
 
     def find(self, stage: str, layer: int | None, tokens: Tensor, hidden: Tensor, found: Tensor) -> str | None:
-        if layer is not None:
+        if stage == "joined" and layer is not None:
+            return self._joined(layer, tokens, hidden, found)
+        if layer is not None and stage != "prediction":
             return self._layer(stage, layer, hidden)
         if stage == "embedding":
             return self._embedding(tokens)
@@ -215,6 +222,14 @@ class Causes:
                 weights = rounded(weights_of(model, self.files, order, only), model, self.source)
                 where = f" in {only}" if only else ""
                 yield f"tensor ranks {one} and {two} are exchanged{where}", replace(self.theirs, weights=weights)
+
+    def _joined(self, layer: int, tokens: Tensor, hidden: Tensor, found: Tensor) -> str | None:
+        """Of the first prediction layer, which takes the last hidden state."""
+        tokens = tokens.roll(-1, dims=1)
+        tokens[:, -1] = 0
+        run = replace(self.ours, convention=replace(self.ours.convention, embedding_first=False))
+        exchanged = forward.joined(run.config, run.convention, run.weights, layer, tokens, hidden)
+        return "the halves of eh_proj are exchanged" if error_of(found, exchanged) <= BOUND else None
 
     def _embedding(self, tokens: Tensor) -> str | None:
         wanted = forward.embed(self.ours.config, self.ours.convention, self.ours.weights, tokens)

@@ -34,7 +34,7 @@ from weights_conversion.verification.whole_dist import dist_weights
 BY_ROWS = ("word_embeddings.weight", "word_embeddings_for_head.weight", "lm_head", "output_layer.weight",
            "query_key_value.weight", "linear_qkv.weight", "linear_qkv.bias", "dense_h_to_4h.weight",
            "linear_fc1.weight", "linear_q_proj.weight", "linear_q_up_proj.weight",
-           "linear_kv_up_proj.weight")  # fmt: skip
+           "linear_kv_up_proj.weight", "eh_proj.weight")  # fmt: skip
 BY_COLUMNS = (".dense.weight", "linear_proj.weight", "dense_4h_to_h.weight", "linear_fc2.weight")
 GATED = ("dense_h_to_4h.weight", "linear_fc1.weight")  # two halves, each cut by itself, where the MLP is gated
 TIED_COPY = {"Megatron-LLM": "word_embeddings_for_head.weight", "Megatron-Core": "output_layer.weight"}
@@ -118,7 +118,9 @@ class RankReader:
         parallel = self.files.parallel
         stages, chunks = parallel.pipeline, parallel.virtual
         match = re.search(r"(.*\blayers\.)(\d+)(\..*)", name)
-        if match:
+        if name.startswith("mtp."):  # the last stage has all prediction layers
+            chunk, stage = chunks - 1, stages - 1
+        elif match:
             chunk, stage, local = self._dealt[int(match[2])]
             name = f"{match[1]}{local}{match[3]}"
         elif "embedding.word_embeddings" in name:
@@ -234,7 +236,8 @@ def keys_of(model: Model) -> dict[str, Key]:
     found: dict[str, Key] = {}
     for instance in FAMILIES[config.family].instances(config):
         if dialect.megatron:
-            found[dialect.rank_name(instance.megatron(dialect.spell(instance.row.megatron)))] = instance.key
+            spelled = dialect.live(instance.row.megatron) if instance.predicts else dialect.spell(instance.row.megatron)
+            found[dialect.rank_name(instance.megatron(spelled))] = instance.key
         else:
             found |= {instance.hf(dialect.spell(name)): instance.key for name in instance.row.hf}
     return found

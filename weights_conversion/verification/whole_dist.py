@@ -33,6 +33,10 @@ def dist_weights(folder: Path, num_layers: int, weights: str = "model") -> Weigh
     hybrid = "decoder.final_norm.weight" in tensors  # a HybridModel: attention and MLP are layers of their own
 
     def find(name: str) -> list[tuple[DistTensor | FlatTensor, tuple[int, ...]]]:
+        if name.startswith("mtp.") and not any(
+            stored.startswith("mtp.layers.0.mtp_model_layer.") for stored in tensors
+        ):
+            name = name.replace(".mtp_model_layer.", ".transformer_layer.")
         match = re.fullmatch(r"(.*\blayers\.)(\d+)\.(.*)", name)
         if hybrid and match:
             name = f"{match[1]}{2 * int(match[2]) + (not match[3].startswith('self_attention.'))}.{match[3]}"
@@ -65,7 +69,9 @@ def dist_weights(folder: Path, num_layers: int, weights: str = "model") -> Weigh
 
 def _of_experts(name: str, tensors: Mapping[str, Any]) -> list[tuple[Any, tuple[int, ...]]]:
     """One expert of a tensor that holds all of a layer, or of all layers; and the norm in front of them."""
-    if match := re.fullmatch(r"(.*\blayers\.)(\d+)\.(mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d+)", name):
+    if match := re.fullmatch(
+        r"(.*\blayers\.)(\d+)\.((?:\w+_layer\.)?mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d+)", name
+    ):
         around, layer, module, end, expert = match.groups()
         own, stacked = f"{around}{layer}.{module}experts.{end}", f"{around}{module}experts.{end}"
         if own in tensors:
