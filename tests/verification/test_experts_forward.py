@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from weights_conversion.configs import hf_config
+from weights_conversion.configs import hf_config, hf_parts
+from weights_conversion.formats.huggingface import read_hf
 from weights_conversion.mapping.dialects import MEGATRON_CORE
 from weights_conversion.verification.conventions import HF
 from weights_conversion.verification.forward import trace
@@ -30,6 +31,7 @@ CASES = {
 def logits(family: str, folder: Path, ids: torch.Tensor) -> torch.Tensor:
     raw = json.loads((folder / "config.json").read_text())
     config = hf_config.read_config(family, raw, MEGATRON_CORE, "config.json")
+    config, _ = hf_parts.with_further_layers(hf_config.class_of(family), config, read_hf(folder))
     *_, (stage, _, found) = trace(config, HF, huggingface_weights(folder), ids)
     assert stage == "logits"
     return found[0]
