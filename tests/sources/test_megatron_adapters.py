@@ -188,6 +188,8 @@ def test_folders_that_are_something_else(bases: dict[str, Path], to_hf: Script, 
     to_hf("--input_dir", base, "--adapter", base, *plain).refused("holds no adapters")
     to_hf("--input_dir", base, "--adapter", case / "peft", *plain).refused("PEFT's", "hf_to_megatron.py")
     to_hf("--input_dir", base, "--adapter_as", "peft", *plain).refused("holds no adapters")
+    alone = ("--input_dir", case / "megatron-adapters", "--adapter_as", "peft", "--verify")
+    to_hf(*alone, *plain).refused("--verify compares whole models")  # it is not left out in silence
     to_hf("--input_dir", base, *ALPHA, *plain).refused("--adapter_alpha 6", "holds none")
     to_hf("--input_dir", case / "megatron-full", "--adapter", case / "megatron-adapters", *plain).refused("too many")
     to_megatron("qwen3", "--model-path", case / "megatron-full", "--out", out).refused("adapters", "--adapter_as peft")

@@ -95,10 +95,19 @@ def _check_arguments(options: ExportOptions) -> list[str]:
     """The files of an earlier output that would go."""
     problems = Problems()
     say_found(problems.of(megatron_root, options.input_dir, options.load_iters))
+    problems.of(_check_provable, options)
     with distributed.rank_zero_first("output"):
         replaced = problems.of(place.check, options.output_dir, options.overwrite, options.verify)
     problems.raise_all()
     return replaced or []
+
+
+def _check_provable(options: ExportOptions) -> None:
+    if options.adapter_as == "peft" and options.verify:
+        raise ConversionError(
+            "--verify compares whole models, and --adapter_as peft writes none; leave --verify out (the factors are "
+            "copied bit for bit), or --adapter_as, so that what is merged is proven"
+        )
 
 
 @dataclass(frozen=True)
