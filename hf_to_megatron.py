@@ -61,8 +61,8 @@ def build_parser() -> arguments.Parser:
         help="where --model-path is a Megatron checkpoint: another iteration than its tracker's, or release",
     )  # fmt: skip
     parser.add_argument(
-        "--adapter", type=arguments.path, metavar="DIR",
-        help="a LoRA adapter of PEFT's for the model, merged into it in float32 and rounded once",
+        "--adapter", type=arguments.path, metavar="PATH",
+        help="a LoRA adapter of PEFT's for the model, a folder or a repository: merged in float32, rounded once",
     )  # fmt: skip
     layout = parser.add_argument_group("layout of the checkpoint")
     layout.add_argument(

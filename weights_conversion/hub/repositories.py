@@ -52,7 +52,7 @@ def snapshot(
     from huggingface_hub import constants
 
     revision = "main" if revision is None else revision
-    _check_names(repository, revision)
+    check_names(repository, revision)
     cache = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser().absolute()
     try:
         return _from_hub(repository, revision, cache, weights, recheck, accept, headers)
@@ -70,7 +70,8 @@ def snapshot(
         raise ConversionError(masked(f"{failure.found}{beside}: {failure.remedy}.")) from error
 
 
-def _check_names(repository: str, revision: str) -> None:
+def check_names(repository: str, revision: str, flag: str = "--model-path") -> None:
+    """Refuses what can be neither a repository, which `flag` has named, nor a revision."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -78,7 +79,7 @@ def _check_names(repository: str, revision: str) -> None:
     except HFValidationError:
         raise ConversionError(
             f"{repository!r} is neither a folder that exists nor a repository name of the hub (such as "
-            "'tiiuae/falcon-7b'): check --model-path."
+            f"'tiiuae/falcon-7b'): check {flag}."
         ) from None
     if not REVISION.fullmatch(revision):
         raise ConversionError(

@@ -115,6 +115,18 @@ def _meta_in_cache(model: str, cache: Path, size: str | None) -> Path | None:
     return folder
 
 
+def adapter_folder(adapter: Path | None, cache: Path | None, recheck: bool) -> Path | None:
+    """--adapter, brought into the hub's cache where it names a repository."""
+    if adapter is None or adapter.exists():
+        return adapter
+    if str(adapter).count("/") != 1 or str(adapter).startswith((".", "/", "~")):
+        raise ConversionError(f"--adapter {adapter} is neither a folder here nor the name of a repository")
+    from weights_conversion.hub import adapters
+
+    with distributed.rank_zero_first("adapter"):
+        return adapters.snapshot(str(adapter), cache_dir=cache, recheck=recheck).folder
+
+
 def check_named(
     path: str | None, here: Found | None, *, revision: str | None, fields: Mapping[str, Any], adapter: Path | None
 ) -> None:

@@ -38,7 +38,7 @@ from weights_conversion.sources import sums
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating
 from weights_conversion.sources.locate_hf import packs_experts
-from weights_conversion.sources.opening import Opened, check_named, find_local, open_source
+from weights_conversion.sources.opening import Opened, adapter_folder, check_named, find_local, open_source
 from weights_conversion.tokenizer.carried import carried, told
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
 from weights_conversion.verify import proof
@@ -103,6 +103,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
 @watched
 def _hf_to_megatron(options: ImportOptions, headers: Path | None) -> Report:
     wanted = replace(_check_arguments(options), headers=headers)
+    options = replace(options, adapter=adapter_folder(options.adapter, options.cache_dir, options.verify))
     opened, located, notes = _open(options, wanted)
     job = _plan(options, wanted, opened, located, notes)
     read = [*job.plan.source_files(), *opened_files()]
