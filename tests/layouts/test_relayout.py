@@ -52,6 +52,29 @@ def test_padding_stays(trained: Path, to_megatron, tmp_path: Path) -> None:
     assert read_checkpoint(out).args.padded_vocab_size == 384  # 325 rounded up to 128
 
 
+@pytest.mark.parametrize(
+    ("stated", "said", "rows"),
+    [
+        (325, "vocabulary 325 rows by --true_vocab_size, 59 padding rows left out", 384),
+        (500, "vocabulary 384 rows, all kept: --true-vocab-size 500 adds to them", 512),
+    ],
+)
+def test_a_stated_vocabulary_is_known(
+    stated: int, said: str, rows: int, trained: Path, to_megatron, tmp_path: Path
+) -> None:
+    """What the user states is recorded: the report does not go on to say that nothing does."""
+    read = read_checkpoint(trained)
+    alone = {name: value for name, value in vars(read.args).items() if name not in ("load", "vocab_file")}
+    write_checkpoint(tmp_path / "alone", read.tensors, alone, 100)
+    out = tmp_path / "again"
+    done = to_megatron("llama2", "--model-path", tmp_path / "alone", "--out", out, "--true-vocab-size", stated)
+    done.succeeded()
+    assert said in done.out
+    assert "nothing records" not in done.text
+    assert json.loads((out / "conversion_manifest.json").read_text())["true_vocab_size"] == stated
+    assert read_checkpoint(out).args.padded_vocab_size == rows
+
+
 def test_values_can_be_stated(to_megatron, to_hf, imported, tmp_path: Path) -> None:
     """What a checkpoint has lost is stated once, when it is written again."""
     out, back = tmp_path / "again", tmp_path / "hf"

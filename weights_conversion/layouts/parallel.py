@@ -1,4 +1,4 @@
-"""What a layout asks of a model: sizes that divide, virtual stages, rows of the vocabulary."""
+"""What a layout asks of a model: sizes that divide, and virtual stages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import replace
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.mapping.dialects import Dialect
-
-DIVISIBLE_BY = 128  # rows of the vocabulary: Megatron's own default
 
 
 def with_virtual(parallel: Parallelism, layers_per_stage: int | None, num_layers: int) -> Parallelism:
@@ -21,30 +19,6 @@ def with_virtual(parallel: Parallelism, layers_per_stage: int | None, num_layers
             f"--num-layers-per-virtual-pipeline-stage {layers_per_stage}"
         )
     return replace(parallel, virtual=num_layers // (parallel.pipeline * layers_per_stage))
-
-
-def padded_vocabulary(rows: int, divisible_by: int, tp: int) -> int:
-    """Rows rounded up to a multiple of `divisible_by` x TP, as Megatron pads them."""
-    multiple = divisible_by * tp
-    return -(-rows // multiple) * multiple
-
-
-def written_rows(
-    rows: int, true_rows: int | None, divisible_by: int | None, tp: int, padded: bool = False
-) -> tuple[int, int]:
-    """(rows to write, rows that are true) of a source with `rows`: padded where TP, a divisor, or a true size asks.
-
-    `padded`: the source is a checkpoint that was padded already, as another layout of it then is.
-    """
-    if true_rows is not None and true_rows < rows:
-        raise ConversionError(
-            f"--true-vocab-size {true_rows} is less than the {rows} rows of the source, which would be cut off"
-        )
-    asked = divisible_by is not None or true_rows is not None
-    true = rows if true_rows is None else true_rows
-    if tp == 1 and not asked and not padded:
-        return true, true
-    return padded_vocabulary(true, divisible_by or DIVISIBLE_BY, tp), true
 
 
 def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: int, dialect: Dialect) -> list[str]:

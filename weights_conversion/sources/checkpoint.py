@@ -23,12 +23,13 @@ from weights_conversion.formats.megatron import RankFiles, open_rank_files
 from weights_conversion.formats.run_config import MODEL_YAML, RUN_CONFIG, pretrained
 from weights_conversion.formats.stored_args import plain_args
 from weights_conversion.formats.torch_dist import DistCheckpoint, open_dist
+from weights_conversion.layouts.vocabulary import Vocabulary
 from weights_conversion.mapping.dialects import MEGATRON_CORE
 from weights_conversion.sources import further
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.families import chosen_family, read_features, with_flags
 from weights_conversion.sources.reference import args_beside
-from weights_conversion.sources.vocabulary import true_rows
+from weights_conversion.sources.vocabulary import count
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class OpenedCheckpoint:
     config: ModelConfig
     manifest: Mapping[str, Any] | None
     origins: Mapping[str, str]
-    true_rows_known: bool
+    vocabulary: Vocabulary
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     load_iters: int | str | None = None  # the iteration below `root`, where the user or the path named one
@@ -105,82 +106,102 @@ def open_checkpoint(
     root: Path, model: str | None, *, load_iters: int | str | None = None, true_vocab_size: int | None = None,
     flags: Mapping[str, Any] | None = None, compared: bool = False,
     weights: str = "model", reference_rows: int | None = None, model_type: str | None = None,
-    mtp: str = further.KEEP,
+    mtp: str = further.KEEP, may_grow: bool = False,
 ) -> OpenedCheckpoint:  # fmt: skip
     """Finds the iteration, its layout and its ModelConfig, whose vocabulary is the rows to keep.
 
     `model` None: the family that the checkpoint says or shows, which is reported. `compared`: it is to be compared with
     another, so that a value which nothing states needs no flag. `weights`: as open_files has it. `reference_rows`: what
-    --reference has, which count where nothing else states the true number. `model_type` is
-    that of its config.json, which decides where the checkpoint does not. `mtp` "drop": without layers that predict
-    further tokens.
+    --reference has, which count where nothing else states the true number. `model_type` is that of its config.json,
+    which decides where the checkpoint does not. `mtp` "drop": without layers that predict further tokens. `may_grow`:
+    `true_vocab_size` is what another layout is to have, as vocabulary.count has it.
     """
-    here = megatron_root(root, load_iters)
+    here, flags = megatron_root(root, load_iters), flags or {}
     root, files = here.root, open_files(here.root, here.iteration, weights)
     if isinstance(files, DistCheckpoint) and files.adapters and not files.stored:
         raise ConversionError(_no_base(files))
     found = manifest.find([root, *trained_from(files.args)])
     said = found[1] if found else None
-    notes = here.notes
+    notes = list(here.notes)
     if mtp == further.DROP:
         files, left = further.without_in_files(files)
-        notes = [*notes, left]
-    model = _family(model, files, said, root, true_vocab_size, notes, flags or {}, model_type)
-    if (flags or {}).get("sliding_window") is not None and not FAMILIES[model].windowed:
+        notes.append(left)
+    model = _family(model, files, said, root, true_vocab_size, notes, flags, model_type)
+    files, told = _expressible(files, model, flags, root, compared=compared)
+    counted = count(files, true_vocab_size, said, reference_rows, may_grow=may_grow)
+    args, tied = _with_head(files, model)
+    notes += [*told, *([f"config     from {found[0]}"] if found else []), counted.note, *tied]
+    fields = manifest.model_fields(said) if said else None
+    resolved = megatron_args.resolve(model, args, fields, flags, counted.vocabulary.tokens)
+    warnings = [*passed_over(files.args, root), *counted.warnings, *_warnings(files, resolved, args, said)]
+    return OpenedCheckpoint(
+        root, files, resolved.config, said, resolved.origins, counted.vocabulary, tuple(notes), tuple(warnings),
+        here.iteration,
+    )  # fmt: skip
+
+
+def _expressible(
+    files: RankFiles | DistCheckpoint, model: str, flags: Mapping[str, Any], root: Path, *, compared: bool
+) -> tuple[RankFiles | DistCheckpoint, list[str]]:
+    """`files` with the args that the checkpoint shows, and notes on them. Raises ConversionError for foreign ones."""
+    if flags.get("sliding_window") is not None and not FAMILIES[model].windowed:
         raise ConversionError(f"--sliding_window_size was given, but {root} holds a {model} model, which has no window")
+    notes = []
     if files.dialect is MEGATRON_CORE:
         files = dataclasses.replace(files, args={**files.args, **core_foreign.shown(files.names, files.args)})
         problems = core_foreign.foreign_tensors(files.names, model, files.folder)
-        problems += core_foreign.foreign_to_family(_with_window(files.args, flags or {}), model, files.folder)
+        problems += core_foreign.foreign_to_family(_with_window(files.args, flags), model, files.folder)
         unused = core_args.unused_factor(files.args, files.iteration, files.folder)
         if unused and compared:
             files = dataclasses.replace(files, args={**files.args, "rope_scaling_factor": None})
-        elif "rope_scaling_factor" not in (flags or {}):
+        elif "rope_scaling_factor" not in flags:
             problems += unused
         problems += core_foreign.by_name(files.args, files.folder)
         notes += core_foreign.unknown(files.args)
     else:
-        problems = megatron_args.foreign(model, _with_window(files.args, flags or {}))
+        problems = megatron_args.foreign(model, _with_window(files.args, flags))
         problems += core_foreign.in_megatron_llm(files.args, files.folder)
     if isinstance(files, DistCheckpoint) and files.said_by is not None:
         notes.append(f"args       from {files.said_by}")
     if problems:
         raise ConversionError(*problems)
-    warnings = passed_over(files.args, root)
-    if found:
-        notes.append(f"config     from {found[0]}")
-    kept = true_rows(files, true_vocab_size, said, reference_rows)
-    notes.append(kept.note)
-    warnings += kept.warnings
-    fields = manifest.model_fields(said) if said else None
-    if fields is not None and mtp == further.DROP:
-        fields["mtp_num_layers"] = 0
+    return files, notes
+
+
+def _with_head(files: RankFiles | DistCheckpoint, model: str) -> tuple[dict[str, Any], list[str]]:
+    """The args, which say whether the head is tied to the embedding, and a note where only the tensors show it."""
     args = dict(files.args)
     if FAMILIES[model].ties_in_megatron_llm:  # the original's release files leave it out
         args["tie_embed_logits"] = not files.has_head()
     elif files.dialect.ties_heads and "tie_embed_logits" not in args and not files.has_head():
         args["tie_embed_logits"] = True
-        notes.append("config     the head is tied to the embedding: the args do not say, and there is no output layer")
+        return args, ["config     the head is tied to the embedding: the args do not say, and there is no output layer"]
     elif not files.has_head() and not args.get("tie_embed_logits"):
         raise ConversionError(f"{files.folder} has no output layer (lm_head) on its last stage, which {model} needs")
-    resolved = megatron_args.resolve(model, args, fields, flags or {}, kept.rows)
-    warnings += [*resolved.warnings, *rope_core.assumed_warnings(resolved.config, files.args)]
+    return args, []
+
+
+def _warnings(
+    files: RankFiles | DistCheckpoint, resolved: megatron_args.Resolved, args: Mapping[str, Any],
+    said: Mapping[str, Any] | None,
+) -> list[str]:  # fmt: skip
+    """What was resolved and may not be what was trained."""
+    config = resolved.config
+    warnings = [*resolved.warnings, *rope_core.assumed_warnings(config, files.args)]
     if files.dialect is MEGATRON_CORE:
-        warnings += rope_core.trained_warnings(resolved.config)
+        warnings += rope_core.trained_warnings(config)
         warnings += hybrid.warnings(files.args) + moe.trained_warnings(args)
     for name in (said or {}).get("assumed", []):
         if resolved.origins.get(name) == "manifest":
-            flag, value = megatron_args.NAMES[name], getattr(resolved.config, name)
-            warnings.append(f"{flag} {value} is not known, it was assumed for {model} by an earlier conversion; "
-                            f"--{flag} overrides it")  # fmt: skip
+            flag, value = megatron_args.NAMES[name], getattr(config, name)
+            warnings.append(f"{flag} {value} is not known, it was assumed for {config.family} by an earlier "
+                            f"conversion; --{flag} overrides it")  # fmt: skip
     padded = files.args.get("padded_vocab_size")
     if padded is not None and padded != files.vocabulary:
         warnings.append(
             f"args say padded_vocab_size {padded}, the embedding has {files.vocabulary} rows, which are used"
         )
-    return OpenedCheckpoint(
-        root, files, resolved.config, said, resolved.origins, kept.known, tuple(notes), tuple(warnings), here.iteration
-    )
+    return warnings
 
 
 def _no_base(files: DistCheckpoint) -> str:
@@ -261,7 +282,7 @@ def _family(
     if model is not None:
         _check_family(model, files.args, said, root)
         return model
-    rows = true_rows(files, true_vocab_size, said).rows
+    rows = count(files, true_vocab_size, said).vocabulary.tokens
     features = with_flags(read_features(files.args, files.names, rows), flags)
     family, why = chosen_family(claimed_families(files.args, said), features, root, model_type)
     if family not in FAMILIES:

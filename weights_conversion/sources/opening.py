@@ -18,6 +18,7 @@ from weights_conversion.files import fileio
 from weights_conversion.formats import huggingface, meta
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located
+from weights_conversion.layouts.vocabulary import Vocabulary
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
 from weights_conversion.sources import described, further, peft, quantised
@@ -43,10 +44,9 @@ class Opened:
     generation_config: Mapping[str, Any] | None = None
     repository: str | None = None
     revision: str | None = None
-    true_rows_known: bool = True
+    counted: Vocabulary | None = None  # of a Megatron source
     tokenizer: tuple[Path, ...] = ()
     kept_args: Mapping[str, Any] = field(default_factory=dict)
-    stored_vocabulary: int | None = None  # rows of a Megatron source, padding included
     assumed: tuple[str, ...] = ()  # fields that nothing states, taken from the family
     tensors: tuple[str, ...] = ()  # names of an HF or Meta source
     notes: tuple[str, ...] = ()
@@ -54,6 +54,11 @@ class Opened:
     load_iters: int | str | None = None  # of a Megatron source: the iteration, where the user or the path named one
     iteration: Path | None = None  # its folder
     what: str = ""  # kind and layout, for the report
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """A Hugging Face or Meta source has no padding: its rows are its tokens."""
+        return self.counted or Vocabulary(self.config.vocab_size, self.config.vocab_size)
 
 
 def open_source(
@@ -219,7 +224,9 @@ def open_megatron(
     fields: Mapping[str, Any] | None = None, mtp: str = further.KEEP,
 ) -> Opened:  # fmt: skip
     """A Megatron checkpoint as the source of another; its manifest, tokenizer and training args go along."""
-    opened = open_checkpoint(root, model, load_iters=load_iters, flags=fields, mtp=mtp)
+    opened = open_checkpoint(
+        root, model, load_iters=load_iters, true_vocab_size=true_vocab_size, may_grow=True, flags=fields, mtp=mtp
+    )
     root = opened.root
     if FAMILIES[model].parallel_attention and not target.parallel_attention:
         raise ConversionError(f"{target.name} cannot express {model}: it has no attention in parallel with the MLP")
@@ -231,11 +238,6 @@ def open_megatron(
         raise ConversionError(f"{target.name} cannot express {model}: it has no {', '.join(lacking)}")
     if not FAMILIES[model].ties_in_megatron_llm and not target.ties_heads and opened.config.tie_word_embeddings:
         raise ConversionError(f"{root} has a head tied to the embedding, which {target.name} cannot express")
-    config, known = opened.config, opened.true_rows_known
-    stored = true_vocab_size is not None and true_vocab_size <= opened.files.vocabulary
-    if true_vocab_size is not None and stored and (not known or true_vocab_size > config.vocab_size):
-        # the user knows which of the stored rows are tokens
-        config, known = dataclasses.replace(config, vocab_size=true_vocab_size), True
     said = opened.manifest or {}
     args = opened.files.args
     reset = megatron_args.was_reset(args)
@@ -246,10 +248,10 @@ def open_megatron(
         kept["seq_length"] = args["seq_length"]
     assumed = tuple(sorted(name for name, origin in opened.origins.items() if reset and origin == "family"))
     return Opened(
-        root, opened.files.dialect, config,
-        lambda architecture: locate(opened.files, architecture, config), said.get("config"),
-        said.get("generation_config"), said.get("repository"), said.get("revision"), known, tokenizer, kept,
-        opened.files.vocabulary, assumed, notes=opened.notes,
+        root, opened.files.dialect, opened.config,
+        lambda architecture: locate(opened.files, architecture, opened.config), said.get("config"),
+        said.get("generation_config"), said.get("repository"), said.get("revision"), opened.vocabulary, tokenizer, kept,
+        assumed, notes=opened.notes,
         warnings=(*opened.warnings, *said_of_it),
         load_iters=opened.load_iters, iteration=opened.files.folder, what=described.of_megatron(root, opened.files),
     )  # fmt: skip

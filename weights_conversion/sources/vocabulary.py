@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +10,17 @@ from typing import Any
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.torch_dist import DistCheckpoint
+from weights_conversion.layouts.vocabulary import Vocabulary
 from weights_conversion.mapping.dialects import MEGATRON_CORE
 
 _GUESSES = {"the checkpoint (vocab_size)": "its vocab_size", "--reference": "the reference's vocab_size"}
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows to keep; `known`: something states that they are the true number."""
+class Counted:
+    """The vocabulary of a checkpoint, and what is to be said of it."""
 
-    rows: int
-    known: bool
+    vocabulary: Vocabulary
     note: str
     warnings: tuple[str, ...] = ()
 
@@ -33,14 +34,24 @@ def stated_rows(args: Mapping[str, Any]) -> int | None:
     return rows + 1 if args.get("tokenizer_type") == "NullTokenizer" else rows
 
 
-def true_rows(
-    files: RankFiles | DistCheckpoint, flag: int | None, said: Mapping[str, Any] | None, reference: int | None = None
-) -> Rows:
+def count(
+    files: RankFiles | DistCheckpoint, flag: int | None, said: Mapping[str, Any] | None, reference: int | None = None,
+    *, may_grow: bool = False,
+) -> Counted:  # fmt: skip
     """The rows that are tokens: by the flag, else by the manifest or training, whichever knows more, or `reference`.
 
     A tokenizer may have fewer tokens than its model has rows, which the manifest of an import knows; training may have
-    added tokens to what was imported.
+    added tokens to what was imported. `may_grow`: the flag is what another layout of the checkpoint is to have, so that
+    it says of the stored rows which are tokens only where they are as many, and nothing states more.
     """
+    if may_grow and flag is not None:
+        recorded = count(files, None, said, reference)
+        tokens, stored = recorded.vocabulary.tokens, files.vocabulary
+        if flag > stored and not recorded.vocabulary.known:
+            note = f"vocabulary {stored} rows, all kept: --true-vocab-size {flag} adds to them"
+            return dataclasses.replace(recorded, note=note)
+        if flag > stored or (recorded.vocabulary.known and flag <= tokens):
+            return recorded
     stored, recorded = files.vocabulary, (said or {}).get("true_vocab_size")
     trained = stated_rows(files.args) if files.dialect is MEGATRON_CORE else None
     warnings: list[str] = []
@@ -54,7 +65,7 @@ def true_rows(
         given["--reference"] = reference
     if not given:
         note = f"vocabulary {stored} rows, all kept: nothing records the true number (--true_vocab_size gives it)"
-        return Rows(stored, False, note, tuple(warnings))
+        return Counted(Vocabulary(stored, stored, known=False), note, tuple(warnings))
     origin = "--true_vocab_size" if flag is not None else max(given, key=lambda name: given[name])
     rows = given.pop(origin)
     if not isinstance(rows, int) or not 0 < rows <= stored:
@@ -71,7 +82,7 @@ def true_rows(
             "needs; --true_vocab_size keeps more"
         )
     cut = f", {stored - rows} padding rows left out" if rows < stored else ""
-    return Rows(rows, True, f"vocabulary {rows} rows by {origin}{cut}", tuple(warnings))
+    return Counted(Vocabulary(rows, stored), f"vocabulary {rows} rows by {origin}{cut}", tuple(warnings))
 
 
 def _padding(args: Mapping[str, Any]) -> int:

@@ -266,7 +266,7 @@ def _tokenizer(
     try:
         return plan_tokenizer(
             opened.config.family, opened.root, args, options.tokenizer, embedding_rows=opened.config.vocab_size,
-            rows_known=opened.true_rows_known, core=opened.files.dialect is MEGATRON_CORE,
+            rows_known=opened.vocabulary.known, core=opened.files.dialect is MEGATRON_CORE,
             iteration=opened.files.folder, search=trained_from(args), fetch=fetch if may_fetch else None,
             generation=generation,
         )  # fmt: skip

@@ -26,10 +26,11 @@ from weights_conversion.formats.core_forms import Form, checked, training
 from weights_conversion.formats.iterations import TRACKER
 from weights_conversion.formats.targets import dist_targets, rank_file, rank_targets
 from weights_conversion.launch import distributed
-from weights_conversion.layouts.parallel import DIVISIBLE_BY, check_parallelism, with_virtual, written_rows
+from weights_conversion.layouts.parallel import check_parallelism, with_virtual
 from weights_conversion.layouts.placement import Located, main_dtype
 from weights_conversion.layouts.plan import Plan
 from weights_conversion.layouts.planners import plan_to_dist, plan_to_megatron
+from weights_conversion.layouts.vocabulary import DIVISIBLE_BY, Vocabulary, to_write
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_CORE_EACH, MEGATRON_LLM, Dialect
 from weights_conversion.mapping.parameters import is_buffer
 from weights_conversion.output import place, space
@@ -189,9 +190,9 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
     config, dialect, problems = opened.config, wanted.dialect, Problems()
     stages = options.parallel, options.layers_per_virtual_stage
     parallel = problems.of(with_virtual, *stages, config.num_layers) or options.parallel
-    padded = opened.stored_vocabulary not in (None, config.vocab_size) and wanted.ckpt_format == "torch"
-    rows = problems.of(written_rows, config.vocab_size, *_rows_asked(options), parallel.tensor, padded)
-    vocabulary, true_rows = rows or (config.vocab_size, config.vocab_size)
+    pads = wanted.ckpt_format == "torch"
+    rows = problems.of(to_write, opened.vocabulary, *_rows_asked(options), parallel.tensor, pads) or opened.vocabulary
+    vocabulary = rows.written or rows.tokens
     problems.found += check_parallelism(config, parallel, vocabulary, dialect)
     asked = options.moe_layer_freq, options.moe_grouped_gemm
     freq = problems.of(training_lines.layer_freq, config, dialect, *asked) or 1
@@ -218,7 +219,7 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
             f"vocabulary {config.vocab_size} rows of the source, {vocabulary} written (new: {options.new_rows} row)"
         )
     text = manifest.build(
-        config, true_vocab_size=true_rows if opened.true_rows_known or options.true_vocab_size else None,
+        config, true_vocab_size=rows.tokens if rows.known else None,
         repository=opened.repository, revision=opened.revision, source_config=opened.raw_config,
         generation_config=opened.generation_config, tokenizer=opened.tokenizer, assumed=opened.assumed,
         packed_experts=packs_experts(FAMILIES[options.model], config, set(opened.tensors)),
@@ -298,8 +299,9 @@ def _check_early(options: ImportOptions, config: ModelConfig, dtype: str | None,
     if options.size is not None:
         problems.of(model_size.check, config, options.size)
     parallel = problems.of(with_virtual, *stages, config.num_layers) or options.parallel
-    rows = problems.of(written_rows, config.vocab_size, *_rows_asked(options), parallel.tensor)
-    problems.found += check_parallelism(config, parallel, rows[0] if rows else config.vocab_size, wanted.dialect)
+    all_rows = Vocabulary(config.vocab_size, config.vocab_size)
+    rows = problems.of(to_write, all_rows, *_rows_asked(options), parallel.tensor, pads=False)
+    problems.found += check_parallelism(config, parallel, rows.written if rows else config.vocab_size, wanted.dialect)
     kept = DTYPES.get(options.dtype) or DTYPES.get(dtype or "") or torch.bfloat16
     if distributed.current().rank == 0:
         problems.of(space.check_space, wanted.out, model_size.parameter_count(config) * kept.itemsize)

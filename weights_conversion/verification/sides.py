@@ -266,7 +266,7 @@ def _open_megatron(
     layout = str(files.parallel) if isinstance(files, megatron.RankFiles) else "torch_dist"
     return Model(
         path, files.dialect, config, placed, layout, files.vocabulary,
-        vocabulary_known=opened.true_rows_known, release=files.iteration == "release", files=files,
+        vocabulary_known=opened.vocabulary.known, release=files.iteration == "release", files=files,
         assumed=frozenset(assumed), contradicted=tuple(contradicted), notes=opened.warnings,
         weights=weights,
     )  # fmt: skip
