@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import marshal
 import os
 from collections.abc import Mapping
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from weights_conversion import __version__
 from weights_conversion.engine.job import Job, RunOptions
 from weights_conversion.files import fileio, watch
-from weights_conversion.layouts.placement import TensorRef
+from weights_conversion.files.collector import without_collector
+from weights_conversion.layouts.placement import Block, Placed, TensorRef
 
 
+@without_collector()
 def plan_digest(job: Job, dtype: str) -> str:
     """Changes with everything that decides an output byte: sources (by their stamps), plan, options, releases."""
     plan = job.plan
@@ -22,11 +28,47 @@ def plan_digest(job: Job, dtype: str) -> str:
     sha = hashlib.sha256(repr(whole).encode())
     for file in plan.source_files():
         sha.update(f"{file} {watch.Stamp.of(os.stat(file))}\n".encode())
+    said: dict[int, bytes] = {}  # of the few rows that the steps share
     for step in plan.steps:
-        sha.update(repr(step).encode())
+        row = step.instance.row
+        sha.update(said.get(id(row)) or said.setdefault(id(row), repr(row).encode()))
+        sha.update(f"{step.instance.index} {step.instance.offset} {step.units} {step.added}\n".encode())
+        for side in (step.source, step.target):
+            for placed in side:
+                _add_placed(sha, placed)
     for target in job.targets:
-        sha.update(f"{target.file} {target.refs} {getattr(target, 'content', None)}\n".encode())
+        sha.update(f"{target.file} {_without_refs(getattr(target, 'content', None))}\n".encode())
+        for ref in target.refs:
+            sha.update(f"{ref.name} {ref.dtype} {ref.shape}\n".encode())
     return sha.hexdigest()
+
+
+# All of a block but the type of its tensor: plain values, which marshal writes a hundred times as fast as repr does.
+_OF_BLOCK = attrgetter(
+    *(f"ref.{each.name}" for each in fields(TensorRef) if each.name != "dtype"),
+    *(each.name for each in fields(Block) if each.name != "ref"),
+)
+_BY_VALUE = 2  # marshal's last version whose bytes do not depend on which equal objects are one
+
+
+def _add_placed(sha: hashlib._Hash, placed: Placed) -> None:
+    """Feeds every field of a placed tensor, of which there are hundreds of thousands with a million blocks."""
+    blocks = tuple(tuple(map(_OF_BLOCK, copy)) for copy in placed.copies)
+    dtypes = {block.ref.dtype for copy in placed.copies for block in copy}
+    stored = str(*dtypes) if len(dtypes) == 1 else str([block.ref.dtype for copy in placed.copies for block in copy])
+    said = (placed.name, str(placed.dtype), stored, placed.rows, placed.columns, blocks)
+    sha.update(marshal.dumps(said, _BY_VALUE))
+    for delta in placed.deltas:
+        sha.update(f"{delta.scale}\n".encode())
+        _add_placed(sha, delta.below)
+        _add_placed(sha, delta.above)
+
+
+def _without_refs(content: Any) -> Any:
+    """The content of a file without its tensors, which are said by name."""
+    if isinstance(content, Mapping):
+        return {key: _without_refs(value) for key, value in content.items() if not isinstance(value, TensorRef)}
+    return content
 
 
 def run_digest(plan: str, small: str, options: RunOptions) -> str:

@@ -19,6 +19,7 @@ from weights_conversion.engine.streams import Source, Target
 from weights_conversion.errors import ConversionError, Problems
 from weights_conversion.errors.text import size
 from weights_conversion.files import watch
+from weights_conversion.files.collector import without_collector
 from weights_conversion.launch import distributed, signals
 from weights_conversion.layouts.placement import Written
 from weights_conversion.layouts.plan import Chunk
@@ -42,7 +43,8 @@ def run(job: Job, options: RunOptions) -> Report:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     needed = sum(ref.nbytes for target in job.targets for ref in target.refs)
-    chunks = job.plan.chunks()
+    with without_collector():
+        chunks = job.plan.chunks()
     plan, small = identity.plan_digest(job, options.dtype), identity.small_files(job)
     if ranks.size > 1:
         ranks.agree(identity.view(job, plan, small))
@@ -84,7 +86,7 @@ def _check_machine(problems: Problems, job: Job, needed: int, peak: int) -> None
 
 
 def _check_copies(problems: Problems, job: Job, options: RunOptions, source: Source) -> None:
-    differences = problems.of(inconsistencies, job.plan, source) or []
+    differences = problems.of(inconsistencies, job.plan, source, options.workers) or []
     if differences and not options.allow_inconsistent:
         problems.found += differences
     else:

@@ -7,10 +7,8 @@ differently read alike.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from weights_conversion.errors import ConversionError
 from weights_conversion.errors.text import short
 from weights_conversion.files import fileio
+from weights_conversion.files.collector import without_collector
 from weights_conversion.formats import pickles
 
 METADATA = ".metadata"
@@ -76,7 +75,7 @@ _GLOBALS = {
 DCP_ENTRIES = ("args", "checkpoint_version", "iteration")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredChunk:
     """A part of a stored tensor: where it begins in it, its sizes, and the item that holds it.
 
@@ -97,7 +96,7 @@ class StoredChunk:
         return self.sizes if self.item is None else self.item
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A stored tensor, by `.metadata`. Its chunks lie within it; whether they cover it is for the reader to see."""
 
@@ -132,20 +131,8 @@ def _load(path: Path) -> Any:
         data = fileio.read_whole(path, pickles.MAX_PICKLE_BYTES)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
-    with _without_collector():
+    with without_collector():
         return pickles.load(data, str(path), further, training=True)
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """No search for cycles among hundreds of thousands of objects that all stay: it takes a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _index(

@@ -23,7 +23,7 @@ EXTRA_STATES = "__0_0.distcp"  # holds no parameters
 COMMON_STATE = "common_state/shard_0_1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One archive of a .distcp file: its place, the bytes before and behind its data, and where those begin."""
 
@@ -107,14 +107,17 @@ def metadata(targets: Sequence[DistFileTarget], extra: Mapping[str, tuple[str, i
     chunks: dict[str, list[ChunkStorageMetadata]] = {}
     dtypes: dict[str, torch.dtype] = {}
     storage = {}
+    sizes: dict[tuple[int, ...], torch.Size] = {}  # one object for all that are equal: pickle writes it once
     for target in targets:
+        file = Path(target.file).name
         for item in target.items():
             key, where = item.ref.name.split("@")
             starts = [int(number) for number in where.split(",")]
             offsets = torch.Size([*starts, *[0] * (len(item.ref.shape) - len(starts))])
-            chunks.setdefault(key, []).append(ChunkStorageMetadata(offsets, torch.Size(item.ref.shape)))
+            shape = sizes.setdefault(item.ref.shape, torch.Size(item.ref.shape))
+            chunks.setdefault(key, []).append(ChunkStorageMetadata(offsets, shape))
             dtypes[key] = item.ref.dtype
-            storage[MetadataIndex(key, offsets)] = _StorageInfo(Path(target.file).name, item.start, item.length)
+            storage[MetadataIndex(key, offsets)] = _StorageInfo(file, item.start, item.length)
     entries: dict[str, Any] = {}
     for key, parts in chunks.items():
         size = [max(c.offsets[axis] + c.sizes[axis] for c in parts) for axis in range(len(parts[0].sizes))]

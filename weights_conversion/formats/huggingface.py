@@ -180,9 +180,9 @@ def read_hf(folder: Path) -> dict[str, Placed]:
         names = read_json(index, fileio.MAX_INDEX_BYTES)["weight_map"]
         problems += [
             f"{name} should be in {names[name]}, as {index.name} says, but "
-            + (f"is in {Path(placed[name].copies[0][0].ref.file).name}" if name in placed else "is not there")
+            + (f"is in {os.path.basename(placed[name].copies[0][0].ref.file)}" if name in placed else "is not there")
             for name in sorted(names)
-            if name not in placed or Path(placed[name].copies[0][0].ref.file).name != names[name]
+            if name not in placed or os.path.basename(placed[name].copies[0][0].ref.file) != names[name]
         ]
     if problems:
         raise ConversionError(*problems)

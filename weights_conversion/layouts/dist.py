@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.layouts.placement import Block, Placed, TensorRef, two_dimensional
 from weights_conversion.mapping.dialects import MEGATRON_CORE
-from weights_conversion.mapping.parameters import Index, Instance
+from weights_conversion.mapping.parameters import Index, Instance, ParamMapping, Shard
 
 ITEM_BYTES = 256 << 20  # of a torch_dist checkpoint: its readers take an item into memory whole
 
@@ -42,37 +43,44 @@ def hybrid_key(key: str) -> str:
     return f"decoder.layers.{2 * int(match[1]) + (not attention)}.{match[2]}"
 
 
+def item_sizes(row: ParamMapping, shape: Sequence[int], dtype: torch.dtype) -> list[int]:
+    """Bytes of each item that `place_dist` makes of a parameter of `shape`, in order."""
+    _, columns = two_dimensional(shape)
+    sizes = [(last - first) * columns * dtype.itemsize for first, last in _cut(row.shard, tuple(shape), dtype)]
+    return sizes * len(MEGATRON_CORE.dist_spellings(row.megatron))
+
+
 def place_dist(
-    instance: Instance, shape: Sequence[int], dtype: torch.dtype, *, stacked: bool = True, hybrid: bool = False
+    instance: Instance, shape: Sequence[int], dtype: torch.dtype, files: Iterator[str], *, stacked: bool = True,
+    hybrid: bool = False,
 ) -> Placed:  # fmt: skip
     """A parameter of a torch_dist checkpoint: items of at most ITEM_BYTES, gate and up apart, as Megatron-Core has it.
 
-    The refs are named KEY@OFFSETS, where OFFSETS begin with the indices that are leading axes of the tensor KEY.
+    Each takes its file from `files`. The refs are named KEY@OFFSETS, where OFFSETS begin with the indices that are
+    leading axes of the tensor KEY.
     """
     rows, columns = two_dimensional(shape)
-    spellings = MEGATRON_CORE.dist_spellings(instance.row.megatron)
-    copies = [_dist_blocks(instance, spelled, shape, dtype, stacked, hybrid) for spelled in spellings]
+    copies = []
+    for spelled in MEGATRON_CORE.dist_spellings(instance.row.megatron):
+        key, lead = dist_key(instance, spelled, stacked=stacked)
+        key = hybrid_key(key) if hybrid else key
+        before = f"{key}@{''.join(f'{index},' for index in lead)}"
+        ones, blocks = (1,) * len(lead), []
+        for first, last in _cut(instance.row.shard, tuple(shape), dtype):
+            ref = TensorRef(next(files), f"{before}{first}", dtype, (*ones, last - first, *shape[1:]))
+            blocks.append(Block(ref, 0, (first, last), (0, columns)))
+        copies.append(tuple(blocks))
     return Placed(instance.megatron(), dtype, rows, columns, tuple(copies))
 
 
-def _dist_blocks(
-    instance: Instance, spelled: str, shape: Sequence[int], dtype: torch.dtype, stacked: bool, hybrid: bool
-) -> tuple[Block, ...]:
+@lru_cache(maxsize=1024)  # for each row: its instances are cut alike
+def _cut(shard: Shard | None, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    """The rows that each item of a parameter holds."""
     rows, columns = two_dimensional(shape)
-    key, lead = dist_key(instance, spelled, stacked=stacked)
-    key = hybrid_key(key) if hybrid else key
-    shard = instance.row.shard
     parts = shard.blocks if shard else 1
     step = max(min(ITEM_BYTES // (columns * dtype.itemsize), rows // parts), 1)
-    blocks = []
-    for part in range(parts):
-        begin, end = part * rows // parts, (part + 1) * rows // parts
-        for first in range(begin, end, step):
-            last = min(first + step, end)
-            local = (*(1 for _ in lead), last - first, *shape[1:])
-            ref = TensorRef("", f"{key}@{','.join(map(str, (*lead, first)))}", dtype, local)
-            blocks.append(Block(ref, 0, (first, last), (0, columns)))
-    return tuple(blocks)
+    ends = [(part * rows // parts, (part + 1) * rows // parts) for part in range(parts)]
+    return tuple((first, min(first + step, end)) for begin, end in ends for first in range(begin, end, step))
 
 
 # Modules without a state of Transformer Engine: Megatron-Core's own.

@@ -36,7 +36,7 @@ class Decoder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor stored contiguously in one file. `offset` is its first byte, -1 while a target has no file yet.
 
@@ -61,12 +61,16 @@ class TensorRef:
     def numel(self) -> int:
         return prod(self.shape)
 
+    def __hash__(self) -> int:
+        """Of what tells tensors apart, whose hashes are kept by the strings: a layout looks up a million of them."""
+        return hash((self.file, self.name))
+
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Written:
     """Bytes start..start+length of a target tensor have been written, and have this CRC-32 (0 where none is kept)."""
 
@@ -76,7 +80,7 @@ class Written:
     crc: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """The part of a tensor that stands in `ref` from element `start` on: `rows` x `columns` of it, contiguous.
 
@@ -95,7 +99,7 @@ class Block:
         return (self.start + (row - self.rows[0]) * width) * self.ref.dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placed:
     """A full tensor and its blocks. Every copy holds the whole tensor (replicated parameters have several).
 
@@ -135,7 +139,7 @@ def with_factors(placed: Placed) -> Iterator[Placed]:
         yield from (delta.below, delta.above)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Delta:
     """`scale` x `above` @ `below`, in float32: what an adapter of low rank r adds to a tensor.
 

@@ -7,9 +7,12 @@ with other numbers of workers do the same writes.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import gcd
+from operator import attrgetter
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.layouts.placement import PAGE, Placed, TensorRef, with_factors
@@ -18,9 +21,10 @@ from weights_conversion.mapping.ops import Context, Op, Range
 from weights_conversion.mapping.parameters import Instance
 
 CHUNK_BYTES = 32 << 20
+_COLUMNS = attrgetter("columns")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One parameter: `units` of its op go from source to target, then target rows `added` are new ones."""
 
@@ -35,7 +39,7 @@ class Step:
         return self.instance.row.op
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Units start..stop of a step; or, with `adds`, target rows start..stop, which hold added vocabulary."""
 
@@ -104,22 +108,25 @@ class Plan:
 
 def _aligned_units(placed: Placed, rows_per_unit: int) -> int:
     """How many units fill whole pages in every block of `placed`."""
-    widths = {columns[1] - columns[0] for copy in placed.copies for columns in (block.columns for block in copy)}
-    return max(PAGE // gcd(PAGE, width * placed.dtype.itemsize * rows_per_unit) for width in widths)
+    columns = {each for copy in placed.copies for each in map(_COLUMNS, copy)}
+    return max(PAGE // gcd(PAGE, (end - start) * placed.dtype.itemsize * rows_per_unit) for start, end in columns)
 
 
 def balanced(sizes: Sequence[int], parts: int) -> list[Range]:
     """Cuts `sizes` into `parts` runs, none empty, so that the largest sum is as small as can be."""
 
+    ends = list(accumulate(sizes, initial=0))
+
     def runs(limit: int) -> list[Range]:
-        cut, start, total = [], 0, 0
-        for index, size in enumerate(sizes):
+        """As many as `parts` or more, each as long as `limit` and those still to come allow."""
+        cut, start = [], 0
+        while start < len(sizes):
+            fits = bisect_right(ends, ends[start] + limit) - 1
             left = parts - len(cut) - 1  # runs still to come after this one
-            if index > start and (total + size > limit or len(sizes) - index == left):
-                cut.append((start, index))
-                start, total = index, 0
-            total += size
-        return [*cut, (start, len(sizes))]
+            stop = max(min(fits, len(sizes) - left if left > 0 else fits), start + 1)
+            cut.append((start, stop))
+            start = stop
+        return cut
 
     low, high = max(sizes), sum(sizes)
     while low < high:

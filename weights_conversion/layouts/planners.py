@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from itertools import chain
 
 import torch
 
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.dist import place_dist
+from weights_conversion.layouts.dist import item_sizes, place_dist
 from weights_conversion.layouts.parts import joined_shape, part_of
 from weights_conversion.layouts.placement import PAGE, Located, Placed, TensorRef, joined, slab, whole
 from weights_conversion.layouts.plan import Plan, Step, balanced
@@ -26,14 +26,16 @@ def plan_to_megatron(
     rank_file: Callable[[Rank], str], new_rows: str = "last",
 ) -> Plan:  # fmt: skip
     """Into one file per rank. `vocabulary`: rows to write; `dtype` None: each tensor's own."""
-    targets: dict[str, dict[str, TensorRef]] = {
-        rank_file(Rank(tp, pp, ep)): {} for pp in range(parallel.pipeline) for tp, ep in stage_ranks(parallel)
-    }
+    ranks = (Rank(tp, pp, ep) for pp in range(parallel.pipeline) for tp, ep in stage_ranks(parallel))
+    named = {rank: rank_file(rank) for rank in ranks}
+    targets: dict[Rank, dict[str, TensorRef]] = {rank: {} for rank in named}
 
     def place(instance: Instance, kept: torch.dtype) -> Placed:
         def find(rank: Rank, name: str, shape: tuple[int, ...]) -> TensorRef:
-            file = rank_file(rank)
-            return targets[file].setdefault(name, TensorRef(file, name, kept, shape))
+            there = targets[rank]
+            if name not in there:
+                there[name] = TensorRef(named[rank], name, kept, shape)
+            return there[name]
 
         return place_megatron(instance, instance.row.megatron_shape(config, vocabulary), config, parallel, target, find)
 
@@ -41,7 +43,7 @@ def plan_to_megatron(
     for instance in architecture.instances(config):
         placed = sources[instance.key]
         steps.append(_step(instance, placed, (place(instance, written_dtype(instance, placed, dtype)),), config))
-    files = {file: tuple(refs.values()) for file, refs in targets.items()}
+    files = {named[rank]: tuple(refs.values()) for rank, refs in targets.items()}
     return Plan(config, source, target, tuple(steps), files, new_rows)
 
 
@@ -60,29 +62,22 @@ def plan_to_dist(
 
     `hybrid`: under the names of a HybridModel, whose layers are never stacked.
     """
-    instances = list(architecture.instances(config))
-    placed = [
-        place_dist(
-            each, each.row.megatron_shape(config, vocabulary), written_dtype(each, sources[each.key], dtype),
-            stacked=stacked and not hybrid, hybrid=hybrid,
-        )
-        for each in instances
-    ]  # fmt: skip
-    blocks = [block for each in placed for copy in each.copies for block in copy]
-    sizes = [block.ref.nbytes for block in blocks]
+    wanted = [
+        (each, each.row.megatron_shape(config, vocabulary), written_dtype(each, sources[each.key], dtype))
+        for each in architecture.instances(config)
+    ]
+    sizes = [size for each, shape, kept in wanted for size in item_sizes(each.row, shape, kept)]
     count = min(-(-sum(sizes) // FILE_BYTES), len(sizes))
-    moved: dict[TensorRef, TensorRef] = {}
-    targets: dict[str, tuple[TensorRef, ...]] = {}
-    for number, (first, last) in enumerate(balanced(sizes, count), start=1):
-        file = f"{folder}/__0_{number}.distcp"
-        moved |= {block.ref: replace(block.ref, file=file) for block in blocks[first:last]}
-        targets[file] = tuple(moved[block.ref] for block in blocks[first:last])
+    runs = enumerate(balanced(sizes, count), start=1)
+    files = (file for n, run in runs for file in [f"{folder}/__0_{n}.distcp"] * (run[1] - run[0]))
+    targets: dict[str, list[TensorRef]] = {}
     steps = []
-    for each, instance in zip(placed, instances, strict=True):
-        copies = tuple(tuple(replace(block, ref=moved[block.ref]) for block in copy) for copy in each.copies)
-        there = replace(each, copies=copies)
+    for instance, shape, kept in wanted:
+        there = place_dist(instance, shape, kept, files, stacked=stacked and not hybrid, hybrid=hybrid)
+        for block in chain.from_iterable(there.copies):
+            targets.setdefault(block.ref.file, []).append(block.ref)
         steps.append(_step(instance, sources[instance.key], (there,), config))
-    return Plan(config, source, target, tuple(steps), targets, new_rows)
+    return Plan(config, source, target, tuple(steps), {file: tuple(refs) for file, refs in targets.items()}, new_rows)
 
 
 def plan_to_hf(

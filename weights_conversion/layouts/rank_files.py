@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from math import lcm
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class Rank(NamedTuple):
     expert: int = 0
 
 
+@lru_cache(maxsize=8)
 def stage_ranks(parallel: Parallelism) -> tuple[tuple[int, int], ...]:
     """(tensor, expert) coordinates of one stage's rank files, in the order of the processes that write them.
 
@@ -74,17 +76,23 @@ def rank_shape(shape: Sequence[int], shard: Shard | None, tp: int) -> tuple[int,
 
 def rank_blocks(ref: TensorRef, shape: Sequence[int], shard: Shard | None, rank: int, tp: int) -> Iterator[Block]:
     """The blocks of a full tensor of `shape` that `ref` holds as rank `rank` of `tp`."""
+    return (Block(ref, *where) for where in _parts_of(tuple(shape), shard, rank, tp))
+
+
+@lru_cache(maxsize=4096)  # for each row and rank: there are a million blocks of them
+def _parts_of(
+    shape: tuple[int, ...], shard: Shard | None, rank: int, tp: int
+) -> tuple[tuple[int, tuple[int, int], tuple[int, int]], ...]:
+    """The parts of a full tensor of `shape` that a rank holds: first element there, rows, columns."""
     rows, columns = two_dimensional(shape)
     if shard is None:
-        yield Block(ref, 0, (0, rows), (0, columns))
-    elif shard.dim == 1:
+        return ((0, (0, rows), (0, columns)),)
+    if shard.dim == 1:
         width = columns // tp
-        yield Block(ref, 0, (0, rows), (rank * width, (rank + 1) * width))
-    else:
-        block, part = rows // shard.blocks, rows // shard.blocks // tp
-        for index in range(shard.blocks):
-            first = index * block + rank * part
-            yield Block(ref, index * part * columns, (first, first + part), (0, columns))
+        return ((0, (0, rows), (rank * width, (rank + 1) * width)),)
+    block, part = rows // shard.blocks, rows // shard.blocks // tp
+    firsts = [index * block + rank * part for index in range(shard.blocks)]
+    return tuple((at * part * columns, (first, first + part), (0, columns)) for at, first in enumerate(firsts))
 
 
 # (rank, name in its file, shape of the rank's part) -> where it is stored
@@ -102,9 +110,11 @@ def place_megatron(
         stored, begin = parts.joined_shape(row.live, shape, config), parts.before(row.live, config) // cut
     part = rank_shape(stored, row.shard, cut)
     copies: list[tuple[Block, ...]] = []
+    home = None if instance.expert is None else instance.expert // (_experts(config) // parallel.expert)
+    holders = _holders(home, parallel)
     for stage, name in _places(instance, config, parallel, dialect):
         held: list[list[tuple[Block, ...]]] = []
-        for number, ranks in enumerate(_holders(instance, config, parallel)):
+        for number, ranks in enumerate(holders):
             refs = [find(Rank(tp, stage, ep), name, part) for tp, ep in ranks]
             held.append([_from_row(begin, rank_blocks(ref, shape, row.shard, number, cut)) for ref in refs])
         if row.shard is None:
@@ -118,6 +128,8 @@ def place_megatron(
 
 def _from_row(first: int, blocks: Iterator[Block]) -> tuple[Block, ...]:
     """`blocks` of a tensor that begins at row `first` of the stored one."""
+    if not first:
+        return tuple(blocks)
     return tuple(replace(each, start=each.start + first * (each.columns[1] - each.columns[0])) for each in blocks)
 
 
@@ -154,15 +166,21 @@ def _places(
 
 def _local(instance: Instance, config: ModelConfig, parallel: Parallelism) -> int:
     """The number of an expert on the rank that it is dealt to."""
-    experts = config.moe.num_experts if config.moe is not None else 1
-    return (instance.expert or 0) % (experts // parallel.expert)
+    return (instance.expert or 0) % (_experts(config) // parallel.expert)
 
 
-def _holders(instance: Instance, config: ModelConfig, parallel: Parallelism) -> list[list[tuple[int, int]]]:
-    """For each part that a parameter is cut into: the (tensor, expert) coordinates of the ranks that hold it."""
+def _experts(config: ModelConfig) -> int:
+    return config.moe.num_experts if config.moe is not None else 1
+
+
+@lru_cache(maxsize=1024)  # for each expert rank: there are far fewer than parameters
+def _holders(home: int | None, parallel: Parallelism) -> list[list[tuple[int, int]]]:
+    """For each part that a parameter is cut into: the (tensor, expert) coordinates of the ranks that hold it.
+
+    `home` is the expert rank of an expert's; None: it is none.
+    """
     ranks = stage_ranks(parallel)
-    if instance.expert is None or config.moe is None:
+    if home is None:
         return [[rank for rank in ranks if rank[0] == tp] for tp in range(parallel.tensor)]
-    home = instance.expert // (config.moe.num_experts // parallel.expert)
     etp = parallel.experts_tensor
     return [[(tp, ep) for tp, ep in ranks if ep == home and tp % etp == number] for number in range(etp)]

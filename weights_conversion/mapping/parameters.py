@@ -201,7 +201,7 @@ def glu(
 MTP = "mtp.layers.{layer}."  # prediction layers, which Megatron-Core counts by themselves
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instance:
     """A row at one index; the only place that makes a name of it. Hugging Face's layer numbers are `offset` greater."""
 

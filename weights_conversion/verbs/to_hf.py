@@ -17,6 +17,7 @@ from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
 from weights_conversion.errors import ConversionError, Problems
 from weights_conversion.files import links
+from weights_conversion.files.collector import without_collector
 from weights_conversion.files.watch import opened_files, watched
 from weights_conversion.formats import huggingface
 from weights_conversion.formats.torch_dist import DistCheckpoint
@@ -123,6 +124,7 @@ class _Read:
     warnings: list[str]
 
 
+@without_collector()
 def _read(options: ExportOptions) -> _Read:
     opened, reference = _open(options)
     config, files, problems = opened.config, opened.files, Problems()
@@ -144,6 +146,7 @@ def _read(options: ExportOptions) -> _Read:
     return _Read(opened, located, reference, said, tokenizer, notes, [*opened.warnings, *warnings])
 
 
+@without_collector()
 def _plan(options: ExportOptions, source: _Read) -> Job:
     opened, config = source.opened, source.opened.config
     dtype = DTYPES.get(options.dtype) or opened.files.trained_dtype

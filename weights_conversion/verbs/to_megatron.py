@@ -20,6 +20,7 @@ from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
 from weights_conversion.errors import ConversionError, Problems
 from weights_conversion.files import links
+from weights_conversion.files.collector import without_collector
 from weights_conversion.files.watch import opened_files, watched
 from weights_conversion.formats import hybrid
 from weights_conversion.formats.core_forms import Form, checked, training
@@ -163,6 +164,7 @@ def _check_format(options: ImportOptions, dialect: Dialect, ckpt_format: str) ->
         raise ConversionError(*problems)
 
 
+@without_collector()
 def _open(options: ImportOptions, wanted: _Wanted) -> tuple[Opened, Located, list[str]]:
     """The source, where its parameters are, and what is to be reported of it."""
     opened = open_source(
@@ -186,6 +188,7 @@ def _open(options: ImportOptions, wanted: _Wanted) -> tuple[Opened, Located, lis
     return opened, located, notes or []
 
 
+@without_collector()
 def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Located, notes: list[str]) -> Job:
     config, dialect, problems = opened.config, wanted.dialect, Problems()
     stages = options.parallel, options.layers_per_virtual_stage
