@@ -50,7 +50,8 @@ if lay:
             path = job.out / target.file
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w+b") as file:
-                target.create(file)
+                offsets = target.create(file)
+                target.finish(file, dict.fromkeys(target.refs, 1), offsets)
         for name, content in ({{**job.files, **job.last}}).items():
             (job.out / name).parent.mkdir(parents=True, exist_ok=True)
             (job.out / name).write_bytes(content)

@@ -45,7 +45,7 @@ def plan_digest(job: Job, dtype: str) -> str:
 
 # All of a block but the type of its tensor: plain values, which marshal writes a hundred times as fast as repr does.
 _OF_BLOCK = attrgetter(
-    *(f"ref.{each.name}" for each in fields(TensorRef) if each.name != "dtype"),
+    *(f"ref.{each.name}" for each in fields(TensorRef) if each.compare and each.name != "dtype"),
     *(each.name for each in fields(Block) if each.name != "ref"),
 )
 _BY_VALUE = 2  # marshal's last version whose bytes do not depend on which equal objects are one
@@ -57,7 +57,10 @@ def _add_placed(sha: hashlib._Hash, placed: Placed) -> None:
     dtypes = {block.ref.dtype for copy in placed.copies for block in copy}
     stored = str(*dtypes) if len(dtypes) == 1 else str([block.ref.dtype for copy in placed.copies for block in copy])
     said = (placed.name, str(placed.dtype), stored, placed.rows, placed.columns, blocks)
-    sha.update(marshal.dumps(said, _BY_VALUE))
+    try:
+        sha.update(marshal.dumps(said, _BY_VALUE))
+    except ValueError:  # a decoder among them
+        sha.update(repr(said).encode())
     for delta in placed.deltas:
         sha.update(f"{delta.scale}\n".encode())
         _add_placed(sha, delta.below)

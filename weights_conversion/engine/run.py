@@ -86,7 +86,7 @@ def _check_machine(problems: Problems, job: Job, needed: int, peak: int) -> None
 
 
 def _check_copies(problems: Problems, job: Job, options: RunOptions, source: Source) -> None:
-    differences = problems.of(inconsistencies, job.plan, source, options.workers) or []
+    differences = problems.of(inconsistencies, job.plan, source, options.workers, options.dry_run) or []
     if differences and not options.allow_inconsistent:
         problems.found += differences
     else:

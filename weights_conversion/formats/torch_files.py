@@ -63,7 +63,8 @@ class TorchFile:
         if end > record.size:
             raise ConversionError(f"{name} in {self.path} needs {end} bytes of a storage that has {record.size}")
         start = record.offset + tensor.offset * tensor.dtype.itemsize
-        return TensorRef(str(self.path), name, tensor.dtype, tensor.shape, start)
+        kept = record.crc if record.crc and (start, end) == (record.offset, record.size) else None
+        return TensorRef(str(self.path), name, tensor.dtype, tensor.shape, start, crc=kept)
 
 
 def read_torch_file(

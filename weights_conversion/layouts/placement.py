@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
 
@@ -41,7 +41,8 @@ class TensorRef:
     """A tensor stored contiguously in one file. `offset` is its first byte, -1 while a target has no file yet.
 
     `transposed`: a matrix of `shape` whose columns are stored as rows. `decoder`: the values (of `dtype` and `shape`)
-    are stored nowhere, and computed when they are read; `file` is that of the first piece.
+    are stored nowhere, and computed when they are read; `file` is that of the first piece. `crc` is the CRC-32 that
+    the file keeps of it.
     """
 
     file: str
@@ -51,6 +52,7 @@ class TensorRef:
     offset: int = -1
     transposed: bool = False
     decoder: Decoder | None = None
+    crc: int | None = field(default=None, compare=False)
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
