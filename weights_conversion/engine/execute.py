@@ -297,7 +297,8 @@ def _compared_rows(placed: Placed) -> int:
 def _difference(placed: Placed, number: int, begin: int, source: Source, scratch: Scratch) -> list[str]:
     """What is to be said of rows from `begin` on of copy `number`, where they are not those of the first."""
     end = min(begin + _compared_rows(placed), placed.rows)
-    rows = max(_COMPARED_BYTES // placed.row_bytes, 1)
+    whole = any(b.ref.transposed or b.transposed for b in (*placed.copies[0], *placed.copies[number]))  # read as such
+    rows = end - begin if whole else max(_COMPARED_BYTES // placed.row_bytes, 1)
     for start in range(begin, end, rows):
         scratch.reset()
         span = (start, min(start + rows, end))
