@@ -38,6 +38,20 @@ def test_packed_experts_come_back_packed(tmp_path: Path, to_megatron, to_hf) -> 
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+def test_another_layout_keeps_them_packed(tmp_path: Path, to_megatron, to_hf) -> None:
+    """What the first import said goes along."""
+    source, back = packed(tmp_path / "source"), tmp_path / "back"
+    to_megatron("qwen3-moe", "--model-path", source, "--out", tmp_path / "first").succeeded()
+    layout = ("--ckpt-format", "torch", "--tensor-model-parallel-size", 2, "--expert-model-parallel-size", 2)
+    again, third = tmp_path / "again", tmp_path / "third"
+    to_megatron("qwen3-moe", "--model-path", tmp_path / "first", "--out", again, *layout).succeeded()
+    to_megatron("qwen3-moe", "--model-path", again, "--out", third).succeeded()
+    to_hf("--input_dir", third, "--output_dir", back, "--no_tokenizer").succeeded()
+    found, wanted = load_file(back / "model.safetensors"), load_file(source / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 def test_packed_and_single_experts_are_one_model(tmp_path: Path, to_megatron) -> None:
     folders = {"packed": packed(tmp_path / "source"), "single": CASE / "hf"}
     for name, source in folders.items():

@@ -54,6 +54,7 @@ class Opened:
     load_iters: int | str | None = None  # of a Megatron source: the iteration, where the user or the path named one
     iteration: Path | None = None  # its folder
     what: str = ""  # kind and layout, for the report
+    packed_experts: bool = False  # a Megatron source came from files with all experts of a layer in one tensor
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -254,4 +255,5 @@ def open_megatron(
         assumed, notes=opened.notes,
         warnings=(*opened.warnings, *said_of_it),
         load_iters=opened.load_iters, iteration=opened.files.folder, what=described.of_megatron(root, opened.files),
+        packed_experts=bool(said.get("packed_experts")),
     )  # fmt: skip

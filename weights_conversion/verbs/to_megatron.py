@@ -225,7 +225,8 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
         config, true_vocab_size=rows.tokens if rows.known else None,
         repository=opened.repository, revision=opened.revision, source_config=opened.raw_config,
         generation_config=opened.generation_config, tokenizer=opened.tokenizer, assumed=opened.assumed,
-        packed_experts=packs_experts(FAMILIES[options.model], config, set(opened.tensors)),
+        packed_experts=opened.packed_experts
+        or packs_experts(FAMILIES[options.model], config, set(opened.tensors)),
     )  # fmt: skip
     prove = proof(
         opened.folder, options.model, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
