@@ -34,6 +34,27 @@ _SHARED = (
     "expert_tensor_parallel_size",
     "num_experts",
     "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "mtp_num_layers",
+    "kv_channels",
+    "rotary_base",
+    "rotary_percent",
+    "norm_epsilon",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
     "layernorm_epsilon",
     "rope_theta",
     "iteration",
@@ -154,8 +175,9 @@ def parallelism(args: Mapping[str, Any], files: Mapping[Rank, Path], folder: Pat
             ("expert_model_parallel_size", found[2]),
         )
     )
-    expert = expert if args.get("num_experts") else 1
-    cut = _size(args, "expert_tensor_parallel_size", tensor, folder, problems) if args.get("num_experts") else tensor
+    experts = _experts(args, expert, folder, problems)
+    expert = expert if experts else 1
+    cut = _size(args, "expert_tensor_parallel_size", tensor, folder, problems) if experts else tensor
     if args.get("standalone_embedding_stage"):
         problems.append(f"{folder} was trained with --standalone_embedding_stage, which is not supported")
     if tensor % cut:
@@ -169,14 +191,29 @@ def parallelism(args: Mapping[str, Any], files: Mapping[Rank, Path], folder: Pat
     if wanted > pipeline * _MOST_RANKS:
         problems.append(f"{folder} holds {len(files)} rank folders; its args say {parallel}, which are {wanted}")
         return Parallelism(found[0], found[1], expert=found[2])
+    places = set(stage_ranks(parallel))
     for rank, path in sorted(files.items()):
-        if rank.tensor >= tensor or rank.pipeline >= pipeline or rank.expert >= expert:
+        if rank.pipeline >= pipeline or (rank.tensor, rank.expert) not in places:
             problems.append(f"{path.parent} is too many: its args say {parallel}")
         else:
             there += 1
     if there < wanted:
         problems.append(_missing(files, folder, parallel, wanted, wanted - there))
     return parallel
+
+
+def _experts(args: Mapping[str, Any], expert: int, folder: Path, problems: list[str]) -> int:
+    """How many experts there are, 0 without any."""
+    count = args.get("num_experts") or 0
+    if type(count) is not int or count < 0:
+        problems.append(f"the args of {folder} say num_experts {count!r}, where a number was expected")
+        return 0
+    if count % expert:
+        problems.append(
+            f"the args of {folder} say num_experts {count} and expert_model_parallel_size {expert}, which does not "
+            "divide it; are all files of one run?"
+        )
+    return count
 
 
 def _size(args: Mapping[str, Any], name: str, seen: int, folder: Path, problems: list[str]) -> int:

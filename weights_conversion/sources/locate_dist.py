@@ -16,7 +16,7 @@ from weights_conversion.layouts.dist import dist_key
 from weights_conversion.layouts.parts import joined_shape, part_of
 from weights_conversion.layouts.placement import Block, Located, Placed, TensorRef, two_dimensional
 from weights_conversion.mapping.parameters import Architecture, Index, Instance, Part, is_buffer
-from weights_conversion.sources import naming
+from weights_conversion.sources import expert_counts, naming
 
 
 def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: ModelConfig) -> Located:
@@ -24,6 +24,7 @@ def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: Mod
     lengths = [stored.size[0] for stored in files.stored.values() if stored.size]
     if config.num_layers > max([len(files.stored), *lengths]):
         raise ConversionError(f"{files.folder} has fewer tensors than the {config.num_layers} layers of its args need")
+    expert_counts.check_forms(files.stored.keys(), str(files.folder))
     placed: Located = {}
     with Items(files.folder) as items:
         search = _Search(files, config, Parts(files.stored, items))
@@ -114,7 +115,8 @@ class _Search:
         for same in found:
             if len(same) > 1:
                 several = ", ".join(candidate.keys[0][0] for candidate in same)
-                self.problems.append(f"{where} holds {full} several times: {several}")
+                self.problems.append(f"{where} holds {full} several times: {several}; remove all but one")
+                self.used.update(key for candidate in same for key, _ in candidate.keys)
                 return None
         # A norm in the spellings of two layer specs is there twice.
         copies = [self._blocks(candidate, shape) for same in found for candidate in same]
@@ -138,7 +140,9 @@ class _Search:
         key, _ = candidate.keys[0]
         whole = two_dimensional(shape if candidate.part is None else candidate.shape)
         if wrong := uncovered(blocks, *whole):
-            self.problems.append(f"the parts of {key} {wrong} in its shape {list(candidate.shape)}, by {METADATA}")
+            at = f" at {list(candidate.lead)}" if candidate.lead else ""  # of a layer, of an expert
+            said = f"the parts of {key}{at} {wrong} in its shape {list(candidate.shape)}, by {METADATA}"
+            self.problems.append(f"{said}; was the copy complete?")
             return None
         if candidate.part is None:
             return blocks

@@ -11,7 +11,7 @@ from weights_conversion.layouts.parts import joined_shape, part_of
 from weights_conversion.layouts.placement import Located, Placed, slab, two_dimensional
 from weights_conversion.mapping.dialects import Dialect
 from weights_conversion.mapping.parameters import Architecture, Instance, Packed, is_buffer, named
-from weights_conversion.sources import naming
+from weights_conversion.sources import expert_counts, naming
 
 
 def in_huggingface(
@@ -19,6 +19,7 @@ def in_huggingface(
 ) -> Located:
     """Finds each parameter among the tensors of an HF or Meta source. Missing, misshapen and unexpected ones: error."""
     _check_counts(config, tensors)
+    expert_counts.check_huggingface(architecture, config, tensors)
     search = _Search(config, tensors, dialect)
     found = {instance.key: search.find(instance) for instance in architecture.instances(config)}
     if config.tie_word_embeddings and architecture.tied_head:
