@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,7 +42,7 @@ class Failed(Exception):
     """A measured command failed; the message ends with what it said."""
 
 
-def run(command: Sequence[str]) -> Cost:
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Cost:
     """Runs a command to its end in the repository's folder. Raises Failed when it fails.
 
     This process must do nothing else meanwhile: the bytes are what its ended children add to its own account.
@@ -50,8 +50,9 @@ def run(command: Sequence[str]) -> Cost:
     read_before, before = _io(), resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     child = subprocess.Popen(
-        command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=environment,
+    )  # fmt: skip
     peaks, ended = [0, 0], threading.Event()
     sampler = threading.Thread(target=_sample, args=(child.pid, peaks, ended))
     sampler.start()

@@ -4,152 +4,142 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-COPY = "cp -r; sync"
-TITLES = {
-    "import-tp1": "import, TP 1",
-    "import-tp8-pp4": "import, TP 8 x PP 4",
-    "import-page-cache": "import, TP 1, no direct writes",
-    "import-baseline": "import, whole model in memory",
-    "export-1": "export, 1 file",
-    "export-5gb": "export, files of 5 GB",
-    "export-page-cache": "export, 1 file, no direct writes",
-    "export-baseline": "export, whole model in memory",
-}
+from benchmarks.contenders import contenders, settings
+from benchmarks.shapes import SHAPES
+
+Result = Mapping[str, Any]
 
 
-def summarise(session: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """One entry for each contender: medians of its costs, and its ratios to the copy of the same pair."""
-    summary = {}
-    for name in TITLES:
-        pairs = [pair for pair in session["pairs"] if pair["name"] == name]
-        if not pairs:
-            continue
-        ratios = [pair["run"]["seconds"] / (pair["copy"]["seconds"] + pair["sync"]["seconds"]) for pair in pairs]
-        plain = [pair["run"]["seconds"] / pair["copy"]["seconds"] for pair in pairs]
-        summary[name] = {
-            "pairs": len(pairs),
-            "copy_seconds": median(pair["copy"]["seconds"] for pair in pairs),
-            "copy_and_sync_seconds": median(pair["copy"]["seconds"] + pair["sync"]["seconds"] for pair in pairs),
-            "ratio_to_copy_and_sync": median(ratios),
-            "ratios_to_copy_and_sync": ratios,
-            "ratio_to_copy": median(plain),
-            **{key: median(pair["run"][key] for pair in pairs) for key in pairs[0]["run"]},
-            "resident": max(pair["run"]["resident"] for pair in pairs),
-            "private": max(pair["run"]["private"] for pair in pairs),
-        }
-    for direction, ours in (("import", "import-tp1"), ("export", "export-1")):
-        if ours in summary and f"{direction}-baseline" in summary:
-            summary[ours]["times_faster_than_baseline"] = _faster(session["pairs"], ours, f"{direction}-baseline")
+def summarise(result: Result) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each setting and contender: medians of its costs, the highest peaks, and its ratios to its limit.
+
+    `ratio` is the median over rounds of the run's time by its limit's in the same round; `ratio_started` the same
+    without the start-up, that is the time of a dry run; `added` the seconds that the setting costs beside "warm".
+    """
+    known = {one.name: one for one in contenders(SHAPES["7b"])}
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
+    for setting in settings(result["cap"]):
+        runs = [run for run in result["runs"] if run["setting"] == setting.name]
+        seconds = {(run["name"], run["round"]): run["seconds"] for run in runs}
+        rows: dict[str, dict[str, Any]] = {}
+        for name in (name for name in known if any(run["name"] == name for run in runs)):
+            limit = known[name].limit or setting.limit
+            mine = [run for run in runs if run["name"] == name]
+            rounds = [run["round"] for run in mine if (limit, run["round"]) in seconds]
+            ratios = [seconds[name, number] / seconds[limit, number] for number in rounds]
+            rows[name] = {
+                **{key: median(run[key] for run in mine) for key in mine[0] if key not in ("round", "setting", "name")},
+                "runs": len(mine),
+                "resident": max(run["resident"] for run in mine),
+                "private": max(run["private"] for run in mine),
+                "limit": limit,
+                "ratio": median(ratios) if ratios else None,
+                "ratios": ratios,
+            }
+        start = rows.get("start-up") or summary.get("warm", {}).get("start-up")
+        for name, row in rows.items():
+            ours = not known[name].is_raw and name not in ("cp", "start-up")
+            if ours and start is not None and row["limit"] in rows:
+                row["ratio_started"] = (row["seconds"] - start["seconds"]) / rows[row["limit"]]["seconds"]
+            if name in summary.get("warm", {}):
+                row["added"] = row["seconds"] - summary["warm"][name]["seconds"]
+        if rows:
+            summary[setting.name] = rows
     return summary
 
 
-def _faster(pairs: Sequence[Mapping[str, Any]], ours: str, baseline: str) -> float:
-    """Median over the rounds in which both ran."""
-    seconds = {(pair["name"], pair["round"]): pair["run"]["seconds"] for pair in pairs}
-    rounds = {number for name, number in seconds if name == ours} & {n for name, n in seconds if name == baseline}
-    return median(seconds[baseline, n] / seconds[ours, n] for n in rounds)
+def _ratio(row: Mapping[str, Any]) -> str:
+    if row["ratio"] is None:
+        return ""
+    started = f", {row['ratio_started']:.2f} without start-up" if "ratio_started" in row else ""
+    return f"**{row['ratio']:.2f}** ({min(row['ratios']):.2f} to {max(row['ratios']):.2f}{started})"
 
 
-def table(session: Mapping[str, Any]) -> str:
-    """Markdown, one line for each contender."""
+def table(result: Result) -> str:
+    """Markdown, one line for each setting and contender."""
+    titles = {one.name: one.title for one in contenders(SHAPES["7b"])}
     lines = [
-        f"| {session['cache']} cache | seconds | `{COPY}` then | ratio (lowest to highest) | ratio to `cp -r` alone "
-        "| user + system s | peak resident | peak private | read, written |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | | ratio to the disk's own rate | seconds | user + system s | peak resident | read, written |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, row in summarise(session).items():
-        ratios = row["ratios_to_copy_and_sync"]
-        lines.append(
-            f"| {TITLES[name]} | {row['seconds']:.1f} | {row['copy_and_sync_seconds']:.1f} "
-            f"| **{row['ratio_to_copy_and_sync']:.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) "
-            f"| {row['ratio_to_copy']:.2f} | {row['user']:.1f} + {row['system']:.1f} "
-            f"| {row['resident'] / 1e9:.2f} GB | {row['private'] / 1e9:.2f} GB "
-            f"| {row['storage_read'] / 1e9:.1f}, {row['storage_written'] / 1e9:.1f} GB |"
-        )
+    summary = summarise(result)
+    for setting in settings(result["cap"]):
+        for name, row in summary.get(setting.name, {}).items():
+            ratio = "" if name in (row["limit"], "start-up") else _ratio(row)
+            if row["limit"] != setting.limit and ratio:
+                ratio += f" to: {titles[row['limit']]}"
+            added = f" ({row['added']:+.1f})" if setting.name == "sync" and "added" in row else ""
+            lines.append(
+                f"| {setting.title} | {titles[name]} | {ratio} | {row['seconds']:.1f}{added} "
+                f"| {row['user']:.1f} + {row['system']:.1f} | {row['resident'] / 1e9:.2f} GB "
+                f"| {row['storage_read'] / 1e9:.1f}, {row['storage_written'] / 1e9:.1f} GB |"
+            )
     return "\n".join(lines)
 
 
-def text(session: Mapping[str, Any]) -> str:
-    machine, shape = session["machine"], session["shape"]
+def text(result: Result) -> str:
+    machine, shape = result["machine"], result["shape"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    lines = [
-        f"{shape['name']}, {shape['layers']} layers, {session['bytes'] / 1e9:.2f} GB in bfloat16; "
+    rounds = 1 + max(run["round"] for run in result["runs"])
+    return "\n".join([
+        f"{shape['name']}, {shape['layers']} layers, {result['bytes'] / 1e9:.2f} GB in bfloat16; "
         f"{machine['cores']} cores ({machine['cpu']}), {machine['memory_gb']} GB; "
         f"{machine['filesystem']}{'' if machine['direct_writes'] else ' without direct writes'}, "
-        f"Linux {machine['kernel']}; {versions}; caches {session['cache']} ({session['cache_method']}); "
-        f"idle for {session['settle_seconds']:g} s before every run; "
-        "medians of pairs, peaks are the highest of all runs.",
+        f"Linux {machine['kernel']}; {versions}; caches: {result['cache_method']}; "
+        f"idle for {result['settle_seconds']:g} s before every run; "
+        f"medians of {rounds} rounds (lowest to highest), peaks are the highest of all runs; in parentheses behind "
+        "seconds, what the slow fsync adds.",
         "",
-        table(session),
-    ]
-    for name, row in summarise(session).items():
-        if "times_faster_than_baseline" in row:
-            faster = row["times_faster_than_baseline"]
-            lines.append(f"\n{TITLES[name]}: {faster:.1f} x faster than the whole-model way.")
-    for name, start in session.get("start", {}).items():
-        lines.append(
-            f"\n{name}: {start['seconds']:.2f} s, {start['reference']} {start['reference_seconds']:.2f} s "
-            f"(difference {start['seconds'] - start['reference_seconds']:.2f} s, ratio {start['ratio']:.2f})"
-        )
-    return "\n".join(lines)
+        table(result),
+    ])  # fmt: skip
 
 
-def plot(sessions: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of seconds beside the copy's, and of memory. Needs matplotlib."""
+def plot(result: Result, path: Path) -> None:
+    """Bars of ratios to the disk's own rate, a panel for each setting. Needs matplotlib."""
     import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
     from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
-    sessions = [session for session in sessions if session["pairs"]]
-    figure, axes = pyplot.subplots(
-        len(sessions), 2, figsize=(11, 0.8 + 3.4 * len(sessions)), squeeze=False, width_ratios=(3, 2)
-    )
-    for (left, right), session in zip(axes, sessions, strict=True):
-        summary = summarise(session)
-        names = list(summary)[::-1]
-        places = range(len(names))
-        labels = [TITLES[name] for name in names]
-        left.barh(places, [summary[n]["seconds"] for n in names], 0.4, label="conversion", color="#1f6f8b")
-        beside = [place + 0.4 for place in places]
-        left.barh(beside, [summary[n]["copy_and_sync_seconds"] for n in names], 0.4, label=COPY, color="#c9c9c9")
-        for place, name in zip(places, names, strict=True):
-            ratio = summary[name]["ratio_to_copy_and_sync"]
-            left.text(summary[name]["seconds"], place, f" {ratio:.2f} x", va="center", fontsize=8)
-        left.set_yticks([place + 0.2 for place in places], labels, fontsize=8)
-        shape = session["shape"]
-        left.set_title(
-            f"{shape['name']}, {session['bytes'] / 1e9:.1f} GB, {session['cache']} cache, "
-            f"idle {session['settle_seconds']:g} s before", fontsize=9,
-        )  # fmt: skip
-        left.set_xlabel("seconds (median), and ratio to the copy", fontsize=8)
-        left.margins(x=0.12)
-        left.legend(fontsize=7, loc="upper right", bbox_to_anchor=(0.0, 0.0))
-        right.barh(places, [summary[n]["private"] / 1e9 for n in names], 0.4, label="private", color="#1f6f8b")
-        resident = [summary[n]["resident"] / 1e9 for n in names]
-        right.barh(beside, resident, 0.4, label="resident", color="#8bbf9f")
-        right.set_yticks([])
-        right.set_xlabel("peak memory, GB", fontsize=8)
-        right.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
+    titles = {one.name: one.title for one in contenders(SHAPES["7b"])}
+    summary = summarise(result)
+    shown = [setting for setting in settings(result["cap"]) if setting.name in summary]
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.4 * len(shown) + 1.6, 4.2), squeeze=False, sharey=True)
+    names = [
+        name for name in titles
+        if not name.startswith("raw-") and name != "start-up" and any(name in summary[each.name] for each in shown)
+    ][::-1]  # fmt: skip
+    for axis, setting in zip(axes[0], shown, strict=True):
+        rows = summary[setting.name]
+        for place, name in enumerate(names):
+            if name in rows and rows[name]["ratio"] is not None:
+                row, colour = rows[name], "#c9c9c9" if name == "cp" else "#1f6f8b"
+                axis.barh(place, row["ratio"], 0.7, color=colour)
+                axis.text(row["ratio"], place, f" {row['ratio']:.2f}", va="center", fontsize=7)
+        axis.axvline(1, color="#b03a2e", linewidth=1)
+        axis.set_title(setting.title, fontsize=8)
+        axis.set_xlabel("time / the disk's own", fontsize=8)
+        axis.margins(x=0.18)
+    axes[0][0].set_yticks(range(len(names)), [titles[name] for name in names], fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     args = parser.parse_args()
-    sessions = json.loads(args.json.read_text())["sessions"]
-    print("\n\n".join(text(session) for session in sessions))
+    result = json.loads(args.json.read_text())
+    print(text(result))
     if args.plot:
-        plot(sessions, args.plot)
+        plot(result, args.plot)
 
 
 if __name__ == "__main__":

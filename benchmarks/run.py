@@ -1,16 +1,16 @@
-"""Measures imports and exports against a plain copy of the same files, pair by pair.
+"""Measures conversions against what the disk can do, in one run and in alternation.
 
-A random model of the given shape is made in --folder (and removed at the end, unless --keep). Each contender then runs
---pairs times, each time right after `cp -r; sync` of the files that it reads (or right before, in every second round),
-so that a disk whose speed drifts meets both. Both sides include the fsync of everything written. What a run wrote is
-removed before the next one begins. Caches are warm (they hold the source and nothing else) or, with --cold, empty.
+A random model of the given shape is made in --folder, and a checkpoint of it (removed at the end, unless --keep). In
+every round each contender runs once in each setting, in an order that turns from round to round, so that a disk whose
+speed drifts meets all. First come the disk's own rates (preallocated, direct, two threads, one fsync), then `cp -r;
+sync`, then conversions and proofs. All include the fsync of everything written. What was written is removed before the
+next run. Each run's ratio is to the disk's own rate in the same setting and round.
 
-Each run begins on a machine that has been idle for --settle seconds, as when someone types the command: the disk has
-discarded what was removed, and a virtual machine has given freed memory back. Without this pause what is measured is
-the run before: a copy takes a page of memory for each page it writes, and on a virtual machine with free page reporting
-one that was given back costs several times more than one that was freed a moment ago, or that holds another file.
+Settings: warm and cold sources; a disk on which every fsync takes 0.3 s longer, and one that takes no more than --cap
+GB/s (both by a library that is built on the spot and loaded into everything that is measured, raw writes too).
 
-Results are added to --json, by shape and cache; what is measured again replaces what was there.
+Each run begins on a machine that has been idle for --settle seconds, as when someone types the command: a virtual
+machine that gives its free memory back makes a page of it cost several times more than one freed a moment ago.
 """
 
 from __future__ import annotations
@@ -20,52 +20,17 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from benchmarks import measure, report, shapes
+from benchmarks import measure, report, shapes, slow
+from benchmarks.contenders import EXTRA, Contender, Setting, contenders, settings
 
 PYTHON = sys.executable
-SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A conversion that is measured: the command without its source and output, which are appended."""
-
-    name: str
-    command: tuple[str, ...]
-    source: str  # "model" (Hugging Face) or "checkpoint" (Megatron-LLM, TP 1)
-    source_option: tuple[str, ...] = ()
-    out_option: tuple[str, ...] = ()
-    syncs: bool = True  # by itself; otherwise `sync` follows and is part of its time
-
-
-def contenders(shape: shapes.Shape, workers: int | None) -> list[Contender]:
-    threads = () if workers is None else ("--workers", str(workers))
-    importing = ("llama2", *threads)
-    exporting = ("--model", "llama2", "--no_tokenizer", *threads)
-    shards = max(2, -(-shape.nbytes // SHARD_BYTES))
-    layout = ("--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4")
-    page_cache = (PYTHON, "-m", "benchmarks.through_page_cache")
-    baseline = (PYTHON, "-m", "benchmarks.baseline")
-    to_megatron, to_hf = (PYTHON, "hf_to_megatron.py"), (PYTHON, "megatron_to_hf.py")
-    source, out = ("--model-path",), ("--out",)
-    root, folder = ("--input_dir",), ("--output_dir",)
-    return [
-        Contender("import-tp1", (*to_megatron, *importing), "model", source, out),
-        Contender("import-tp8-pp4", (*to_megatron, *importing, *layout), "model", source, out),
-        Contender("import-page-cache", (*page_cache, "hf_to_megatron", *importing), "model", source, out),
-        Contender("import-baseline", (*baseline, "import"), "model", syncs=False),
-        Contender("export-1", (*to_hf, *exporting), "checkpoint", root, folder),
-        Contender("export-5gb", (*to_hf, *exporting, "--num_output_shards", str(shards)), "checkpoint", root, folder),
-        Contender("export-page-cache", (*page_cache, "megatron_to_hf", *exporting), "checkpoint", root, folder),
-        Contender("export-baseline", (*baseline, "export"), "checkpoint", syncs=False),
-    ]
 
 
 def say(line: str) -> None:
@@ -75,60 +40,55 @@ def say(line: str) -> None:
 class Bench:
     """Runs in one folder, which holds `model`, `checkpoint`, and for a moment `out`."""
 
-    def __init__(self, folder: Path, cold: bool, settle: float) -> None:
-        self.folder, self.cold, self.settle, self.cache_method = folder, cold, settle, ""
+    def __init__(self, folder: Path, settle: float, library: slow.Library | None) -> None:
+        self.folder, self.settle, self.library, self.cache_method = folder, settle, library, ""
         self.out = folder / "out"
+        self._places = {name: str(folder / name) for name in ("model", "checkpoint", "out")}
 
     def clear(self) -> None:
         for left in (self.out, self.out.with_name("out.partial")):
-            if left.exists():
+            if left.is_dir():
                 shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
         os.sync()
 
-    def prepare(self, source: Path) -> None:
+    def run(self, contender: Contender, setting: Setting) -> dict[str, Any]:
         self.clear()
         self.cache_method = measure.cool(self.folder)
-        if not self.cold:
-            measure.warm(source)
-            self.cache_method += ", then the source read once"
+        if not setting.cold:
+            for name in contender.reads:
+                measure.warm(Path(self._placed(name)))
         time.sleep(self.settle)
-
-    def copy(self, source: Path) -> dict[str, Any]:
-        self.prepare(source)
-        copied = measure.run(("cp", "-r", str(source), str(self.out)))
-        return {"copy": asdict(copied), "sync": asdict(measure.run(("sync",)))}
-
-    def convert(self, contender: Contender, source: Path) -> dict[str, Any]:
-        self.prepare(source)
-        command = (
-            *contender.command, *contender.source_option, str(source), *contender.out_option, str(self.out),
-        )  # fmt: skip
-        cost = asdict(measure.run(command))
+        environment = self._environment(setting)
+        cost = asdict(measure.run([self._placed(word) for word in contender.command], environment))
         if not contender.syncs:
-            cost["seconds"] += measure.run(("sync",)).seconds
-        return {"run": cost}
-
-    def pair(self, contender: Contender, number: int) -> dict[str, Any]:
-        source = self.folder / contender.source
-        if number % 2:
-            found = self.convert(contender, source) | self.copy(source)
-        else:
-            found = self.copy(source) | self.convert(contender, source)
+            cost["seconds"] += measure.run(("sync",), environment).seconds
         self.clear()
-        return {"name": contender.name, "round": number, **found}
+        return cost
+
+    def _placed(self, word: str) -> str:
+        for name, place in self._places.items():
+            word = word.replace(f"{{{name}}}", place)
+        return word
+
+    def _environment(self, setting: Setting) -> Mapping[str, str]:
+        if setting.slow == slow.Slow() or self.library is None:
+            return os.environ
+        return self.library.environment(setting.slow)
 
 
-def check_disk(folder: Path, shape: shapes.Shape, exports: bool, present: int) -> str | None:
-    """What is missing for the model, the checkpoint that exports read, one output, and 5 % of it all."""
-    needed = int((3 if exports else 2) * shape.nbytes * 1.05) - present
+def check_disk(folder: Path, shape: shapes.Shape, present: int) -> str | None:
+    """What is missing for the model, the checkpoint, one output, and 5 % of it all."""
+    needed = int(3 * shape.nbytes * 1.05) - present
     free = shutil.disk_usage(folder).free
     if needed > free:
         return f"{folder} needs {needed / 1e9:.1f} GB of free space for this, and has {free / 1e9:.1f} GB"
     return None
 
 
-def make_sources(folder: Path, shape: shapes.Shape, layers: int | None, exports: bool) -> None:
-    """Writes what is not there yet: the model, and the checkpoint that exports read."""
+def make_sources(folder: Path, shape: shapes.Shape, layers: int | None) -> None:
+    """Writes what is not there yet: the model, and its checkpoint (TP 1)."""
     model, checkpoint = folder / "model", folder / "checkpoint"
     if not shapes.is_written(model, shape):
         for stale in (model, checkpoint):
@@ -136,59 +96,9 @@ def make_sources(folder: Path, shape: shapes.Shape, layers: int | None, exports:
         say(f"writing a random {shape.name} with {shape.layers} layers, {shape.nbytes / 1e9:.2f} GB")
         asked = () if layers is None else ("--layers", str(layers))
         measure.run((PYTHON, "-m", "benchmarks.shapes", str(model), "--shape", shape.name, *asked))
-    if exports and not (checkpoint / "latest_checkpointed_iteration.txt").is_file():
-        say("importing it for the exports")
+    if not (checkpoint / "latest_checkpointed_iteration.txt").is_file():
+        say("importing it")
         measure.run((PYTHON, "hf_to_megatron.py", "llama2", "--model-path", str(model), "--out", str(checkpoint)))
-
-
-def start_up(folder: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of --help beside a bare interpreter's, and of a dry run of 70B's whole shape beside `import torch`."""
-    sparse = folder / "sparse-70b"
-    shutil.rmtree(sparse, ignore_errors=True)
-    measure.run((PYTHON, "-m", "benchmarks.shapes", str(sparse), "--shape", "70b", "--sparse"))
-    bare, importing = (PYTHON, "-c", "pass"), (PYTHON, "-c", "import torch")
-    dry = ("hf_to_megatron.py", "llama2", "--model-path", str(sparse), "--out", str(folder / "out"), "--dry-run")
-    layout = ("--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4")
-    measured: tuple[tuple[str, Sequence[str], str, Sequence[str]], ...] = (
-        ("hf_to_megatron.py --help", (PYTHON, "hf_to_megatron.py", "--help"), "a bare interpreter", bare),
-        ("megatron_to_hf.py --help", (PYTHON, "megatron_to_hf.py", "--help"), "a bare interpreter", bare),
-        ("--dry-run, 70B", (PYTHON, *dry), "import torch", importing),
-        ("--dry-run, 70B, TP 8 x PP 4", (PYTHON, *dry, *layout), "import torch", importing),
-    )
-    found = {}
-    for name, command, reference_name, reference in measured:
-        pairs = []
-        for _ in range(rounds + 1):  # the first fills the caches and is dropped
-            pairs.append((measure.run(reference).seconds, measure.run(command).seconds))
-        pairs = pairs[1:]
-        found[name] = {
-            "seconds": median(ours for _, ours in pairs),
-            "reference": reference_name,
-            "reference_seconds": median(other for other, _ in pairs),
-            "difference": median(ours - other for other, ours in pairs),
-            "ratio": median(ours / other for other, ours in pairs),
-        }
-        say(f"{name}: {found[name]['seconds']:.2f} s, {reference_name} {found[name]['reference_seconds']:.2f} s")
-    shutil.rmtree(sparse)
-    return found
-
-
-def store(path: Path, session: dict[str, Any]) -> list[dict[str, Any]]:
-    """Adds a session to the JSON file; returns all, this one last.
-
-    What an earlier session of the same shape, cache and machine measured, and this one has not, stays.
-    """
-    sessions = json.loads(path.read_text())["sessions"] if path.is_file() else []
-    key = ("shape", "cache", "settle_seconds")
-    kept = [other for other in sessions if any(other.get(name) != session[name] for name in key)]
-    for other in sessions:
-        if other not in kept and other["machine"] == session["machine"]:
-            measured = {pair["name"] for pair in session["pairs"]}
-            pairs = [pair for pair in other["pairs"] if pair["name"] not in measured]
-            session = {**other, **session, "pairs": [*pairs, *session["pairs"]]}
-    sessions = [*kept, session | {"summary": report.summarise(session)}]
-    path.write_text(json.dumps({"sessions": sessions}, indent=1) + "\n")
-    return sessions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -198,20 +108,49 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=shapes.SHAPES, default="7b")
     parser.add_argument("--layers", type=int, metavar="N", help="layers, a multiple of 4 (default: the shape's)")
     parser.add_argument("--folder", type=Path, required=True, help="where to work, on the filesystem to be measured")
-    parser.add_argument("--pairs", type=int, default=5, metavar="N", help="of each contender (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each contender (default: 5)")
     parser.add_argument(
         "--settle", type=float, default=10.0, metavar="SECONDS", help="idle before every run (default: 10)"
     )
-    parser.add_argument("--cold", action="store_true", help="empty the page cache before every run")
-    names = ", ".join(report.TITLES)
+    parser.add_argument("--cap", type=float, default=0.5, metavar="GB/S", help="of the slowest setting (default: 0.5)")
+    parser.add_argument("--settings", default="warm,cold,sync,cap", help="some of these (default: all)")
     parser.add_argument(
-        "--only", metavar="NAME,...", help=f"some of: {names}; start (default: all, start with warm caches only)"
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="of the conversions (default: the scripts' own)")
+        "--only", metavar="NAME,...",
+        help="some of: " + ", ".join(one.name for one in contenders(shapes.SHAPES["7b"]))
+        + f" (default: all but {', '.join(EXTRA)}); the disk's own rates always are",
+    )  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="leave model and checkpoint for the next run")
     parser.add_argument("--json", type=Path, metavar="FILE", default=measure.REPOSITORY / "benchmarks" / "results.json")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw all sessions of the JSON file (matplotlib)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result (matplotlib)")
     return parser
+
+
+def _chosen(args: argparse.Namespace, shape: shapes.Shape) -> list[tuple[Setting, Contender]]:
+    """What runs in one round, in order."""
+    known = {one.name: one for one in contenders(shape)}
+    places = {one.name: one for one in settings(args.cap * 1e9)}
+    names = args.only.split(",") if args.only else [name for name in known if name not in EXTRA]
+    wanted = args.settings.split(",")
+    if unknown := [*(set(names) - set(known)), *(set(wanted) - set(places))]:
+        raise SystemExit(f"no such contender or setting: {', '.join(sorted(unknown))}")
+    pairs = []
+    for setting in (places[name] for name in wanted):
+        here = [known[n] for n in names if setting.name in (known[n].settings or wanted) and not known[n].is_raw]
+        limits = {one.limit or setting.limit for one in here}
+        pairs += [(setting, one) for one in known.values() if one in here or (one.is_raw and one.name in limits)]
+    return pairs
+
+
+def _measure(bench: Bench, pairs: Sequence[tuple[Setting, Contender]], rounds: int) -> list[dict[str, Any]]:
+    """All of `pairs` in every round: begun at another one each time, and backwards in every second round."""
+    runs = []
+    for number in range(rounds):
+        turned = [*pairs[number % len(pairs) :], *pairs[: number % len(pairs)]]
+        for setting, contender in turned if number % 2 == 0 else turned[::-1]:
+            cost = bench.run(contender, setting)
+            runs.append({"round": number, "setting": setting.name, "name": contender.name, **cost})
+            say(f"{number + 1} of {rounds}, {setting.name}, {contender.name}: {cost['seconds']:.2f} s")
+    return runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -220,55 +159,36 @@ def main(argv: list[str] | None = None) -> int:
     shape = shapes.find_shape(args.shape, args.layers)
     if shape.layers % 4:
         parser.error(f"--layers must be a multiple of 4 (one contender has 4 pipeline stages), not {shape.layers}")
-    chosen = args.only.split(",") if args.only else [*report.TITLES, *([] if args.cold else ["start"])]
-    if unknown := set(chosen) - {*report.TITLES, "start"}:
-        parser.error(f"--only: no such contender: {', '.join(sorted(unknown))}")
-    runs = [contender for contender in contenders(shape, args.workers) if contender.name in chosen]
-    exports = any(contender.source == "checkpoint" for contender in runs)
-
+    pairs = _chosen(args, shape)
     args.folder.mkdir(parents=True, exist_ok=True)
     folder = args.folder.resolve()
     present = sum(path.stat().st_size for name in ("model", "checkpoint") for path in measure.files(folder / name))
-    if runs and (problem := check_disk(folder, shape, exports, present)):
+    if problem := check_disk(folder, shape, present):
         say(f"error: {problem}")
         return 1
-    bench = Bench(folder, args.cold, args.settle)
-    session: dict[str, Any] = {
-        "shape": asdict(shape),
-        "bytes": shape.nbytes,
-        "cache": "cold" if args.cold else "warm",
-        "settle_seconds": args.settle,
+    result: dict[str, Any] = {
+        "shape": asdict(shape), "bytes": shape.nbytes, "settle_seconds": args.settle, "cap": args.cap * 1e9,
         "machine": measure.machine(folder),
-        "pairs": [],
-    }
-    try:
-        if "start" in chosen:
-            session["start"] = start_up(folder, args.pairs)
-        if runs:
-            make_sources(folder, shape, args.layers, exports)
-        for number in range(args.pairs):
-            for contender in runs:
-                pair = bench.pair(contender, number)
-                session["pairs"].append(pair)
-                copied = pair["copy"]["seconds"] + pair["sync"]["seconds"]
-                ratio = pair["run"]["seconds"] / copied
-                say(
-                    f"pair {number + 1} of {args.pairs}, {contender.name}: {pair['run']['seconds']:.2f} s, "
-                    f"{report.COPY} {copied:.2f} s, ratio {ratio:.2f}"
-                )
-                store(args.json, session | {"cache_method": bench.cache_method})
-        sessions = store(args.json, session | {"cache_method": bench.cache_method})
-    except measure.Failed as error:
-        say(f"error: {error}")
-        return 1
-    finally:
-        shutil.rmtree(bench.out, ignore_errors=True)
-        if not args.keep:
-            for name in ("model", "checkpoint"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-    print(report.text(sessions[-1]))
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as built:
+        needs = any(setting.slow != slow.Slow() for setting, _ in pairs)
+        bench = Bench(folder, args.settle, slow.Library(Path(built)) if needs else None)
+        try:
+            make_sources(folder, shape, args.layers)
+            result["runs"] = _measure(bench, pairs, args.rounds)
+        except measure.Failed as error:
+            say(f"error: {error}")
+            return 1
+        finally:
+            bench.clear()
+            if not args.keep:
+                for name in ("model", "checkpoint"):
+                    shutil.rmtree(folder / name, ignore_errors=True)
+    result["cache_method"] = bench.cache_method
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(report.text(result))
     if args.plot:
-        report.plot(sessions, args.plot)
+        report.plot(result, args.plot)
     return 0
 
 

@@ -24,36 +24,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
-
-# A script beside the model that runs the import with every write passing a token bucket that the ranks share: a file
-# with the time up to which the bandwidth is spent, advanced under a lock by each write.
-CAPPED = """
-import fcntl, os, struct, sys, time
-sys.path.insert(0, {repository!r})
-import hf_to_megatron
-from weights_conversion.engine import execute
-
-bucket = os.open({bucket!r}, os.O_RDWR)
-write = execute.Target.write
-
-def limited(self, ref, start, data):
-    cost = data.numel() * data.element_size() / {rate!r}
-    fcntl.lockf(bucket, fcntl.LOCK_EX)
-    now, before = time.time(), struct.unpack("d", os.pread(bucket, 8, 0))[0]
-    spent = max(before or now, now - 0.5) + cost  # what was left unused for half a second may be caught up with
-    os.pwrite(bucket, struct.pack("d", spent), 0)
-    fcntl.lockf(bucket, fcntl.LOCK_UN)
-    write(self, ref, start, data)
-    time.sleep(max(spent - time.time(), 0))
-
-execute.Target.write = limited
-sys.exit(hf_to_megatron.main())
-"""
 
 
 def make_model(folder: Path, gigabytes: float) -> int:
@@ -100,16 +76,17 @@ def launch(launcher: str, ranks: int, line: list[str]) -> list[tuple[list[str], 
 
 
 def convert(
-    launcher: str, script: Path, model: Path, out: Path, ranks: int, *options: str
+    launcher: str, model: Path, out: Path, ranks: int, *options: str, environment: Mapping[str, str] = os.environ
 ) -> tuple[float, float, float]:
     """(wall seconds, converting seconds, highest peak GB of a process) of one import; OUT is deleted."""
     os.sync()
-    line = [str(script), "llama2", "--model-path", str(model), "--out", str(out), "--workers", "1", *options]
+    script = str(REPOSITORY / "hf_to_megatron.py")
+    line = [script, "llama2", "--model-path", str(model), "--out", str(out), "--workers", "1", *options]
     begin = time.monotonic()
     started = [
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | further,
+            env={**environment, "OMP_NUM_THREADS": "1", **further},
         )
         for command, further in launch(launcher, ranks, line)
     ]  # fmt: skip
@@ -163,18 +140,16 @@ def main() -> int:
     parser.add_argument("--launcher", choices=("torchrun", "srun"), default="torchrun")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
+    from benchmarks import slow
     from weights_conversion.engine.prediction import predicted_seconds
 
     model, out = args.folder / "model", args.folder / "out"
     try:
         with ProcessPoolExecutor(1) as pool:  # a process counts its parent's memory at its start as its own peak
             nbytes = pool.submit(make_model, model, args.gigabytes).result()
-        bucket, capped = args.folder / "bucket", args.folder / "capped.py"
-        bucket.write_bytes(bytes(8))
-        capped.write_text(CAPPED.format(repository=str(REPOSITORY), bucket=str(bucket), rate=args.cap * 1e9))
-        plain = REPOSITORY / "hf_to_megatron.py"
+        capped = slow.Library(args.folder)
         start_up = {
-            ranks: min(convert(args.launcher, plain, model, out, ranks, "--dry-run")[0] for _ in range(args.repeat))
+            ranks: min(convert(args.launcher, model, out, ranks, "--dry-run")[0] for _ in range(args.repeat))
             for ranks in args.ranks
         }
         weights, copy = model / "model.safetensors", args.folder / "copy"
@@ -183,18 +158,18 @@ def main() -> int:
         print("| GB/s at most | ranks | start-up s | converting s | measured s | predicted s | ratio | peak GB |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
         rate = 0.0
-        for script, limit in ((plain, bandwidth), (capped, args.cap * 1e9)):
+        for is_capped, limit in ((False, bandwidth), (True, args.cap * 1e9)):
             for ranks in args.ranks:
                 runs = []
                 for _ in range(args.repeat):
-                    bucket.write_bytes(bytes(8))
-                    runs.append(convert(args.launcher, script, model, out, ranks))
+                    environment = capped.environment(slow.Slow(rate=limit)) if is_capped else os.environ
+                    runs.append(convert(args.launcher, model, out, ranks, environment=environment))
                 wall, inside, peak = min(runs)
-                if ranks == args.ranks[0] and script == plain:
+                if ranks == args.ranks[0] and not is_capped:
                     rate = nbytes / max(inside, wall - start_up[ranks]) / ranks
                 predicted = predicted_seconds(nbytes, ranks, rate, limit, start_up[ranks])
                 print(
-                    f"| {limit / 1e9:.2f}{' (cap)' if script == capped else ''} | {ranks} | {start_up[ranks]:.1f} "
+                    f"| {limit / 1e9:.2f}{' (cap)' if is_capped else ''} | {ranks} | {start_up[ranks]:.1f} "
                     f"| {inside:.1f} | {wall:.1f} | {predicted:.1f} | {wall / predicted:.2f} | {peak:.2f} |",
                     flush=True,
                 )

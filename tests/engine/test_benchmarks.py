@@ -1,0 +1,68 @@
+"""The benchmark's own parts: what it measures is what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import contenders, raw, report, slow
+from benchmarks.shapes import SHAPES
+
+
+def run_of(name: str, setting: str, number: int, seconds: float) -> dict[str, object]:
+    costs = dict.fromkeys(("user", "system", "resident", "private", "storage_read", "storage_written"), 1)
+    return {"name": name, "setting": setting, "round": number, "seconds": seconds, **costs}
+
+
+def test_ratios_are_to_the_limit_of_the_same_round_and_setting() -> None:
+    seconds = {
+        ("raw-write", "warm"): (1, 2, 4), ("import-tp1", "warm"): (2, 4, 4), ("start-up", "warm"): (1, 1, 1),
+        ("raw-copy", "cold"): (5, 5, 5), ("import-tp1", "cold"): (5, 10, 15),
+    }  # fmt: skip
+    runs = [run_of(*key, number, value) for key, values in seconds.items() for number, value in enumerate(values)]
+    summary = report.summarise({"cap": 1e9, "runs": runs})
+    assert summary["warm"]["import-tp1"]["ratios"] == [2, 2, 1]
+    assert summary["warm"]["import-tp1"]["ratio"] == 2
+    assert summary["warm"]["import-tp1"]["ratio_started"] == (4 - 1) / 2
+    assert (summary["cold"]["import-tp1"]["ratio"], summary["cold"]["import-tp1"]["added"]) == (2, 10 - 4)
+
+
+def test_raw_copies_and_writes(tmp_path: Path) -> None:
+    """Every byte of every file, of whatever size."""
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    contents = [os.urandom(size) for size in (1, 4096, raw.PIECE + 5)]
+    for name, content in zip(("a/x", "a/y", "z"), contents, strict=True):
+        (tmp_path / "in" / name).write_bytes(content)
+    raw.copy(tmp_path / "out", [tmp_path / "in"])
+    copied, at = (tmp_path / "out").read_bytes(), 0
+    for content in contents:
+        assert copied[at : at + len(content)] == content
+        at += -(-len(content) // raw.PAGE) * raw.PAGE
+    assert len(copied) == at
+    raw.write(tmp_path / "written", raw.PIECE + 1)
+    assert (tmp_path / "written").stat().st_size == raw.PIECE + raw.PAGE
+
+
+def test_every_limit_is_measured() -> None:
+    names = {one.name for one in contenders.contenders(SHAPES["tiny"])}
+    assert {one.limit for one in contenders.contenders(SHAPES["tiny"])} - {None} <= names
+    assert {setting.limit for setting in contenders.settings(1e9)} <= names
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD")
+def test_a_slower_disk(tmp_path: Path) -> None:
+    """Its time comes from a clock of its own, which says at least what was asked for."""
+    library = slow.Library(tmp_path)
+    program = f"import os; d = os.open({str(tmp_path / 'x')!r}, os.O_CREAT | os.O_RDWR); os.write(d, bytes(1 << 20))"
+    for code, asked, least in (
+        (program, slow.Slow(rate=5e6), 0.1),
+        (f"{program}; os.fsync(d)", slow.Slow(sync_seconds=0.3), 0.3),
+    ):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", code], env=library.environment(asked), check=True)
+        assert time.monotonic() - began > least
