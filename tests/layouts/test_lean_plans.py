@@ -13,7 +13,7 @@ import torch
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Moe, Parallelism
 from weights_conversion.engine import identity
-from weights_conversion.engine.execute import inconsistencies
+from weights_conversion.engine.copies import inconsistencies
 from weights_conversion.engine.job import Job
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.streams import Source

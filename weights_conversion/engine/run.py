@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from weights_conversion.engine import compare, identity, memory, progress, sharing, start
-from weights_conversion.engine.execute import THREADS_PER_WORKER, execute, inconsistencies
+from weights_conversion.engine.copies import inconsistencies
+from weights_conversion.engine.execute import THREADS_PER_WORKER, execute
 from weights_conversion.engine.job import Job, RunOptions
 from weights_conversion.engine.prediction import predictions
 from weights_conversion.engine.report import Report

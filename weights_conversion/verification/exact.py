@@ -14,7 +14,8 @@ from torch import Tensor
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
 from weights_conversion.engine import progress
-from weights_conversion.engine.execute import as_hf, as_megatron, inconsistencies, read_rows
+from weights_conversion.engine.copies import inconsistencies
+from weights_conversion.engine.execute import as_hf, as_megatron, read_rows
 from weights_conversion.engine.streams import Scratch, Source
 from weights_conversion.layouts.plan import Plan, Step
 from weights_conversion.mapping.dialects import HF, MEGATRON_LLM, META
