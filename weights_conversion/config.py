@@ -147,6 +147,7 @@ class ModelConfig:
             "two_norms": self.num_layernorms == 2,
             "qkv_bias": self.add_qkv_bias,
             "qk_norms": self.qk_layernorm,
+            "mixed_windows": self.window_layers is not None,
             "attention": self.mla is None,
             "mla": self.mla is not None,
             "q_lora": self.mla is not None and self.mla.q_lora_rank is not None,
@@ -159,6 +160,8 @@ class ModelConfig:
             "expert_bias": self.moe.expert_bias,
             "shared_experts": self.moe.shared_ffn_hidden_size > 0,
             "shared_gate": self.moe.shared_gate,
+            "biased": self.moe.biased,
+            "clamped": self.moe.clamp is not None,
         }
         moe = there | {"moe"} | {name for name, has in of_experts.items() if has}
         return there | {"dense"}, there | {"dense"}, moe

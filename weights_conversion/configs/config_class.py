@@ -64,6 +64,11 @@ class ConfigClass:
     mixed_windows: bool = False
     rope: Mapping[str, Any] | None = None
 
+    @property
+    def clamp(self) -> float | None:
+        """The usual bound of the experts' activation."""
+        return self.defaults.get(self.experts.clamp) if self.experts is not None else None
+
     def knows(self, key: str) -> bool:
         return key in self.defaults or key in self.idle or any(key in keys for keys in self._groups())
 

@@ -113,21 +113,7 @@ def with_rope(family: str, raw: Mapping[str, Any], where: str) -> Mapping[str, A
 def _windows(family: str, full: Mapping[str, Any], where: str) -> tuple[int | None, windows.Layers]:
     if class_of(family).mixed_windows:
         return windows.read_hf(full, where)
-    return (_window(full, where) if FAMILIES[family].windowed else None), None
-
-
-def _window(full: Mapping[str, Any], where: str) -> int | None:
-    """The sliding window of every layer. `layer_types` (version 5) may only repeat it."""
-    window, kinds = full["sliding_window"], full.get("layer_types")
-    if window is not None and (type(window) is not int or window <= 0):
-        raise ConversionError(f"{where} has sliding_window {window!r}, where a positive int or null was expected")
-    expected = "full_attention" if window is None else "sliding_attention"
-    if kinds is not None and _kinds(kinds) != {expected}:
-        raise ConversionError(
-            f"{where} has sliding_window {window}, but not all of its layer_types are {expected}: layers that differ "
-            "cannot be expressed"
-        )
-    return window
+    return (windows.read_one(full, where) if FAMILIES[family].windowed else None), None
 
 
 _KEYS = {"num_query_groups": "num_key_value_heads", "ffn_hidden_size": "intermediate_size"}
@@ -254,6 +240,9 @@ def read_rope(raw: Mapping[str, Any], where: str, default: float | None = None) 
 def written_warnings(config: ModelConfig) -> list[str]:
     """What a release of transformers does not make of the written config.json."""
     hidden, heads = config.hidden_size, config.num_attention_heads
+    if config.moe is not None and config.moe.clamp not in (None, usual := class_of(config.family).clamp):
+        return [f"transformers 5.12 and older clamp at {usual:g} whatever config.json says; this model has "
+                f"{config.moe.clamp:g}"]  # fmt: skip
     if not class_of(config.family).whole_heads or hidden % heads == 0:
         return []
     return [

@@ -62,6 +62,8 @@ _OF_FUSION = [
 
 
 def notes(config: ModelConfig, shape: Shape) -> list[str]:
+    if config.moe is not None and config.moe.biased and shape.ckpt_format == "torch_dist":
+        return ["experts    have biases: a run of several tensor ranks needs --expert-tensor-parallel-size 1"]
     if config.moe is None or shape.ckpt_format != "torch" or shape.grouped:
         return []
     return [

@@ -14,6 +14,8 @@ from weights_conversion.configs.moe_layers import parse_freq, pattern
 from weights_conversion.errors import ConversionError
 
 ARG = "window_attn_skip_freq"
+# Among args of a HybridModel that became a GPTModel's: each layer is two there, and attention the first of them.
+_IN_HYBRID = "_is_hybrid_model"
 KINDS = {"sliding_attention": True, "full_attention": False}
 
 Layers = tuple[bool, ...] | None  # as ModelConfig.window_layers
@@ -22,8 +24,7 @@ Layers = tuple[bool, ...] | None  # as ModelConfig.window_layers
 def read_hf(full: Mapping[str, Any], where: str) -> tuple[int | None, Layers]:
     """(window, the layers that have it), where a class's layers may differ: it has every other layer by default."""
     window, kinds, count = full.get("sliding_window"), full.get("layer_types"), full["num_hidden_layers"]
-    if window is not None and (type(window) is not int or window <= 0):
-        raise ConversionError(f"{where} has sliding_window {window!r}, where a positive int or null was expected")
+    _check(window, where)
     if kinds is None:
         layers = tuple(layer % 2 == 0 for layer in range(count))
     elif isinstance(kinds, list) and len(kinds) == count and all(kind in KINDS for kind in map(str, kinds)):
@@ -34,6 +35,24 @@ def read_hf(full: Mapping[str, Any], where: str) -> tuple[int | None, Layers]:
     if window is None and any(layers):
         raise ConversionError(f"{where} has layers of sliding_attention and no sliding_window; state it")
     return plain(window, layers)
+
+
+def read_one(full: Mapping[str, Any], where: str) -> int | None:
+    """The window of every layer. `layer_types` (version 5) may only repeat it."""
+    window, kinds = full["sliding_window"], full.get("layer_types")
+    _check(window, where)
+    expected = "full_attention" if window is None else "sliding_attention"
+    if kinds is not None and {str(kind) for kind in (kinds if isinstance(kinds, list) else [kinds])} != {expected}:
+        raise ConversionError(
+            f"{where} has sliding_window {window}, but not all of its layer_types are {expected}: layers that differ "
+            "cannot be expressed"
+        )
+    return window
+
+
+def _check(window: Any, where: str) -> None:
+    if window is not None and (type(window) is not int or window <= 0):
+        raise ConversionError(f"{where} has sliding_window {window!r}, where a positive int or null was expected")
 
 
 def plain(window: int | None, layers: Layers) -> tuple[int | None, Layers]:
@@ -58,13 +77,15 @@ def read_core(args: Mapping[str, Any], where: str) -> Layers:
         return None
     if isinstance(freq, str):
         freq = parse_freq(freq)
+    step = 2 if args.get(_IN_HYBRID) else 1
     if type(freq) is int and freq > 0:
-        layers = tuple(number % freq != 0 for number in range(1, count + 1))
-    elif isinstance(freq, (list, tuple)) and len(freq) == count and all(one in (0, 1) for one in freq):
+        layers = tuple(number % freq != 0 for number in range(1, step * count + 1))
+    elif isinstance(freq, (list, tuple)) and len(freq) == step * count and all(one in (0, 1) for one in freq):
         layers = tuple(one == 1 for one in freq)
     else:
         raise ConversionError(f"{where} have {ARG} {str(freq)[:120]}, where a positive number, or a list of 0 and 1 of "
-                              f"{count} layers, was expected")  # fmt: skip
+                              f"{step * count} layers, was expected")  # fmt: skip
+    layers = layers[::step]
     return None if all(layers) else layers
 
 

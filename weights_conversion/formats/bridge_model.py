@@ -18,8 +18,11 @@ from weights_conversion.errors import ConversionError
 # Features of layers (ModelConfig.layer_features) that the fields below say.
 _SAID = {
     *("untied", "shared_norm", "qkv_bias", "qk_norms", "attention", "mla", "q_lora", "q_whole", "dense", "moe"),
-    *("expert_bias", "shared_experts", "shared_gate"),
+    *("expert_bias", "shared_experts", "shared_gate", "biased", "clamped", "mixed_windows"),
 }
+# Args of Megatron-LM that are fields by the same name, where they are set.
+_SAME = ("softmax_type", "glu_linear_offset", "activation_func_clamp_value", "window_attn_skip_freq")
+_QUICK_GELU = "megatron.core.fusions.fused_bias_geglu.quick_gelu"
 # Args of Megatron-LM that are fields of an MLATransformerConfig, if they are there.
 _LATENT = (
     *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
@@ -48,8 +51,10 @@ def section(
     theta, factor = config.rope_theta, config.rope_scaling_factor
     return {
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
-        "activation_func": {"_call_": False, "_target_": "torch.nn.functional.silu"},
-        "add_bias_linear": False,
+        "activation_func": {
+            "_call_": False, "_target_": _QUICK_GELU if args.get("quick_geglu") else "torch.nn.functional.silu",
+        },
+        "add_bias_linear": bool(args.get("add_bias_linear")),
         "add_qkv_bias": config.add_qkv_bias,
         "attention_dropout": 0.0,
         "autocast_dtype": kind,
@@ -80,6 +85,7 @@ def section(
         "tensor_model_parallel_size": 1,
         "vocab_size": config.vocab_size,
         "window_size": None if config.sliding_window is None else [config.sliding_window - 1, 0],
+        **{name: args[name] for name in _SAME if args.get(name) is not None},
         **_scaling(config, args),
         **_experts(config, args),
         **_latent(config, args),

@@ -46,6 +46,11 @@ def checked(form: Form, config: ModelConfig) -> Form:
             f"--hybrid-layer-pattern {form.pattern} is not this model's: its layers are {wanted} (| may stand between "
             "pipeline stages)"
         )
+    if config.window_layers is not None:
+        raise ConversionError(
+            "--hybrid-layer-pattern is not for models with a window on some layers yet: --window-attn-skip-freq counts "
+            "its layers there, of which each of this model's is two"
+        )
     if config.mla is not None or config.mtp_num_layers:
         raise ConversionError("--hybrid-layer-pattern is not for latent attention or multi-token prediction yet")
     return form

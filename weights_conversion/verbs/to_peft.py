@@ -34,6 +34,11 @@ def write_peft(
 ) -> Report:  # fmt: skip
     """Writes the adapters of `files`, whose base is of `config`. `base` is what adapter_config.json is to name."""
     adapters = source.find(files, FAMILIES[config.family], config)
+    if any(each.always for instance in adapters.factors for each in instance.row.packed):
+        raise ConversionError(
+            f"{files.folder} holds adapters of experts, which are no modules of their own in {config.family}: PEFT has "
+            "no place for them; merge them (--adapter_as merged)"
+        )
     scale = adapters.alpha(alpha)
     tensors: dict[str, Placed] = {}
     ranks: dict[str, int] = {}

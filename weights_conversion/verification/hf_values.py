@@ -60,7 +60,7 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
             problems.append(_sentence(field, values[0], getattr(config, field)))
     there, here = (_windows(each, config.num_layers) for each in (stated, config))
     if there != here:
-        problems.append(_sentence("sliding_window of each layer", there, here))
+        problems.append(_sentence("sliding_window", there, here))
     for part, names in ((config.moe, _MOE), (config.mla, _MLA)):
         problems += _differing(stated, names, part) if part is not None else []
     for field, keys in _SWITCHES.items():

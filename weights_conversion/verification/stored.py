@@ -34,7 +34,7 @@ from weights_conversion.verification.whole_dist import dist_weights
 BY_ROWS = ("word_embeddings.weight", "word_embeddings_for_head.weight", "lm_head", "output_layer.weight",
            "query_key_value.weight", "linear_qkv.weight", "linear_qkv.bias", "dense_h_to_4h.weight",
            "linear_fc1.weight", "linear_q_proj.weight", "linear_q_up_proj.weight",
-           "linear_kv_up_proj.weight", "eh_proj.weight")  # fmt: skip
+           "linear_kv_up_proj.weight", "eh_proj.weight", "softmax_offset")  # fmt: skip
 BY_COLUMNS = (".dense.weight", "linear_proj.weight", "dense_4h_to_h.weight", "linear_fc2.weight")
 GATED = ("dense_h_to_4h.weight", "linear_fc1.weight")  # two halves, each cut by itself, where the MLP is gated
 TIED_COPY = {"Megatron-LLM": "word_embeddings_for_head.weight", "Megatron-Core": "output_layer.weight"}
