@@ -57,6 +57,12 @@ def write(folder: Path, family: str = "deepseek-v3", *, dtype: torch.dtype = tor
     return folder
 
 
+def load(folder: Path, family: str) -> Any:
+    """The model in transformers, in float32."""
+    model = CLASSES[family][1].from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
 def as_hub(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Experts one by one, where transformers' module packs them."""
     found = {}

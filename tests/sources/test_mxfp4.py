@@ -24,6 +24,8 @@ from weights_conversion.verification import dequantised as again
 from weights_conversion.verification.whole import huggingface_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
 def test_every_byte_and_exponent(tmp_path: Path) -> None:
     """256 bytes times the exponents that bfloat16 can hold, 255 (which is none) left out."""
     bytes_ = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(255, 1, 1).flatten(0, 1)
