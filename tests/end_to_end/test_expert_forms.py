@@ -114,3 +114,24 @@ def test_one_expert_is_no_mixture(to_megatron, tmp_path: Path) -> None:
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"num_experts": 1, "num_experts_per_tok": 1}))
     to_megatron("qwen3-moe", "--model-path", hf, "--out", tmp_path / "out").refused("1 expert, where a mixture")
+
+
+@pytest.mark.parametrize("layout", [("--expert-model-parallel-size", 2), ("--tensor-model-parallel-size", 2)])
+def test_all_experts_of_a_rank_in_one(layout: tuple, to_megatron, to_hf, tmp_path: Path) -> None:
+    """moe_single_grouped_weight of 0.18 and newer: (experts of the rank, rows, columns)."""
+    hf, root = source("qwen3-moe", tmp_path / "hf"), tmp_path / "mt"
+    options = ("--ckpt-format", "torch", "--moe-grouped-gemm", *layout)
+    to_megatron("qwen3-moe", "--model-path", hf, "--out", root, *options).succeeded()
+    for path in root.glob("release/mp_rank_*/model_optim_rng.pt"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, weights_only=True)
+        model = content["model"]
+        count = sum(name.startswith("decoder.layers.0.mlp.experts.linear_fc1.weight") for name in model)
+        for layer in range(4):
+            for linear in ("linear_fc1", "linear_fc2"):
+                whole = f"decoder.layers.{layer}.mlp.experts.{linear}.weight"
+                model[whole] = torch.stack([model.pop(f"{whole}{expert}") for expert in range(count)])
+        content["args"].moe_single_grouped_weight = True
+        torch.save(content, path)
+    found, expected = exported(root, tmp_path / "out", to_hf), load_file(hf / "model.safetensors")
+    assert all(torch.equal(found[name][: len(tensor)], tensor) for name, tensor in expected.items())
