@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+MAMBA_KERNEL = 4  # tokens that a state-space layer's convolution sees: a constant of Megatron-Core's (mamba_mixer.py)
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -54,6 +56,7 @@ class Moe:
     `pre_softmax`: scores are made of all logits and not renormalised after top-k (Hugging Face's norm_topk_prob
     false). `scaling_factor` None: 1. Without groups `num_groups` and `group_topk` are None. `shared_ffn_hidden_size`
     is that of all shared experts together, 0 without any; `shared_gate`: a sigmoid of one row scales them.
+    `latent_size`: the experts work on projections of so many rows; None: on the hidden states themselves.
     """
 
     num_experts: int
@@ -70,6 +73,7 @@ class Moe:
     shared_gate: bool = False
     biased: bool = False
     clamp: float | None = None
+    latent_size: int | None = None
 
     @property
     def everywhere(self) -> bool:
@@ -86,6 +90,16 @@ class Mla:
     qk_pos_emb_head_dim: int  # of a head, with rope (qk_rope_head_dim)
     v_head_dim: int
     q_lora_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Mamba:
+    """State-space layers (Mamba 2), sizes in Megatron-Core's words: the heads of a group share B and C."""
+
+    state_dim: int
+    head_dim: int
+    num_groups: int
+    num_heads: int
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,9 @@ class ModelConfig:
     moe: Moe | None = None
     mla: Mla | None = None
     mtp_num_layers: int = 0  # multi-token prediction
+    # Where each layer is one sub-block, its symbol: M state space, * attention, - MLP, E experts
+    hybrid_layer_pattern: str | None = None
+    mamba: Mamba | None = None
 
     @property
     def rope(self) -> Rope:
@@ -136,6 +153,8 @@ class ModelConfig:
 
     def layer_features(self, layer: int) -> frozenset[str]:
         """What architecture rows may need of a layer; most is true of every layer."""
+        if self.hybrid_layer_pattern is not None:
+            return self._sub_blocks[self.hybrid_layer_pattern[layer]]
         return self._features[0 if self.moe is None else 1 + self.moe.layers[layer]]
 
     @cached_property
@@ -154,17 +173,28 @@ class ModelConfig:
             "q_whole": self.mla is not None and self.mla.q_lora_rank is None,
         }
         there = frozenset(name for name, has in stated.items() if has)
+        return there | {"dense"}, there | {"dense"}, there | self._of_experts()
+
+    def _of_experts(self) -> frozenset[str]:
         if self.moe is None:
-            return (there | {"dense"},)
+            return frozenset()
         of_experts = {
+            "moe": True,
             "expert_bias": self.moe.expert_bias,
             "shared_experts": self.moe.shared_ffn_hidden_size > 0,
             "shared_gate": self.moe.shared_gate,
             "biased": self.moe.biased,
             "clamped": self.moe.clamp is not None,
+            "latent_experts": self.moe.latent_size is not None,
         }
-        moe = there | {"moe"} | {name for name, has in of_experts.items() if has}
-        return there | {"dense"}, there | {"dense"}, moe
+        return frozenset(name for name, has in of_experts.items() if has)
+
+    @cached_property
+    def _sub_blocks(self) -> dict[str, frozenset[str]]:
+        """Of a layer that is one sub-block, by its symbol."""
+        there = self._features[0] - {"attention", "dense"}
+        kinds = {"M": {"mamba"}, "*": {"attention"}, "-": {"dense"}, "E": self._of_experts()}
+        return {symbol: there | features for symbol, features in kinds.items()}
 
     @cached_property
     def axes(self) -> dict[str, int]:
@@ -182,7 +212,7 @@ class ModelConfig:
             "one": 1,
             "two_hidden": 2 * self.hidden_size,
         }
-        return sizes | self._expert_axes() | self._latent_axes()
+        return sizes | self._expert_axes() | self._latent_axes() | self._mamba_axes()
 
     def _expert_axes(self) -> dict[str, int]:
         if self.moe is None:
@@ -192,6 +222,7 @@ class ModelConfig:
             "experts": self.moe.num_experts,
             "expert_ffn": expert,
             "expert_glu": 2 * expert,
+            "expert_in": self.moe.latent_size or self.hidden_size,
             "shared_ffn": shared,
             "shared_glu": 2 * shared,
         }
@@ -209,6 +240,16 @@ class ModelConfig:
             "mla_out": heads * mla.v_head_dim,
         }
 
+    def _mamba_axes(self) -> dict[str, int]:
+        if self.mamba is None:
+            return {}
+        return {
+            "mamba_heads": self.mamba.num_heads,
+            "mamba_inner": self.mamba.num_heads * self.mamba.head_dim,
+            "mamba_states": self.mamba.num_groups * self.mamba.state_dim,
+            "mamba_kernel": MAMBA_KERNEL,
+        }
+
 
 @dataclass(frozen=True)
 class Parallelism:
@@ -216,6 +257,7 @@ class Parallelism:
 
     `layers`: how many each chunk of each stage holds, in the order of the layers (the first chunk of every stage, then
     the second); empty where all hold the same number.
+    `hybrid`: a HybridModel of what a GPTModel holds, whose layers are two of Megatron's each: `layers` counts those.
     `expert` counts the ranks that experts are dealt to, `expert_tensor` those that cut each of them (None: `tensor`).
     """
 
@@ -225,6 +267,7 @@ class Parallelism:
     layers: tuple[int, ...] = ()
     expert: int = 1
     expert_tensor: int | None = None
+    hybrid: bool = False
 
     @property
     def experts_tensor(self) -> int:

@@ -13,6 +13,7 @@ from weights_conversion.architectures.llama import LLAMA, LLAMA2
 from weights_conversion.architectures.llama3 import LLAMA3
 from weights_conversion.architectures.mistral import MISTRAL
 from weights_conversion.architectures.mixtral import MIXTRAL
+from weights_conversion.architectures.nemotron_h import NEMOTRON_H
 from weights_conversion.architectures.qwen2 import QWEN2
 from weights_conversion.architectures.qwen2_moe import QWEN2_MOE
 from weights_conversion.architectures.qwen3 import QWEN3
@@ -20,4 +21,5 @@ from weights_conversion.architectures.qwen3_moe import QWEN3_MOE
 
 _DENSE = (CODELLAMA, FALCON, LLAMA, LLAMA2, LLAMA3, MISTRAL, QWEN2, QWEN3)
 _EXPERTS = (GLM4_MOE, GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
-FAMILIES: dict[str, Family] = {family.family: family for family in (*_DENSE, *_EXPERTS)}
+_HYBRIDS = (NEMOTRON_H,)
+FAMILIES: dict[str, Family] = {family.family: family for family in (*_DENSE, *_EXPERTS, *_HYBRIDS)}

@@ -23,6 +23,7 @@ class Structure:
     sigmoid: bool = False
     latent: bool = False
     sinks: bool = False
+    sub_blocks: bool = False  # each layer is one: attention, an MLP, experts or a state space
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Family(Architecture):
     features: frozenset[str] = frozenset()
     norm: str = "rms"  # or "layer", with biases
     gated: bool = True  # the MLP has a gate
+    rotary: bool = True  # positions reach it by a rotary embedding
     windowed: bool = False
     own_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
     own_flags: tuple[str, ...] = ()

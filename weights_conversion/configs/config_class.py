@@ -12,11 +12,12 @@ class ExpertKeys:
     """How a class spells experts and their router, and what its code computes whatever a config says.
 
     `experts`: keys of their number, each of which is written. `layers`: "first" (first_k_dense_replace dense ones),
-    "step" (decoder_sparse_step and mlp_only_layers), or "" (every layer has experts). `norm`: whether the scores of the
-    chosen experts are made to sum up to 1; None: as norm_topk_prob says. `groups`: "always" (n_group and topk_group),
-    "method" (they count where topk_method is group_limited_greedy), or "". `shared` is the key of their number
-    (n_shared_experts) or of their size; "": there are none. `biased`: router and experts have biases. `clamp` is the
-    key of what bounds their activation.
+    "step" (decoder_sparse_step and mlp_only_layers), "pattern" (ConfigClass.pattern), or "" (every layer has experts).
+    `norm`: whether the scores of the chosen experts are made to sum up to 1; None: as norm_topk_prob says. `groups`:
+    "always" (n_group and topk_group), "method" (they count where topk_method is group_limited_greedy), or "". `shared`
+    is the key of their number (n_shared_experts) or of their size; "": there are none. `biased`: router and experts
+    have biases. `clamp` is the key of what bounds their activation. `latent`: experts may work on projections
+    (moe_latent_size).
     """
 
     experts: tuple[str, ...]
@@ -31,6 +32,7 @@ class ExpertKeys:
     bias: bool = False
     biased: bool = False
     clamp: str = ""
+    latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class ConfigClass:
     what the class takes where partial_rotary_factor is absent. `latent`: its attention is MLA.
     `mixed_windows`: layer_types says of each layer whether it has the window. `rope` is what the class takes where no
     rope is stated.
+    `pattern`: keys that say which one sub-block each layer is, by symbols or a list of names; (): layers are alike.
     `whole_heads`: transformers 5 refuses a hidden size that is no multiple of the heads, whatever head_dim says.
     """
 
@@ -63,6 +66,7 @@ class ConfigClass:
     whole_heads: bool = False
     mixed_windows: bool = False
     rope: Mapping[str, Any] | None = None
+    pattern: tuple[str, ...] = ()
 
     @property
     def clamp(self) -> float | None:

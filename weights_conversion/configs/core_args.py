@@ -11,7 +11,7 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import Mla, ModelConfig, Parallelism
-from weights_conversion.configs import core_table, features, megatron_args, mla, moe, rope_core, windows
+from weights_conversion.configs import core_table, features, mamba, megatron_args, mla, moe, rope_core, windows
 from weights_conversion.errors import ConversionError
 
 # Megatron-Core's name -> Megatron-LLM's, where they differ and the value is the same.
@@ -27,6 +27,7 @@ _PLACES = {
     "moe": ("num_experts", "num_moe_experts"),
     "mla": ("multi_latent_attention",),
     "mtp_num_layers": ("mtp_num_layers",),
+    "mamba": ("hybrid_layer_pattern",),
 }
 
 
@@ -79,6 +80,7 @@ def write_args(
         **moe.write_core(config, layer_freq),
         **mla.write_core(config),
         "mtp_num_layers": config.mtp_num_layers or None,
+        **mamba.write_core(config),
         "ckpt_format": ckpt_format,
         "no_save_optim": True,
         "no_save_rng": True,
@@ -109,7 +111,9 @@ def _window(config: ModelConfig) -> tuple[int, int] | None:
 
 def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
     """What --use-checkpoint-args does not restore, or not in every release (the rotary base)."""
-    flags = [f"--norm-epsilon {config.layernorm_epsilon}", f"--rotary-base {_whole(config.rope_theta)}"]
+    flags = [f"--norm-epsilon {config.layernorm_epsilon}"]
+    if FAMILIES[config.family].rotary:
+        flags.append(f"--rotary-base {_whole(config.rope_theta)}")
     flags += [*windows.core_flags(config), *FAMILIES[config.family].own_flags]
     if config.rope_scaling_factor != 1.0:
         flags.append(f"--rotary-seq-len-interpolation-factor {_whole(config.rope_scaling_factor)}")
@@ -118,6 +122,8 @@ def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
     flags += [*mla.core_flags(config), *rope_core.core_flags(config), *moe.core_flags(config)]
     if config.mtp_num_layers:
         flags.append(f"--mtp-num-layers {config.mtp_num_layers}")
+    if config.hybrid_layer_pattern is not None:
+        flags.append("(pretrain_hybrid.py)")
     if config.qk_layernorm:
         flags.append("--qk-layernorm")
     if dtype in (torch.bfloat16, torch.float16):
@@ -163,8 +169,8 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         for name, what in core_table.foreign(args, features.everywhere()).items()
     ]
     factor, window = _factor(args, folder, problems), _left(args, folder, problems)
-    experts, latents = moe.read_core(args), mla.read_core(args)
-    for part in (experts, latents):
+    experts, latents, states = moe.read_core(args), mla.read_core(args), mamba.read_core(args)
+    for part in (experts, latents, states):
         if isinstance(part, list):
             problems += [f"the args of {folder} have {what}" for what in part]
     if problems:
@@ -186,7 +192,7 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     result["_is_factor_assumed"] = rope_core.assumed_factor(args)
     result["sliding_window_size"] = None if window is None else window + 1
     result["window_layers"] = windows.read_core(args, f"the args of {folder}")
-    result |= {"moe": experts, "mla": latents, "mtp_num_layers": args.get("mtp_num_layers") or 0}
+    result |= {"moe": experts, "mla": latents, "mamba": states, "mtp_num_layers": args.get("mtp_num_layers") or 0}
     if isinstance(latents, Mla):  # a head is what turns; its norms of latents are not those of heads
         result |= {"kv_channels": latents.qk_pos_emb_head_dim, "qk_layernorm": False}
         result["num_attention_heads_kv"] = args.get("num_attention_heads")

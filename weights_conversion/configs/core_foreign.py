@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import core_table, foreign_keys, moe_checks, own_args
+from weights_conversion.configs import core_table, foreign_keys, mamba, moe_checks, own_args
 from weights_conversion.configs import features as families
 from weights_conversion.configs import moe as moe_args
 
@@ -38,7 +38,7 @@ _FOREIGN_TENSORS: tuple[tuple[re.Pattern[str], str, str | None], ...] = (
         "multi-latent attention",
         "mla",
     ),
-    (re.compile(r"\.mixer\."), "state-space layers", None),
+    (re.compile(r"\.mixer\."), "state-space layers", "hybrid"),
     (re.compile(r"(^|\.)mtp\."), "multi-token prediction", "mtp"),
     (re.compile(r"\.(adapter|lora_[ab])\.", re.IGNORECASE), "LoRA adapters, which are merged before an export,", None),
     (re.compile(r"position_embeddings\.weight$"), "learned position embeddings", None),
@@ -99,6 +99,8 @@ def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> lis
         for name, what in core_table.foreign(args, families.args_of(has)).items()
         if name not in _SWITCHES
     ]
+    if "hybrid" in has:
+        problems += [f"{folder} holds a model {what}; --model names another" for what in mamba.misfits(args, family)]
     problems += _experts_and_latents(args, family, folder, has)
     scaling = args.get("rope_scaling")
     if scaling is not None and scaling.kind not in FAMILIES[family].ropes:
@@ -117,7 +119,7 @@ def _experts_and_latents(args: Mapping[str, Any], family: str, folder: Path, has
     problems = own_args.misfits(args, family)
     if args.get("moe") is not None and "moe" in has:  # without the feature, num_experts has been named
         problems += moe_checks.misfits(families.class_of(family), args["moe"], family)
-    elif "moe" in has and "moe" in args:
+    elif "moe" in has and "moe" in args and "hybrid" not in has:
         problems.append(f"without a mixture of experts (num_experts is None), which {family} has")
     if "mla" in has and "mla" in args and args["mla"] is None:
         problems.append(f"without latent attention (multi_latent_attention is not set), which {family} has")

@@ -6,9 +6,11 @@ A switch that the class has a key of (ConfigClass.flags) is stated by the family
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import mla, moe, own_args, windows
+from weights_conversion.configs import mamba, mla, moe, own_args, windows
 from weights_conversion.configs.config_class import ConfigClass
 from weights_conversion.configs.hf_keys import CONFIG_CLASSES
 
@@ -20,6 +22,7 @@ ARGS: dict[str, frozenset[str]] = {
     "mtp": frozenset({"mtp_num_layers"}),
     "partial_rotary": frozenset({"rotary_percent"}),
     "mixed_windows": frozenset({windows.ARG}),
+    "hybrid": mamba.READ,
 }
 
 
@@ -37,6 +40,7 @@ def of(family: str) -> frozenset[str]:
         "partial_rotary": known.rotary_percent != 1.0,
         "mixed_windows": known.mixed_windows,
         "biases": known.experts is not None and known.experts.biased,
+        "hybrid": bool(known.pattern),
     }
     stated = FAMILIES[family].features | known.flags.keys() | own_args.names_of(family)
     return stated | {name for name, there in by_class.items() if there}
@@ -45,6 +49,16 @@ def of(family: str) -> frozenset[str]:
 def required(family: str) -> frozenset[str]:
     """Switches that are on in every model of the family."""
     return frozenset(of(family) & set(SWITCHES)) - class_of(family).flags.keys()
+
+
+def lacking(family: str, values: Mapping[str, Any]) -> list[str]:
+    """ModelConfig fields of several parts that every model of the family has, and that are None in `values`."""
+    pattern = values.get("hybrid_layer_pattern")
+    if "hybrid" in of(family):
+        wanted = {"hybrid_layer_pattern": True, "moe": "E" in (pattern or ""), "mamba": "M" in (pattern or "")}
+    else:
+        wanted = {name: name in of(family) for name in ("moe", "mla")}
+    return [name for name, needed in wanted.items() if needed and values.get(name) is None]
 
 
 def has_one_size(family: str) -> bool:

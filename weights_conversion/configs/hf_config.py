@@ -23,7 +23,7 @@ LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenize
 
 
 # Features that a target has or has not: the others are parts of these.
-_OF_TARGETS = frozenset({"add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary"})
+_OF_TARGETS = frozenset({"add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary", "hybrid"})
 # Keys that are read here apart from a class's fields, and say how the weights are stored.
 READ = ("rope_parameters", "rope_scaling", "partial_rotary_factor", "layer_types", "n_head_kv")
 
@@ -54,6 +54,7 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
     problems = unsupported(family, raw, target, where)
     full = class_of(family).completed(raw)
     values: dict[str, Any] = {}
+    full |= hf_parts.read_pattern(class_of(family), full, where)
     for name, keys in keys_of(family).items():
         stated = {key: full[key] for key in keys if full.get(key) is not None}
         value = next(iter(stated.values()), None)
@@ -76,7 +77,7 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
     if class_of(family) is hf_falcon.CLASS:
         values |= hf_falcon.read(raw, full, heads, hidden)
     else:
-        groups, head_dim = full["num_key_value_heads"], full.get("head_dim")
+        groups, head_dim = full["num_key_value_heads"], hf_parts.head_dim(class_of(family), full, where)
         values["num_query_groups"] = heads if groups is None else groups
         values["head_dim"] = hidden // heads if head_dim is None else head_dim
         values["sliding_window"], values["window_layers"] = _windows(family, full, where)
@@ -87,7 +88,7 @@ def _read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: st
     scaling = rope.read_scaling(raw, where, latent=class_of(family).latent)
     config = ModelConfig(family=family, rope_theta=theta, rope_scaling_factor=factor, rope_scaling=scaling, **values)
     own_head_dim = (
-        full.get("head_dim") is not None and class_of(family) is not hf_falcon.CLASS
+        class_of(family) is not hf_falcon.CLASS and hf_parts.head_dim(class_of(family), full, where) is not None
     ) or config.mla is not None
     check_heads(config, own_head_dim, where)
     return config
@@ -191,7 +192,7 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
             "model.safetensors and remove the key"
         )
     kinds = raw.get("layer_types")
-    if kinds is not None and not FAMILIES[family].windowed and _kinds(kinds) - {"full_attention"}:
+    if kinds is not None and not (FAMILIES[family].windowed or known.pattern) and _kinds(kinds) - {"full_attention"}:
         problems.append(f"{where} has layer_types {sorted(_kinds(kinds))}, where all layers are full_attention")
     read = {*known.plain, *READ, *(key for key in raw if known.knows(key))}
     return problems + foreign_keys.refusals(raw, read, where, reader)
@@ -262,11 +263,13 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     result["architectures"] = [FAMILIES[config.family].hf_class]
     result["model_type"] = FAMILIES[config.family].model_types[0]  # transformers' own: kimi_k2 is deepseek_v3 there
     for name, keys in keys_of(config.family).items():
-        result |= dict.fromkeys([key for key in keys if key in result] or keys[:1], getattr(config, name))
+        told = [key for key in keys if key in result or key in class_of(config.family).written]
+        result |= dict.fromkeys(told or keys[:1], getattr(config, name))
     if class_of(config.family) is hf_falcon.CLASS:
         hf_falcon.write(config, result)
     else:
-        result.setdefault("hidden_act", "silu")
+        if "hidden_act" in class_of(config.family).defaults:
+            result.setdefault("hidden_act", "silu")
         result["num_key_value_heads"] = config.num_query_groups
         hf_parts.write(class_of(config.family), config, result)
         result["tie_word_embeddings"] = config.tie_word_embeddings
@@ -275,6 +278,9 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
         elif FAMILIES[config.family].windowed:
             result.pop("layer_types", None)  # the window of before, should training have dropped it
             result["sliding_window"] = config.sliding_window
+    result["torch_dtype"] = result["dtype"] = dtype
+    if not FAMILIES[config.family].rotary:
+        return result
     linear = config.rope_scaling_factor != 1.0
     kind = {"rope_type": "linear", "factor": config.rope_scaling_factor} if linear else {"rope_type": "default"}
     if config.rope_scaling is not None:
@@ -284,5 +290,4 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
     result["rope_theta"] = config.rope_theta
     result["rope_scaling"] = {"type": kind["rope_type"], **kind} if linear else None
     result |= {"rope_parameters": {"rope_theta": config.rope_theta, **kind, **partial}, **partial}
-    result["torch_dtype"] = result["dtype"] = dtype
     return result

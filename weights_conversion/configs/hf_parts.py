@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from weights_conversion.config import Mla, ModelConfig
-from weights_conversion.configs import mla, moe, rope
+from weights_conversion.configs import layer_pattern, mamba, mla, moe, rope
 from weights_conversion.configs.config_class import ConfigClass
 from weights_conversion.errors import ConversionError
 
@@ -18,8 +18,14 @@ def read(
 ) -> dict[str, Any]:
     """Experts, latent attention, the part of each head that turns, and layers that predict further tokens."""
     found: dict[str, Any] = {"rotary_percent": rope.read_percent(raw, where, known.rotary_percent)}
-    if known.experts is not None:
+    pattern = full.get("pattern")
+    if known.experts is not None and (pattern is None or "E" in pattern):
         found["moe"] = moe.read_hf(known, full, values["num_layers"])
+    if pattern is not None:
+        found["hybrid_layer_pattern"] = pattern
+        found["mamba"] = mamba.read_hf(full) if "M" in pattern else None
+        epsilon = mamba.epsilon_problem(pattern, values["layernorm_epsilon"])
+        found["norm"] = [] if epsilon is None else [epsilon]
     if known.latent:
         found["mla"] = sizes = mla.read_hf(full)
         if isinstance(sizes, Mla):  # the part of a head that turns is a head of its own
@@ -30,7 +36,26 @@ def read(
     if len(further) > 1 or not all(type(number) is int and number >= 0 for number in further):
         raise ConversionError(f"{where} has num_nextn_predict_layers {sorted(map(repr, further))}, where one number "
                               "of layers was expected")  # fmt: skip
+    found.pop("norm", None)
     return found | {"mtp_num_layers": next(iter(further), 0)}
+
+
+def head_dim(known: ConfigClass, full: Mapping[str, Any], where: str) -> Any:
+    """The size of a head by any of its keys; None: none says it."""
+    stated = {key: full[key] for key in known.spellings("head_dim") if full.get(key) is not None}
+    if len(set(map(repr, stated.values()))) > 1:
+        raise ConversionError(f"{where} has two values of one field, {stated}; remove the wrong one")
+    return next(iter(stated.values()), None)
+
+
+def read_pattern(known: ConfigClass, full: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What the layers are, and their number with it, where a class says so: as "pattern" and num_hidden_layers."""
+    if not known.pattern:
+        return {}
+    pattern = layer_pattern.read_hf(known.pattern, full)
+    if isinstance(pattern, list):
+        raise ConversionError(*(f"{where} has {what}" for what in pattern))
+    return {"pattern": pattern, "num_hidden_layers": len(pattern)}
 
 
 def with_further_layers(
@@ -59,10 +84,10 @@ def with_further_layers(
 
 
 def write(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) -> None:
-    """The size of a head, switches, experts, latent attention and further layers."""
+    """The size of a head, switches, experts, latent attention, kinds of layers and further layers."""
     usual = config.head_dim * config.num_attention_heads == config.hidden_size or config.mla is not None
     if "head_dim" in result or known.defaults.get("head_dim") is not None or not usual:
-        result["head_dim"] = config.head_dim
+        result |= {key: config.head_dim for key in known.spellings("head_dim") if key == "head_dim" or key in result}
     result.update({key: getattr(config, name) for name, key in known.flags.items()})
     for key, value in known.written.items():
         result.setdefault(key, value)
@@ -70,6 +95,10 @@ def write(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) -> No
         moe.write_hf(known, config.moe, result)
     if config.mla is not None:
         mla.write_hf(config.mla, result)
+    if config.hybrid_layer_pattern is not None:
+        layer_pattern.write_hf(known.pattern, config.hybrid_layer_pattern, result)
+    if config.mamba is not None:
+        mamba.write_hf(config.mamba, result)
     further = known.spellings("num_nextn_predict_layers")
     if len(further) > 1:
         result.update(dict.fromkeys([further[0], *(key for key in further if key in result)], config.mtp_num_layers))

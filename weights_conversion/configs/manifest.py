@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion import __version__
-from weights_conversion.config import Mla, ModelConfig, Moe, RopeScaling
+from weights_conversion.config import Mamba, Mla, ModelConfig, Moe, RopeScaling
 from weights_conversion.configs import parts, secrets
 from weights_conversion.errors import ConversionError
 from weights_conversion.files.fileio import is_there, read_json, sha256
@@ -85,7 +85,7 @@ def _malformed(content: Mapping[str, Any]) -> list[str]:
             RopeScaling(**scaling)
     except TypeError:
         problems.append(f"rope_scaling {scaling!r}, where a kind with its numbers was expected")
-    for name, kind in (("moe", Moe), ("mla", Mla)):
+    for name, kind in (("moe", Moe), ("mla", Mla), ("mamba", Mamba)):
         stated = content["model"].get(name)
         if stated is not None and (problem := parts.malformed(kind, stated)):
             problems.append(problem)
@@ -107,10 +107,11 @@ def model_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
     known = ModelConfig.__dataclass_fields__
     fields = {name: value for name, value in manifest["model"].items() if name in known and name != "vocab_size"}
     scaling = fields.get("rope_scaling")
-    moe, mla = fields.get("moe"), fields.get("mla")
+    moe, mla, mamba = (fields.get(name) for name in ("moe", "mla", "mamba"))
     return fields | {
         "rope_scaling": None if scaling is None else RopeScaling(**scaling),
         "moe": None if moe is None else Moe(**{**moe, "layers": tuple(moe["layers"])}),
         "mla": None if mla is None else Mla(**mla),
         **({} if fields.get("window_layers") is None else {"window_layers": tuple(fields["window_layers"])}),
+        "mamba": None if mamba is None else Mamba(**mamba),
     }

@@ -32,10 +32,12 @@ _LLM_NAMES = {
 # Those that only Megatron-Core has; configs/core_args.py makes some of them of several args.
 _CORE_ONLY = (
     "rope_scaling", "add_qkv_bias", "qk_layernorm", "rotary_percent", "window_layers", "moe", "mla", "mtp_num_layers",
+    "hybrid_layer_pattern", "mamba",
 )  # fmt: skip
 NAMES = _LLM_NAMES | {name: name for name in _CORE_ONLY}
 _DEFAULTS = {field.name: field.default for field in fields(ModelConfig)}
-_MAY_BE_NONE = ("sliding_window", "window_layers", "rope_scaling", "moe", "mla")
+_PARTS = ("rope_scaling", "moe", "mla", "hybrid_layer_pattern", "mamba")
+_MAY_BE_NONE = ("sliding_window", "window_layers", *_PARTS)
 # Fields that the original's resharding tool re-creates, and its defaults: another value cannot have been reset.
 _RESET = {"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "rope_scaling_factor": 1.0, "sliding_window": None}
 RESET_BY_RESHARDING: dict[str, Any] = _RESET
@@ -138,7 +140,7 @@ def _family_says(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
         **{name: _DEFAULTS[name] for name in RESET_BY_RESHARDING},
         **FAMILIES[family].defaults,
         **{name: name in features.required(family) for name in features.SWITCHES},
-        **{name: _DEFAULTS[name] for name in ("rope_scaling", "moe", "mla", "mtp_num_layers")},
+        **{name: _DEFAULTS[name] for name in (*_PARTS, "mtp_num_layers")},
         **({} if features.class_of(family).mixed_windows else {"window_layers": None}),
         "rotary_percent": features.class_of(family).rotary_percent,
         "max_position_embeddings": args.get("seq_length"),
@@ -290,8 +292,8 @@ def resolve(
             warnings.append(f"nothing says what {usual}; --{NAMES[name]} or --reference gives another")
         if name in lost:
             warnings += _lost(family, name, args.get(NAMES[name]), origins[name], values[name])
-    for name in (name for name in ("moe", "mla") if values.get(name) is None and name in features.of(family)):
-        problems.append(f"nothing says what {name} is; the checkpoint's args lack it")
+    unsaid = features.lacking(family, values)
+    problems += [f"nothing says what {name} is; the checkpoint's args lack it" for name in unsaid]
     if problems:
         raise ConversionError(*problems)
     values["sliding_window"], values["window_layers"] = windows.plain(values["sliding_window"], values["window_layers"])

@@ -33,6 +33,7 @@ def read_hf(known: ConfigClass, full: Mapping[str, Any], num_layers: int) -> Moe
     ffn = _count(known, full, keys.ffn, problems)
     topk = _count(known, full, "num_experts_per_tok", problems)
     shared = _count(known, full, keys.shared, problems) if keys.shared else 0
+    latent = _count(known, full, "moe_latent_size", problems) if full.get("moe_latent_size") is not None else None
     layers = moe_layers.read_hf(keys, full, num_layers)
     if isinstance(layers, str):
         problems.append(layers)
@@ -59,6 +60,7 @@ def read_hf(known: ConfigClass, full: Mapping[str, Any], num_layers: int) -> Moe
         shared_gate=keys.gate,
         biased=keys.biased,
         clamp=clamp,
+        latent_size=latent,
     )  # fmt: skip
     wrong = impossible(moe)
     # A sigmoid's scores are divided by their sum where a token has more than one expert, and there alone.
@@ -113,6 +115,8 @@ def write_hf(known: ConfigClass, moe: Moe, result: dict[str, Any]) -> None:
         values[keys.shared] = moe.shared_ffn_hidden_size // (moe.ffn_hidden_size if count else 1)
     if keys.clamp:
         values[keys.clamp] = moe.clamp
+    if keys.latent:
+        values["moe_latent_size"] = moe.latent_size
     if keys.groups:
         values |= _write_groups(keys, moe, full, stated)
     layers = moe_layers.write_hf(keys, moe.layers)
@@ -147,6 +151,7 @@ ARGS = {
     "shared_gate": "moe_shared_expert_gate",
     "biased": "add_bias_linear",
     "clamp": "activation_func_clamp_value",
+    "latent_size": "moe_latent_size",
     "layers": "moe_layer_freq",
 }
 # What the args of a family with experts may say beside: read here, and refused by value.
@@ -170,9 +175,11 @@ def read_core(args: Mapping[str, Any]) -> Moe | list[str] | None:
         "moe_shared_expert_intermediate_size": args.get("moe_shared_expert_intermediate_size") or 0,
         "moe_router_num_groups": args.get("moe_router_num_groups") or 1,
         "moe_router_group_topk": args.get("moe_router_group_topk") or 0,
+        "moe_latent_size": args.get("moe_latent_size") or 0,
     }
+    may_be_none = ("moe_shared_expert_intermediate_size", "moe_router_group_topk", "moe_latent_size")
     for name, size in sizes.items():
-        lowest = 0 if name in ("moe_shared_expert_intermediate_size", "moe_router_group_topk") else 1
+        lowest = 0 if name in may_be_none else 1
         if type(size) is not int or size < lowest:
             problems.append(f"{name} {size!r}, where a positive int was expected")
     score = _default(args, "moe_router_score_function", "softmax")
@@ -199,6 +206,7 @@ def read_core(args: Mapping[str, Any]) -> Moe | list[str] | None:
         shared_gate=bool(args.get("moe_shared_expert_gate")) and sizes["moe_shared_expert_intermediate_size"] > 0,
         biased=bool(args.get("add_bias_linear")),
         clamp=None if clamp is None else float(clamp),
+        latent_size=sizes["moe_latent_size"] or None,
     )  # fmt: skip
     return impossible(moe) or moe
 

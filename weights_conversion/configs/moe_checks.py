@@ -56,6 +56,10 @@ def misfits(known: ConfigClass, moe: Moe, family: str) -> list[str]:
     ):
         if has != there:
             wrong.append(f"with {what}, {lacks}" if there else f"without {what}, which {family} has")
+    if moe.latent_size is not None and not keys.latent:
+        wrong.append(
+            f"with experts on projections of its hidden states (moe_latent_size is {moe.latent_size}), {lacks}"
+        )
     if keys.shared == "n_shared_experts" and moe.shared_ffn_hidden_size % moe.ffn_hidden_size:
         wrong.append(f"with shared experts of size {moe.shared_ffn_hidden_size}, where {family} has a multiple of an "
                      f"expert's, {moe.ffn_hidden_size}")  # fmt: skip

@@ -25,7 +25,12 @@ FREQ_FLAG = "--moe-layer-freq"
 
 
 def read_hf(keys: ExpertKeys, full: Mapping[str, Any], num_layers: int) -> tuple[bool, ...] | str:
-    """Of each layer whether it has experts, or a sentence on what is wrong. `full` has the class's defaults."""
+    """Of each layer whether it has experts, or a sentence on what is wrong. `full` has the class's defaults.
+
+    Where a pattern says it, it has been read, and is `full`'s "pattern".
+    """
+    if keys.layers == "pattern":
+        return tuple(symbol == "E" for symbol in full["pattern"])
     if keys.layers == "first":
         dense = full.get("first_k_dense_replace")
         if type(dense) is not int or dense < 0:

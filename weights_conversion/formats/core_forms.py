@@ -1,20 +1,25 @@
-"""Forms of a torch_dist output: of a release of Megatron-Core, of Megatron-Bridge, of a HybridModel."""
+"""Forms of an output for Megatron-Core: of one of its releases, of Megatron-Bridge, of a HybridModel."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from weights_conversion.config import ModelConfig
+from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import bridge_files, bridge_model, hybrid
+from weights_conversion.layouts.parallel import with_virtual
+from weights_conversion.mapping.hybrid import stages, symbols
 
 RELEASES = ("auto", "before-0.19", "0.19")
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a torch_dist checkpoint is written. `release` "0.19": no common.pt, which older releases need.
+    """How a checkpoint is written: torch_dist, and rank files, of which `pattern` alone is true.
+
+    `release` "0.19": no common.pt, which older releases need.
 
     `bridge`: Megatron-Bridge's folders, run_config.yaml in place of args. `pattern`: a HybridModel's, None: a GPTModel.
     """
@@ -40,8 +45,8 @@ def checked(form: Form, config: ModelConfig) -> Form:
         return form
     if form.bridge:
         raise ConversionError("--hybrid-layer-pattern is for --target megatron-core, not for megatron-bridge")
-    wanted = "".join("*E" if "moe" in config.layer_features(layer) else "*-" for layer in range(config.num_layers))
-    if hybrid.sub_blocks(form.pattern, "--hybrid-layer-pattern") != wanted:
+    wanted = symbols(config)
+    if hybrid.symbols(form.pattern, "--hybrid-layer-pattern") != wanted:
         raise ConversionError(
             f"--hybrid-layer-pattern {form.pattern} is not this model's: its layers are {wanted} (| may stand between "
             "pipeline stages)"
@@ -56,12 +61,48 @@ def checked(form: Form, config: ModelConfig) -> Form:
     return form
 
 
+def staged(
+    form: Form, config: ModelConfig, parallel: Parallelism, layers_per_stage: int | None, ckpt_format: str
+) -> Parallelism:
+    """`parallel` with virtual stages; in rank files of a HybridModel, with the layers that its pattern gives each."""
+    if form.pattern is None or ckpt_format != "torch":
+        return with_virtual(parallel, layers_per_stage, config.num_layers)
+    checked(form, config)
+    layers, cut = len(symbols(config)), stages(form.pattern)
+    parallel = replace(parallel, hybrid=config.hybrid_layer_pattern is None)
+    if not cut:
+        return with_virtual(parallel, layers_per_stage, layers)
+    if len(cut) % parallel.pipeline or 0 in cut or layers_per_stage is not None:
+        wrong = "a stage without a layer" if 0 in cut else f"{len(cut)} stages"
+        raise ConversionError(
+            f"--hybrid-layer-pattern {form.pattern} has {wrong}, where --pipeline-model-parallel-size "
+            f"{parallel.pipeline} or a multiple was expected, and no --num-layers-per-virtual-pipeline-stage"
+        )
+    uneven = cut if len(set(cut)) > 1 else ()
+    return replace(parallel, virtual=len(cut) // parallel.pipeline, layers=uneven)
+
+
+def stated(form: Form, config: ModelConfig, parallel: Parallelism) -> dict[str, Any]:
+    """What of the args a HybridModel says in its own way; of a GPTModel, nothing."""
+    own = config.hybrid_layer_pattern
+    pattern = form.pattern or own
+    if pattern is None:
+        return {}
+    if parallel.virtual > 1 and not stages(pattern):  # virtual stages must be written out
+        size = len(pattern) // (parallel.pipeline * parallel.virtual)
+        pattern = "|".join(pattern[at : at + size] for at in range(0, len(pattern), size))
+    said = {hybrid.PATTERN: pattern} if own is not None else hybrid.hybrid_args(pattern)
+    return said | {"num_layers_per_virtual_pipeline_stage": None}
+
+
 def training(form: Form, flags: list[str], out: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
     """(what training is to be started with, warnings), in place of `flags` for a GPTModel of Megatron-LM."""
     if form.bridge:
         return [f"checkpoint.pretrained_checkpoint={out} (Megatron-Bridge; or checkpoint.load, to go on there)"], []
     if form.pattern is None:
         return flags, []
+    if config.hybrid_layer_pattern is not None:
+        return [*flags, f"--hybrid-layer-pattern '{form.pattern}'"], []
     own = [f"--hybrid-layer-pattern '{form.pattern}'", f"--spec {' '.join(hybrid.SPEC)}", "(pretrain_hybrid.py)"]
     scaling = config.rope_scaling
     if scaling is None or scaling.kind != "llama3":

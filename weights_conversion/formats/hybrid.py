@@ -1,7 +1,8 @@
-"""Megatron-Core's HybridModel, where it holds what a GPTModel does: one sub-block per layer, by hybrid_layer_pattern.
+"""Args and names of Megatron-Core's HybridModel, whose layers are one sub-block each, by hybrid_layer_pattern.
 
-Layer i of a GPTModel is there layers 2i (*: attention) and 2i+1 (-: MLP, E: experts); the last norm is
-`decoder.final_norm`. Here names and args become a GPTModel's. What stands between pipeline stages (|) decides nothing.
+Where it holds what a GPTModel does, attention and the rest in turn, args and names of torch_dist become a GPTModel's
+here. Any other pattern is a model of its own kind, whose families have such layers. What stands between pipeline stages
+(|) is of rank files alone.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.mapping.hybrid import PATTERN, SPEC
 
-PATTERN = "hybrid_layer_pattern"
-SPEC = ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
 _OLD = "hybrid_override_pattern"
 _NAMES = (PATTERN, _OLD, "is_hybrid_model", "spec")
 IS_HYBRID = "_is_hybrid_model"  # in args, once they are a GPTModel's
-_OTHERS = {"M": "state-space (Mamba) layers", "G": "gated delta layers", "D": "sparse attention (DSA)"}
+_OTHERS = {"G": "gated delta layers", "D": "sparse attention (DSA)", "+": "multi-latent attention"}
+_OWN = "M*-E"
 _LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?P<layer>\d+)(?P<behind>\..+)")
 _LONGEST = 100_000
+# Where Megatron-Core's own layers of it are built, in this release and in older ones.
+_SPECS = ("megatron.core.models.hybrid.", "megatron.core.models.mamba.")
 
 T = TypeVar("T")
 
@@ -29,54 +32,61 @@ def pattern_of(args: Mapping[str, Any]) -> str | None:
     return next((args[name] for name in (PATTERN, _OLD) if isinstance(args.get(name), str) and args[name]), None)
 
 
-def sub_blocks(pattern: str, where: str) -> str:
-    """The symbols of the layers, in pairs of attention and MLP. Raises ConversionError for any other model."""
-    plain = pattern.replace("|", "")
+def symbols(pattern: str, where: str) -> str:
+    """A symbol for each layer, of those that some model here has. Raises ConversionError."""
+    plain, shown = pattern.replace("|", ""), f"{PATTERN} {pattern[:60]!r}"
     problems = [
-        f"{where} holds a HybridModel with {what} ({symbol} in its {PATTERN} {pattern[:60]!r}), which is not read yet"
+        f"{where} holds a HybridModel with {what} ({symbol} in its {shown}), which is not read yet"
         for symbol, what in _OTHERS.items()
         if symbol in plain
     ]
     if "/" in plain:
         problems.append(
-            f"{where} holds a HybridModel with multi-token prediction (/ in its {PATTERN} {pattern[:60]!r}), which is "
-            "not read yet"
+            f"{where} holds a HybridModel with multi-token prediction (/ in its {shown}), which is not read yet"
         )
-    if not problems and (len(plain) > _LONGEST or not re.fullmatch(r"(\*[-E])+", plain)):
-        problems.append(
-            f"{where} holds a HybridModel of {PATTERN} {pattern[:60]!r}, which is no attention (*) and MLP (-, or E of "
-            "experts) in turn, as the layers of a supported model are"
-        )
+    if not problems and (len(plain) > _LONGEST or not re.fullmatch(f"[{re.escape(_OWN)}]+", plain)):
+        problems.append(f"{where} holds a HybridModel of {shown}, where symbols of {_OWN} (and |) were expected")
     if problems:
         raise ConversionError(*problems)
     return plain
 
 
-def as_gpt_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Args of the GPTModel that a HybridModel's args describe."""
-    plain = sub_blocks(pattern_of(args) or "", where)
-    kinds = plain[1::2]
+def is_gpt(args: Mapping[str, Any], plain: str) -> bool:
+    """Whether it is what a GPTModel holds: attention and the rest in turn, and positions by a rotary embedding."""
+    return re.fullmatch(r"(\*[-E])+", plain) is not None and args.get("position_embedding_type") != "none"
+
+
+def read_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A HybridModel's args: a GPTModel's where it holds one, else with the plain pattern, and without the spec."""
+    plain = symbols(pattern_of(args) or "", where)
+    _check_spec(args.get("spec"), where)
+    gpt = is_gpt(args, plain)
     changed = {name: value for name, value in args.items() if name not in _NAMES}
     for name in ("num_layers", "encoder_num_layers"):
-        if changed.get(name) is not None:
-            if changed[name] != len(plain):
-                raise ConversionError(
-                    f"the args of {where} have {name} {changed[name]}, but {PATTERN} {pattern_of(args)!r} has "
-                    f"{len(plain)} layers"
-                )
-            changed[name] = len(kinds)
-    changed["num_layers"] = len(kinds)
+        if changed.get(name) not in (None, len(plain)):
+            raise ConversionError(
+                f"the args of {where} have {name} {changed[name]}, but {PATTERN} {pattern_of(args)!r} has "
+                f"{len(plain)} layers"
+            )
+    kinds = plain[1::2] if gpt else plain
+    changed |= {name: len(kinds) for name in ("num_layers", "encoder_num_layers") if name in (*changed, "num_layers")}
     if "E" in kinds:
         freq = [int(kind == "E") for kind in kinds]
         changed["moe_layer_freq"] = freq if 0 in freq else 1
     else:
         changed |= {name: None for name in ("num_experts", "num_moe_experts") if name in changed}
-    return changed | {IS_HYBRID: True}
+    return changed | ({IS_HYBRID: True} if gpt else {PATTERN: plain})
 
 
-def hybrid_args(args: Mapping[str, Any], pattern: str) -> dict[str, Any]:
+def _check_spec(spec: Any, where: str) -> None:
+    module = spec[0] if isinstance(spec, (list, tuple)) and spec else spec
+    if isinstance(module, str) and not module.startswith(_SPECS):
+        raise ConversionError(f"{where} holds a HybridModel with layers of its own code (spec is {spec!r})")
+
+
+def hybrid_args(pattern: str) -> dict[str, Any]:
     """What of a GPTModel's args another HybridModel's are: its layers are sub-blocks."""
-    count = len(sub_blocks(pattern, f"the {PATTERN}"))
+    count = len(symbols(pattern, f"the {PATTERN}"))
     sizes = {"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_groups": 8}  # of no layer here: their defaults
     return {
         PATTERN: pattern, "spec": SPEC, "num_layers": count, "encoder_num_layers": count, "moe_layer_freq": 1, **sizes,

@@ -106,12 +106,13 @@ def open_rank_files(folder: Path, iteration: int | str, weights: str = "model") 
     ranks = {rank: _model_tensors(opened[numbers], parallel, weights, args[first]) for rank, numbers in where.items()}
     core = any(".decoder." in f".{name}" for tensors in ranks.values() for name in tensors)
     lost = left_out(opened[first].content["args"], args[first])
-    if core and hybrid.pattern_of(args[first]) is not None:
-        args[first] = hybrid.as_gpt_args(args[first], str(folder))
-        ranks = {rank: hybrid.as_gpt_names(tensors, str(folder)) for rank, tensors in ranks.items()}
     if core:
         stages = {rank.pipeline: names for rank, names in ranks.items() if rank == Rank(0, rank.pipeline)}
         parallel = dataclasses.replace(parallel, layers=layers_of(stages, args[first], lost, parallel, folder))
+    if core and hybrid.pattern_of(args[first]) is not None:
+        args[first] = hybrid.read_args(args[first], str(folder))
+        lost = {name: kind for name, kind in lost.items() if name not in ("spec", hybrid.PATTERN)}
+        parallel = dataclasses.replace(parallel, hybrid=hybrid.IS_HYBRID in args[first])
     return RankFiles(folder, iteration, MEGATRON_CORE if core else MEGATRON_LLM, args[first], lost, parallel, ranks)
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
+from weights_conversion.formats.hybrid import pattern_of
 from weights_conversion.layouts.rank_files import chunk_key
+from weights_conversion.mapping.hybrid import PATTERN, stages
 
 LAYOUT = "pipeline_model_parallel_layout"
 _FIRST = ("decoder_first_pipeline_num_layers", "num_layers_in_first_pipeline_stage", "first_pipeline_num_layers")
@@ -78,6 +80,14 @@ def _stated(args: Mapping[str, Any], parallel: Parallelism, folder: Path) -> tup
     layout = args.get(LAYOUT)
     if layout is not None:
         return _laid_out(layout, parallel, folder)
+    pattern = pattern_of(args)
+    if pattern is not None and (cut := stages(pattern)):
+        if len(cut) != parallel.pipeline * parallel.virtual:
+            raise ConversionError(
+                f"the args of {folder} have {PATTERN} {pattern[:60]!r}, which has {len(cut)} stages, where {parallel} "
+                "was expected"
+            )
+        return cut
     first, last = _number(args, _FIRST, folder), _number(args, _LAST, folder)
     if first is not None or last is not None:
         return _ends(count, first, last, parallel)

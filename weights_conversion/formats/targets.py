@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.formats import bridge_files, dist_index, dist_writer, hybrid, megatron, torch_files
+from weights_conversion.formats import bridge_files, dist_index, dist_writer, megatron, torch_files
 from weights_conversion.formats.core_forms import Form
 from weights_conversion.layouts import dist
 from weights_conversion.layouts.plan import Plan
@@ -21,16 +21,17 @@ def dist_targets(
     plan: Plan, config: ModelConfig, args: Mapping[str, Any], form: Form, vocabulary: int, dtype: torch.dtype,
     divisible_by: int, *, stacked: bool = True,
 ) -> tuple[list[TargetFile], dict[str, bytes | Path]]:  # fmt: skip
-    """The .distcp files, and the small files around them. `args` are a GPTModel's."""
+    """The .distcp files, and the small files around them."""
     targets = [dist_writer.DistFileTarget(file, refs) for file, refs in plan.targets.items()]
-    is_hybrid = form.pattern is not None
-    names = list(dist.extra_states((step.instance for step in plan.steps), config, stacked=stacked and not is_hybrid))
+    is_hybrid = form.pattern is not None and config.hybrid_layer_pattern is None
+    stacked = stacked and not is_hybrid
+    names = list(dist.extra_states((step.instance for step in plan.steps), config, stacked=stacked))
     if is_hybrid:
-        names = [*map(dist.hybrid_key, names), "output_layer._extra_state/shard_0_1"]
+        names = list(map(dist.hybrid_key, names))
+    if is_hybrid or config.hybrid_layer_pattern is not None:
+        names.append("output_layer._extra_state/shard_0_1")
     states, entries = dist_writer.extra_states(names)
     stated: dict[str, Any] | None = None if form.bridge else dict(args)
-    if stated is not None and form.pattern is not None:
-        stated |= hybrid.hybrid_args(stated, form.pattern)
     if form.release == "0.19":
         common = dist_writer.common_state(stated, 0)
         entries[dist_writer.COMMON_STATE] = (dist_writer.EXTRA_STATES, len(states), len(common))

@@ -78,9 +78,10 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
     plain = {} if args is None else plain_args(args, said_by)
     lost = {} if args is None else left_out(args, plain)
     if hybrid.pattern_of(plain) is not None:
-        plain = hybrid.as_gpt_args(plain, str(folder))
+        plain = hybrid.read_args(plain, str(folder))
         lost = {name: kind for name, kind in lost.items() if name not in ("spec", hybrid.PATTERN)}
-        stored, adapters = (hybrid.as_gpt_names(part, str(folder)) for part in (stored, adapters))
+        if plain.get(hybrid.IS_HYBRID):
+            stored, adapters = (hybrid.as_gpt_names(part, str(folder)) for part in (stored, adapters))
     files = {chunk.file for tensor in (*stored.values(), *adapters.values()) for chunk in tensor.chunks}
     missing = sorted(name for name in files if not (folder / name).is_file())
     if missing:

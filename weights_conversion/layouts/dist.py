@@ -11,6 +11,7 @@ import torch
 from weights_conversion.config import ModelConfig
 from weights_conversion.layouts.placement import Block, Placed, TensorRef, two_dimensional
 from weights_conversion.mapping.dialects import MEGATRON_CORE
+from weights_conversion.mapping.hybrid import final_norm, sub_block
 from weights_conversion.mapping.parameters import Index, Instance, ParamMapping, Shard
 
 ITEM_BYTES = 256 << 20  # of a torch_dist checkpoint: its readers take an item into memory whole
@@ -37,10 +38,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 def hybrid_key(key: str) -> str:
     """A GPTModel's own key as HybridModel has it: attention is layer 2i, the rest 2i+1; the last norm is final_norm."""
     match = _LAYER.fullmatch(key)
-    if match is None:
-        return key.replace("decoder.final_layernorm.", "decoder.final_norm.")
-    attention = match[2].startswith(("self_attention.", "input_layernorm."))
-    return f"decoder.layers.{2 * int(match[1]) + (not attention)}.{match[2]}"
+    return final_norm(key) if match is None else f"decoder.layers.{2 * int(match[1]) + sub_block(key)}.{match[2]}"
 
 
 def item_sizes(row: ParamMapping, shape: Sequence[int], dtype: torch.dtype) -> list[int]:

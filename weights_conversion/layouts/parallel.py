@@ -23,7 +23,8 @@ def with_virtual(parallel: Parallelism, layers_per_stage: int | None, num_layers
 
 def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: int, dialect: Dialect) -> list[str]:
     """What keeps `config` from being cut as `parallel` says, as sentences; `vocabulary` counts the padded rows."""
-    tp, pp, vpp, layers = parallel.tensor, parallel.pipeline, parallel.virtual, config.num_layers
+    tp, pp, vpp = parallel.tensor, parallel.pipeline, parallel.virtual
+    layers = config.num_layers * (2 if parallel.hybrid else 1)
     groups = config.num_query_groups
     divisors = [n for n in range(1, tp + 1) if groups % n == 0 and config.num_attention_heads % n == 0]
     # Megatron-Core gathers a group that was cut in rows
@@ -38,6 +39,11 @@ def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: in
     ]  # fmt: skip
     if config.mla is not None:
         del checks[0]
+    pattern = config.hybrid_layer_pattern
+    if pattern is not None:
+        checks = [*(checks[:2] if "*" in pattern else []), *(checks[2:3] if "-" in pattern else []), *checks[3:]]
+    if config.mamba is not None:
+        checks.append((config.mamba.num_groups, "groups of its state space (n_groups)", ""))
     if config.moe is not None and config.moe.shared_ffn_hidden_size:
         checks.append((config.moe.shared_ffn_hidden_size, "rows of the shared experts", ""))
     problems = [
@@ -48,6 +54,8 @@ def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: in
     problems += _check_experts(config, parallel)
     if vpp > 1 and pp == 1:
         problems.append("virtual pipeline stages need --pipeline-model-parallel-size 2 or more, not 1")
+    if parallel.layers:
+        return problems
     if layers % pp:
         problems.append(f"{layers} layers cannot be divided among --pipeline-model-parallel-size {pp}")
     elif layers % (pp * vpp):

@@ -14,6 +14,7 @@ from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.layouts import parts
 from weights_conversion.layouts.placement import Block, Placed, TensorRef, two_dimensional
 from weights_conversion.mapping.dialects import Dialect
+from weights_conversion.mapping.hybrid import final_norm, sub_block
 from weights_conversion.mapping.parameters import Instance, Role, Shard
 
 
@@ -145,7 +146,7 @@ def _places(
         yield parallel.pipeline - 1, f"{last}.{name}"
         return
     if instance.layer is not None:
-        location = layer_location(instance.layer, config.num_layers, parallel)
+        location = layer_location(*_counted(instance, config, parallel), parallel)
         index = (location.layer, *instance.index[1:])
         if instance.expert is not None:
             index = (location.layer, _local(instance, config, parallel))
@@ -153,7 +154,7 @@ def _places(
             name = dialect.rank_name(instance.megatron(spelling, index))
             yield location.stage, f"{chunk_key(location.chunk, parallel)}.{name}"
         return
-    name = dialect.rank_name(dialect.spell(row.megatron))
+    name = dialect.rank_name(dialect.spell(final_norm(row.megatron) if parallel.hybrid else row.megatron))
     if row.role is not Role.EMBEDDING:
         yield parallel.pipeline - 1, f"{last}.{name}"
         return
@@ -162,6 +163,14 @@ def _places(
         yield parallel.pipeline - 1, f"{last}.{dialect.tied_head}"
     if config.mtp_num_layers and parallel.pipeline > 1:  # the stage that predicts embeds too
         yield parallel.pipeline - 1, f"{last}.{name}"
+
+
+def _counted(instance: Instance, config: ModelConfig, parallel: Parallelism) -> tuple[int, int]:
+    """(the number of an instance's layer, how many layers there are), as Megatron counts them."""
+    layer = instance.layer or 0
+    if not parallel.hybrid:
+        return layer, config.num_layers
+    return 2 * layer + sub_block(instance.row.megatron), 2 * config.num_layers
 
 
 def _local(instance: Instance, config: ModelConfig, parallel: Parallelism) -> int:

@@ -144,7 +144,7 @@ MEGATRON_CORE = Dialect(
     dist_alternatives=_CORE_DIST_NORMS,
     parallel_attention=False,
     splits_groups=True,
-    features=("add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary"),
+    features=("add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary", "hybrid"),
     ropes=("default", "linear", "llama3", "yarn"),
 )
 

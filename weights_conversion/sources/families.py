@@ -42,6 +42,7 @@ class Features(Structure):
             "router scores by sigmoid": self.sigmoid,
             "latent attention": self.latent,
             "sinks beside the softmax": self.sinks,
+            "layers of one sub-block each": self.sub_blocks,
             "a sliding window": bool(self.window),
             "no sliding window": self.window is False,
         }
@@ -74,6 +75,7 @@ def read_features(args: Mapping[str, Any], names: Iterable[str], rows: int) -> F
         **_experts(args.get("moe"), names),
         latent=latent,
         sinks=args.get("softmax_type") == "learnable" or _any(names, r"\.core_attention\.softmax_offset$"),
+        sub_blocks=args.get("hybrid_layer_pattern") is not None,
         window=None if reset and window is None else window is not None,
         theta=None if reset and theta == 1e4 else theta,
         epsilon=None if reset and epsilon == 1e-5 else epsilon,

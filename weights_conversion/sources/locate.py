@@ -50,10 +50,10 @@ def in_rank_files(files: RankFiles, architecture: Architecture, config: ModelCon
     used: set[tuple[Rank, str]] = set()
     count, stages = sum(map(len, files.ranks.values())), files.parallel.pipeline * files.parallel.virtual
     uneven = files.parallel.layers
-    if config.num_layers > count or config.num_layers != (sum(uneven) or config.num_layers // stages * stages):
+    layers = config.num_layers * (2 if files.parallel.hybrid else 1)
+    if layers > count or layers != (sum(uneven) or layers // stages * stages):
         raise ConversionError(
-            f"the args of {files.folder} say {config.num_layers} layers, which {count} tensors in {stages} stages "
-            "cannot be"
+            f"the args of {files.folder} say {layers} layers, which {count} tensors in {stages} stages cannot be"
         )
 
     if latent.is_fused(files.names):

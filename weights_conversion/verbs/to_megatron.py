@@ -23,11 +23,11 @@ from weights_conversion.files import links
 from weights_conversion.files.collector import without_collector
 from weights_conversion.files.watch import opened_files, watched
 from weights_conversion.formats import hybrid
-from weights_conversion.formats.core_forms import Form, checked, training
+from weights_conversion.formats.core_forms import Form, checked, staged, stated, training
 from weights_conversion.formats.iterations import TRACKER
 from weights_conversion.formats.targets import dist_targets, rank_file, rank_targets
 from weights_conversion.launch import distributed
-from weights_conversion.layouts.parallel import check_parallelism, with_virtual
+from weights_conversion.layouts.parallel import check_parallelism
 from weights_conversion.layouts.placement import Located, main_dtype
 from weights_conversion.layouts.plan import Plan
 from weights_conversion.layouts.planners import plan_to_dist, plan_to_megatron
@@ -134,16 +134,17 @@ def _check_arguments(options: ImportOptions) -> _Wanted:
 
 
 def _form(options: ImportOptions, dialect: Dialect, ckpt_format: str) -> Form:
-    """The form of a torch_dist output. Raises ConversionError where another format is written in it."""
+    """The form of the output. Raises ConversionError where another format is written in it."""
     if options.spec is not None and list(options.spec) != hybrid.SPEC:
         raise ConversionError(f"--spec {' '.join(options.spec)} is not known; {' '.join(hybrid.SPEC)} was expected")
     form = Form(options.core_release, options.target == "megatron-bridge", options.hybrid_layer_pattern)
-    if ckpt_format == "torch_dist" or form == Form():
+    allowed = Form(pattern=form.pattern if dialect is MEGATRON_CORE else None)
+    if ckpt_format == "torch_dist" or form == allowed:
         return form
     asked = {
         "--target megatron-bridge": form.bridge,
         f"--core-release {form.release}": form.release != "auto",
-        "--hybrid-layer-pattern": form.pattern is not None,
+        "--hybrid-layer-pattern": form.pattern is not None and dialect is not MEGATRON_CORE,
     }
     names = ", ".join(name for name, there in asked.items() if there)
     raise ConversionError(
@@ -192,7 +193,7 @@ def _open(options: ImportOptions, wanted: _Wanted) -> tuple[Opened, Located, lis
 def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Located, notes: list[str]) -> Job:
     config, dialect, problems = opened.config, wanted.dialect, Problems()
     stages = options.parallel, options.layers_per_virtual_stage
-    parallel = problems.of(with_virtual, *stages, config.num_layers) or options.parallel
+    parallel = problems.of(staged, wanted.form, config, *stages, wanted.ckpt_format) or options.parallel
     pads = wanted.ckpt_format == "torch"
     rows = problems.of(to_write, opened.vocabulary, *_rows_asked(options), parallel.tensor, pads) or opened.vocabulary
     vocabulary = rows.written or rows.tokens
@@ -212,6 +213,7 @@ def _plan(options: ImportOptions, wanted: _Wanted, opened: Opened, located: Loca
     dtype = DTYPES.get(options.dtype)
     args = training_lines.rank_args(config, shape, dtype or stored) | _kept_args(opened, dialect, set(files), report)
     form = checked(wanted.form, config)
+    args |= stated(form, config, parallel)
     plan, targets, small = _targets(options, opened, located, shape, args, form, dtype or stored)
     _say_training(report, config, shape, dtype or stored, wanted.out, set(files))
     if form != Form():
@@ -268,10 +270,11 @@ def _targets(
     """The plan, the files of its tensors, and the small files that are part of the format."""
     architecture, config, dtype = FAMILIES[options.model], opened.config, DTYPES.get(options.dtype)
     if shape.ckpt_format == "torch_dist":
-        stacked = moe_layers.is_stacked(shape.layer_freq)
+        own = config.hybrid_layer_pattern is not None
+        stacked = moe_layers.is_stacked(shape.layer_freq) and not own
         plan = plan_to_dist(
             architecture, config, located, opened.dialect, shape.dialect, shape.vocabulary, dtype, form.folder,
-            options.new_rows, stacked=stacked, hybrid=form.pattern is not None,
+            options.new_rows, stacked=stacked, hybrid=form.pattern is not None and not own,
         )  # fmt: skip
         return plan, *dist_targets(
             plan, config, args, form, shape.vocabulary, written, shape.divisible_by, stacked=stacked
@@ -302,7 +305,7 @@ def _check_early(options: ImportOptions, config: ModelConfig, dtype: str | None,
     problems, stages = Problems(), (options.parallel, options.layers_per_virtual_stage)
     if options.size is not None:
         problems.of(model_size.check, config, options.size)
-    parallel = problems.of(with_virtual, *stages, config.num_layers) or options.parallel
+    parallel = problems.of(staged, wanted.form, config, *stages, wanted.ckpt_format) or options.parallel
     all_rows = Vocabulary(config.vocab_size, config.vocab_size)
     rows = problems.of(to_write, all_rows, *_rows_asked(options), parallel.tensor, pads=False)
     problems.found += check_parallelism(config, parallel, rows.written if rows else config.vocab_size, wanted.dialect)

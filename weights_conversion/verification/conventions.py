@@ -10,60 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
-
-
-@dataclass(frozen=True)
-class ExpertNames:
-    """Stored names of a layer's experts; `{}` is the number of one. `inner` is as Names.mlp_in."""
-
-    norm: str  # in front of them
-    router: str
-    inner: tuple[str, ...]
-    outer: str
-    bias: str = ""  # that chooses experts, and does not weigh them
-    router_bias: str = ""  # that is part of the router's scores, as biases of a linear layer are
-    inner_bias: tuple[str, ...] = ()
-    outer_bias: str = ""
-    shared_inner: tuple[str, ...] = ()
-    shared_outer: str = ""
-    shared_gate: str = ""
-
-
-@dataclass(frozen=True)
-class LatentNames:
-    """Stored names of multi-head latent attention."""
-
-    norm: str  # in front of it
-    q: str  # where it has no latent
-    q_down: str
-    q_norm: str
-    q_up: str
-    kv_down: str
-    kv_norm: str
-    kv_up: str
-
-
-@dataclass(frozen=True)
-class Names:
-    """Stored names. Those of a layer stand behind `layer`; `{}` is the global layer number."""
-
-    embedding: str
-    layer: str
-    attention_norm: str
-    qkv: tuple[str, ...]  # q, k and v; or one fused matrix
-    dense: str
-    mlp_norm: str
-    mlp_in: tuple[str, ...]  # two halves of a GLU, or one matrix: both halves fused, or all there is without a GLU
-    mlp_out: str
-    final_norm: str
-    head: str
-    qkv_bias: tuple[str, ...] = ()  # as `qkv`; empty: this side's model has none
-    q_norm: str = ""  # of one head's dimensions, the same for all heads; empty: this side's model has none
-    k_norm: str = ""
-    dense_bias: str = ""
-    sinks: str = ""
-    experts: ExpertNames | None = None  # None: this side's model has none
-    latent: LatentNames | None = None
+from weights_conversion.verification.names import ExpertNames, LatentNames, MambaNames, Names
 
 
 @dataclass(frozen=True)
@@ -71,7 +18,9 @@ class Block:
     """What a layer computes. `parallel`: attention and MLP have the same input; else one follows the other."""
 
     parallel: bool = False
-    gated: bool = True  # silu(gate) * up; else one matrix and GELU
+    gated: bool = True  # silu(gate) * up; else one matrix and `activation`
+    activation: str = "gelu"  # or relu2, the square of relu
+    rotary: bool = True
     layer_norm: bool = False  # LayerNorm with bias; else RMSNorm
     sinks: bool = False  # each head's softmax has one logit more, which attends to nothing
     alpha: float | None = None  # gate * sigmoid(alpha * gate) * (up + 1), both clamped; None: silu(gate) * up
@@ -80,6 +29,7 @@ class Block:
 BLOCKS = {  # all others are Llama's
     "falcon": Block(parallel=True, gated=False, layer_norm=True),
     "gpt-oss": Block(sinks=True, alpha=1.702),
+    "nemotron-h": Block(gated=False, activation="relu2", rotary=False),
 }
 
 
@@ -99,11 +49,20 @@ class Convention:
     grouped_qkv: bool = True  # fused QKV is [q .. q, k, v] per group; otherwise all q, all k, all v
     grouped_bias: bool = True  # the same of its bias
     embedding_first: bool = True  # of the two halves that a prediction layer's projection takes
+    joins_parts: bool = False  # tensors of several parts are one; otherwise one each
+    hybrid: Names | None = None  # of models whose layers are one sub-block each
     # Of families that spell them in their own way.
     experts: Mapping[str, ExpertNames] = field(default_factory=dict, hash=False)
 
     def names_for(self, config: ModelConfig) -> Names:
         """Raises ConversionError for a model that this side cannot store."""
+        if config.hybrid_layer_pattern is not None:
+            if self.hybrid is not None:
+                return self.hybrid
+            raise ConversionError(
+                f"{self.title} checkpoints cannot hold a {config.family} model, whose layers are one sub-block each; "
+                "compare a Hugging Face or Megatron-Core checkpoint"
+            )
         if not block_of(config).parallel:
             self._check(config)
             own = self.experts.get(config.family)
@@ -173,6 +132,30 @@ _HF_OF_FAMILIES = {
         shared_gate="mlp.shared_expert_gate.weight",
     ),
 }
+_HF_HYBRID = Names(
+    embedding="backbone.embeddings.weight",
+    layer="backbone.layers.{}.",
+    attention_norm="norm.weight",
+    qkv=("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.v_proj.weight"),
+    dense="mixer.o_proj.weight",
+    mlp_norm="norm.weight",
+    mlp_in=("mixer.up_proj.weight",),
+    mlp_out="mixer.down_proj.weight",
+    final_norm="backbone.norm_f.weight",
+    head="lm_head.weight",
+    experts=ExpertNames(
+        norm="norm.weight",
+        router="mixer.gate.weight",
+        inner=("mixer.experts.{}.up_proj.weight",),
+        outer="mixer.experts.{}.down_proj.weight",
+        bias="mixer.gate.e_score_correction_bias",
+        shared_inner=("mixer.shared_experts.up_proj.weight",),
+        shared_outer="mixer.shared_experts.down_proj.weight",
+        latent_in="mixer.fc1_latent_proj.weight",
+        latent_out="mixer.fc2_latent_proj.weight",
+    ),
+    mamba=MambaNames("norm.weight"),
+)
 HF = Convention(
     "Hugging Face",
     Names(
@@ -205,6 +188,8 @@ HF = Convention(
     ),
     interleaved_rotary=False,
     gate_first=True,
+    joins_parts=True,
+    hybrid=_HF_HYBRID,
     experts=_HF_OF_FAMILIES,
     parallel=(_HF_FALCON, replace(_HF_FALCON, attention_norm="ln_attn.weight", mlp_norm="ln_mlp.weight")),
 )
@@ -247,50 +232,58 @@ MEGATRON_LLM = Convention(
         replace(_MEGATRON_LLM, mlp_norm="mlp_layernorm.weight"),
     ),
 )
+_MEGATRON_CORE = Names(
+    embedding="embedding.word_embeddings.weight",
+    layer="decoder.layers.{}.",
+    attention_norm="self_attention.linear_qkv.layer_norm_weight",
+    qkv=("self_attention.linear_qkv.weight",),
+    dense="self_attention.linear_proj.weight",
+    mlp_norm="mlp.linear_fc1.layer_norm_weight",
+    mlp_in=("mlp.linear_fc1.weight",),
+    mlp_out="mlp.linear_fc2.weight",
+    final_norm="decoder.final_layernorm.weight",
+    head="output_layer.weight",
+    qkv_bias=("self_attention.linear_qkv.bias",),
+    q_norm="self_attention.q_layernorm.weight",  # spelled so by both layer specs
+    k_norm="self_attention.k_layernorm.weight",
+    dense_bias="self_attention.linear_proj.bias",
+    sinks="self_attention.core_attention.softmax_offset",
+    experts=ExpertNames(
+        norm="pre_mlp_layernorm.weight",
+        router="mlp.router.weight",
+        router_bias="mlp.router.bias",
+        inner=("mlp.experts.linear_fc1.weight{}",),
+        inner_bias=("mlp.experts.linear_fc1.bias{}",),
+        outer="mlp.experts.linear_fc2.weight{}",
+        outer_bias="mlp.experts.linear_fc2.bias{}",
+        bias="mlp.router.expert_bias",
+        shared_inner=("mlp.shared_experts.linear_fc1.weight",),
+        shared_outer="mlp.shared_experts.linear_fc2.weight",
+        shared_gate="mlp.shared_experts.gate_weight",
+        latent_in="mlp.fc1_latent_proj.weight",
+        latent_out="mlp.fc2_latent_proj.weight",
+    ),
+    latent=LatentNames(
+        norm="input_layernorm.weight",
+        q="self_attention.linear_q_proj.weight",
+        q_down="self_attention.linear_q_down_proj.weight",
+        q_norm="self_attention.linear_q_up_proj.layer_norm_weight",
+        q_up="self_attention.linear_q_up_proj.weight",
+        kv_down="self_attention.linear_kv_down_proj.weight",
+        kv_norm="self_attention.linear_kv_up_proj.layer_norm_weight",
+        kv_up="self_attention.linear_kv_up_proj.weight",
+    ),
+)
 MEGATRON_CORE = Convention(
     "Megatron-Core",
-    Names(
-        embedding="embedding.word_embeddings.weight",
-        layer="decoder.layers.{}.",
-        attention_norm="self_attention.linear_qkv.layer_norm_weight",
-        qkv=("self_attention.linear_qkv.weight",),
-        dense="self_attention.linear_proj.weight",
-        mlp_norm="mlp.linear_fc1.layer_norm_weight",
-        mlp_in=("mlp.linear_fc1.weight",),
-        mlp_out="mlp.linear_fc2.weight",
-        final_norm="decoder.final_layernorm.weight",
-        head="output_layer.weight",
-        qkv_bias=("self_attention.linear_qkv.bias",),
-        q_norm="self_attention.q_layernorm.weight",  # spelled so by both layer specs
-        k_norm="self_attention.k_layernorm.weight",
-        dense_bias="self_attention.linear_proj.bias",
-        sinks="self_attention.core_attention.softmax_offset",
-        experts=ExpertNames(
-            norm="pre_mlp_layernorm.weight",
-            router="mlp.router.weight",
-            router_bias="mlp.router.bias",
-            inner=("mlp.experts.linear_fc1.weight{}",),
-            inner_bias=("mlp.experts.linear_fc1.bias{}",),
-            outer="mlp.experts.linear_fc2.weight{}",
-            outer_bias="mlp.experts.linear_fc2.bias{}",
-            bias="mlp.router.expert_bias",
-            shared_inner=("mlp.shared_experts.linear_fc1.weight",),
-            shared_outer="mlp.shared_experts.linear_fc2.weight",
-            shared_gate="mlp.shared_experts.gate_weight",
-        ),
-        latent=LatentNames(
-            norm="input_layernorm.weight",
-            q="self_attention.linear_q_proj.weight",
-            q_down="self_attention.linear_q_down_proj.weight",
-            q_norm="self_attention.linear_q_up_proj.layer_norm_weight",
-            q_up="self_attention.linear_q_up_proj.weight",
-            kv_down="self_attention.linear_kv_down_proj.weight",
-            kv_norm="self_attention.linear_kv_up_proj.layer_norm_weight",
-            kv_up="self_attention.linear_kv_up_proj.weight",
-        ),
-    ),
+    _MEGATRON_CORE,
     interleaved_rotary=False,
     gate_first=True,
+    hybrid=replace(
+        _MEGATRON_CORE,
+        final_norm="decoder.final_norm.weight",
+        mamba=MambaNames("mixer.in_proj.layer_norm_weight"),
+    ),
 )
 
 CONVENTIONS = {convention.title: convention for convention in (HF, META, MEGATRON_LLM, MEGATRON_CORE)}

@@ -19,12 +19,14 @@ from weights_conversion.verification.conventions import Convention, block_of
 from weights_conversion.verification.linear import Weights, linear, mlp, norm, rms, rows_of, vector
 from weights_conversion.verification.rope import frequencies, softmax_scale
 from weights_conversion.verification.routed import experts
+from weights_conversion.verification.state_space import mamba
 
 Stage = tuple[str, int | None, Tensor]
 """(sub-module, layer or None, output). The sub-modules are `embedding`, then per layer `attention_norm`, `attention`
-(behind the output projection), `mlp_norm` (absent where falcon shares one norm), `mlp` and `layer` (with the residual),
-then `final_norm`, and per layer that predicts further tokens `joined`, the stages of a layer, and `prediction`; then
-`logits`. Outputs are float32 (prompts, length, hidden), logits (prompts, length, vocab)."""
+(behind the output projection; or a state space), `mlp_norm` (absent where falcon shares one norm), `mlp` and `layer`
+(with the residual; a layer that is one sub-block has the stages of that one), then `final_norm`, and per layer that
+predicts further tokens `joined`, the stages of a layer, and `prediction`; then `logits`. Outputs are float32 (prompts,
+length, hidden), logits (prompts, length, vocab)."""
 
 
 def default_prompts(config: ModelConfig, count: int = 3, length: int = 24) -> Tensor:
@@ -133,6 +135,9 @@ def layer(
     own = min(index, config.num_layers - 1)  # a prediction layer is as the last layer is
     further = predicting.names_of(convention.title, config) if own < index else None
     prefix = names.layer.format(index) if further is None else further.prefix(config, index) + further.inner
+    if config.hybrid_layer_pattern is not None:
+        yield from _sub_block(config, convention, weights, index, hidden, positions)
+        return
 
     in_front = names.attention_norm if config.mla is None or names.latent is None else names.latent.norm
     normed = norm(config, weights, prefix + in_front, hidden)
@@ -154,6 +159,25 @@ def layer(
     yield "layer", index, residual + out
 
 
+def _sub_block(
+    config: ModelConfig, convention: Convention, weights: Weights, index: int, hidden: Tensor, positions: Tensor
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Stages of a layer that is one sub-block, by its symbol."""
+    names, symbol = convention.names_for(config), (config.hybrid_layer_pattern or "")[index]
+    prefix = names.layer.format(index)
+    in_front = {"M": names.mamba and names.mamba.before, "*": names.attention_norm, "-": names.mlp_norm,
+                "E": names.experts and names.experts.norm}[symbol] or ""  # fmt: skip
+    stage = "attention" if symbol in "M*" else "mlp"
+    normed = norm(config, weights, prefix + in_front, hidden)
+    yield f"{stage}_norm", index, normed
+    if symbol == "*":
+        out = _attention(config, convention, weights, prefix, normed, positions)
+    else:
+        out = {"M": mamba, "-": mlp, "E": experts}[symbol](config, convention, weights, prefix, normed)
+    yield stage, index, out
+    yield "layer", index, hidden + out
+
+
 def _attention(
     config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor, positions: Tensor
 ) -> Tensor:
@@ -164,8 +188,9 @@ def _attention(
     if config.qk_layernorm:
         q = rms(config, weights, prefix + names.q_norm, q)
         k = rms(config, weights, prefix + names.k_norm, k)
-    cos, sin = _angles(config, positions)
-    q, k = (_rotate(convention, part, cos, sin) for part in (q, k))
+    if block_of(config).rotary:
+        cos, sin = _angles(config, positions)
+        q, k = (_rotate(convention, part, cos, sin) for part in (q, k))
 
     sinks = None
     if block_of(config).sinks:

@@ -23,12 +23,20 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 def mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Tensor:
-    names, ffn = convention.names_for(config), config.ffn_hidden_size
-    if not block_of(config).gated:
-        inner = F.gelu(linear(weights, prefix + names.mlp_in[0], x, 0, ffn))
-    else:
-        inner = gated(convention, weights, [prefix + name for name in names.mlp_in], x, ffn)
+    names = convention.names_for(config)
+    inner = within(config, convention, weights, [prefix + name for name in names.mlp_in], x, config.ffn_hidden_size)
     return linear(weights, prefix + names.mlp_out, inner, 0, config.hidden_size)
+
+
+def within(
+    config: ModelConfig, convention: Convention, weights: Weights, names: list[str], x: Tensor, ffn: int
+) -> Tensor:
+    """What stands between the matrices of an MLP, or of an expert, of `ffn` rows."""
+    block = block_of(config)
+    if block.gated:
+        return gated(convention, weights, names, x, ffn)
+    projected = linear(weights, names[0], x, 0, ffn)
+    return F.gelu(projected) if block.activation == "gelu" else F.relu(projected).square()
 
 
 def gated(convention: Convention, weights: Weights, inner: list[str], x: Tensor, ffn: int) -> Tensor:

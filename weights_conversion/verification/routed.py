@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from weights_conversion.config import ModelConfig, Moe
-from weights_conversion.verification.conventions import Convention, ExpertNames, block_of
-from weights_conversion.verification.linear import Weights, gated, halves, linear, vector
+from weights_conversion.verification.conventions import Convention, block_of
+from weights_conversion.verification.linear import Weights, halves, linear, vector, within
+from weights_conversion.verification.names import ExpertNames
 
 _SMALL = 1e-20  # added to a sum of sigmoids before it divides
 
@@ -26,14 +27,19 @@ def experts(config: ModelConfig, convention: Convention, weights: Weights, prefi
         logits = logits + vector(weights, prefix + names.router_bias, moe.num_experts)
     bias = vector(weights, prefix + names.bias, moe.num_experts) if moe.expert_bias else torch.zeros(moe.num_experts)
     chosen, weight = route(moe, config.family, logits, bias)
-    out = torch.zeros_like(tokens)
+    inputs = (
+        tokens if moe.latent_size is None else linear(weights, prefix + names.latent_in, tokens, 0, moe.latent_size)
+    )
+    out = torch.zeros_like(inputs)
     for number in torch.unique(chosen).tolist():
         token, place = (chosen == number).nonzero(as_tuple=True)
-        each = _expert(config, convention, weights, prefix, tokens[token], number)
+        each = _expert(config, convention, weights, prefix, inputs[token], number)
         out.index_add_(0, token, each * weight[token, place, None])
+    if moe.latent_size is not None:
+        out = linear(weights, prefix + names.latent_out, out, 0, config.hidden_size)
     if moe.shared_ffn_hidden_size:
         inner = [prefix + name for name in names.shared_inner]
-        shared = gated(convention, weights, inner, tokens, moe.shared_ffn_hidden_size)
+        shared = within(config, convention, weights, inner, tokens, moe.shared_ffn_hidden_size)
         shared = linear(weights, prefix + names.shared_outer, shared, 0, config.hidden_size)
         if moe.shared_gate:
             shared = shared * linear(weights, prefix + names.shared_gate, tokens, 0, 1).sigmoid()
@@ -44,14 +50,15 @@ def experts(config: ModelConfig, convention: Convention, weights: Weights, prefi
 def _expert(
     config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor, number: int
 ) -> Tensor:
-    """x (tokens, hidden) through one expert."""
+    """x (tokens, hidden, or rows of a projection) through one expert."""
     moe, names, block = config.moe, convention.names_for(config).experts, block_of(config)
     assert moe is not None
     assert names is not None
     inner = [prefix + name.format(number) for name in names.inner]
     outer = prefix + names.outer.format(number)
     if block.alpha is None:
-        return linear(weights, outer, gated(convention, weights, inner, x, moe.ffn_hidden_size), 0, config.hidden_size)
+        between = within(config, convention, weights, inner, x, moe.ffn_hidden_size)
+        return linear(weights, outer, between, 0, x.shape[-1])
     gate, up = halves(convention, weights, inner, x, moe.ffn_hidden_size)
     if moe.biased:
         gate_bias, up_bias = _biases(convention, weights, prefix, moe, names, number)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.config import Mla, ModelConfig, Moe, RopeScaling
+from weights_conversion.config import Mamba, Mla, ModelConfig, Moe, RopeScaling
 from weights_conversion.configs import (
     core_args,
     hf_config,
@@ -50,6 +50,8 @@ SHAPE_FIELDS = (
     "qk_layernorm",
     "mla",
     "mtp_num_layers",
+    "hybrid_layer_pattern",
+    "mamba",
 )
 NUMBER_FIELDS = (
     "layernorm_epsilon",
@@ -77,7 +79,7 @@ def shown(value: object, other: object = None) -> str:
     `other`."""
     if parts.differing(value, other):
         return parts.shown("", value, other)
-    if isinstance(value, (RopeScaling, Moe, Mla)):
+    if isinstance(value, (RopeScaling, Moe, Mla, Mamba)):
         return ", ".join(f"{name} {part}" for name, part in vars(value).items() if part is not None)
     return str(value)
 

@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Key, Placed, TensorRef
 from weights_conversion.layouts.rank_files import Rank
 from weights_conversion.mapping.dialects import HF
+from weights_conversion.verification import parts
 from weights_conversion.verification.adapted import with_deltas
 from weights_conversion.verification.conventions import block_of
 from weights_conversion.verification.forward import Weights
@@ -34,8 +36,9 @@ from weights_conversion.verification.whole_dist import dist_weights
 BY_ROWS = ("word_embeddings.weight", "word_embeddings_for_head.weight", "lm_head", "output_layer.weight",
            "query_key_value.weight", "linear_qkv.weight", "linear_qkv.bias", "dense_h_to_4h.weight",
            "linear_fc1.weight", "linear_q_proj.weight", "linear_q_up_proj.weight",
-           "linear_kv_up_proj.weight", "eh_proj.weight", "softmax_offset")  # fmt: skip
-BY_COLUMNS = (".dense.weight", "linear_proj.weight", "dense_4h_to_h.weight", "linear_fc2.weight")
+           "linear_kv_up_proj.weight", "eh_proj.weight", "softmax_offset", ".A_log", ".D", ".dt_bias",
+           ".mixer.norm.weight")  # fmt: skip
+BY_COLUMNS = (".dense.weight", "linear_proj.weight", ".out_proj.weight", "dense_4h_to_h.weight", "linear_fc2.weight")
 GATED = ("dense_h_to_4h.weight", "linear_fc1.weight")  # two halves, each cut by itself, where the MLP is gated
 TIED_COPY = {"Megatron-LLM": "word_embeddings_for_head.weight", "Megatron-Core": "output_layer.weight"}
 
@@ -93,6 +96,16 @@ class RankReader:
         return [Part(rank * height, (rank + 1) * height, (ref,), 0) for rank, ref in enumerate(refs)]
 
     def _joined(self, name: str) -> list[Part] | None:
+        """Where a tensor of several parts has one of them, of which each rank has its share; None: it is none."""
+        part = parts.part_of(name, self.config)
+        if part is None:
+            return self._fused(name)
+        live, first, last = part
+        refs = self._refs(live)
+        share, local = (last - first) // len(refs), first // len(refs)
+        return [Part(rank * share, (rank + 1) * share, (ref,), local) for rank, ref in enumerate(refs)]
+
+    def _fused(self, name: str) -> list[Part] | None:
         """Where a run with --mla-down-proj-fusion has what another has as modules of their own; None: it is none.
 
         A rank has its rows of q's down projection, and below them its rows of kv's. The norm in front of both is a
@@ -173,7 +186,7 @@ def _read(ref: TensorRef, first: int, last: int, source: Source) -> Tensor:
         turned = torch.empty(ref.shape[::-1], dtype=ref.dtype)
         source.read(ref, 0, turned)
         return turned.t()[first:last]
-    width = ref.shape[1] if len(ref.shape) > 1 else 1
+    width = prod(ref.shape[1:])
     rows = torch.empty((last - first, *ref.shape[1:]), dtype=ref.dtype)
     source.read(ref, first * width * ref.dtype.itemsize, rows)
     return rows
@@ -208,7 +221,7 @@ def _stored(model: Model, source: Source, order: Sequence[int] | None, only: str
         order = order or range(model.files.parallel.tensor)
         return RankReader(model.files, model.config, source, tuple(order), only, halves)
     if isinstance(model.files, DistCheckpoint):
-        return dist_weights(model.files.folder, model.config.num_layers, model.weights)
+        return dist_weights(model.files.folder, model.config.num_layers, model.weights, model.config)
     if model.dialect is HF:
         return huggingface_weights(model.path)
     placed: dict[str, Placed] = {}

@@ -10,27 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
 from weights_conversion.verification.dist_storage import DistTensor, FlatTensor, read_index
 from weights_conversion.verification.forward import Weights
+from weights_conversion.verification.parts import part_of
 
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
 
 
-def dist_weights(folder: Path, num_layers: int, weights: str = "model") -> Weights:
+def dist_weights(
+    folder: Path, num_layers: int, weights: str = "model", config: ModelConfig | None = None
+) -> Weights:  # fmt: skip
     """Weights of a torch_dist checkpoint, its layers stacked along a leading axis or each by itself.
 
-    `weights` "master": the optimizer's, where they are stored by the names of the model's.
+    `config` is needed where tensors may join several parts, or layers be one sub-block. `weights` "master": the
+    optimizer's, where they are stored by the names of the model's.
     """
     tensors = read_index(folder)
     if weights == "master":
         tensors = tensors | {match[1]: tensor for name, tensor in tensors.items() if (match := _MASTER.fullmatch(name))}
     # Wrappers put their own name in front: Megatron-FSDP both, torch FSDP2 the first, NeMo 2 the second.
     wrappers = ("model.module.", "model.", "module.")
-    wrapper = next((name for name in wrappers if f"{name}decoder.final_layernorm.weight" in tensors), "")
+    lasts = ("decoder.final_layernorm.weight", "decoder.final_norm.weight")
+    wrapper = next((name for name in wrappers if any(name + last in tensors for last in lasts)), "")
     tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
 
-    hybrid = "decoder.final_norm.weight" in tensors  # a HybridModel: attention and MLP are layers of their own
+    # A HybridModel of what a GPTModel holds: attention and MLP are layers of their own.
+    hybrid = "decoder.final_norm.weight" in tensors and (config is None or config.hybrid_layer_pattern is None)
 
     def find(name: str) -> list[tuple[DistTensor | FlatTensor, tuple[int, ...]]]:
         if name.startswith("mtp.") and not any(
@@ -54,6 +61,10 @@ def dist_weights(folder: Path, num_layers: int, weights: str = "model") -> Weigh
         return [(stacked, (int(match[2]),))]
 
     def read(name: str, rows: slice | None) -> Tensor:
+        part = None if name in tensors or config is None else part_of(name, config)
+        if part is not None:  # Megatron-FSDP joins them as a model that runs
+            name, first, last = part
+            rows = slice(first, last) if rows is None else slice(first + rows.start, first + rows.stop)
         pieces, above = [], 0
         for tensor, lead in find(name):
             height = tensor.size[len(lead)]
