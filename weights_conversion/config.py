@@ -192,7 +192,7 @@ class ModelConfig:
     @cached_property
     def _sub_blocks(self) -> dict[str, frozenset[str]]:
         """Of a layer that is one sub-block, by its symbol."""
-        there = self._features[0] - {"attention", "dense"}
+        there = self._features[0] - {"attention", "dense"} | {"sub_blocks"}
         kinds = {"M": {"mamba"}, "*": {"attention"}, "-": {"dense"}, "E": self._of_experts()}
         return {symbol: there | features for symbol, features in kinds.items()}
 

@@ -81,14 +81,17 @@ def test_rank_files(to_hf, to_megatron, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hybrid_layer_pattern": "M-*-"}, ("Mamba", "M-*-")),
+        ({"hybrid_layer_pattern": "M-*-"}, ("mamba_num_heads", "mamba_num_groups")),
+        ({"hybrid_layer_pattern": "M-*-", "mamba_num_groups": 1}, ("M-*-", "llama3 does not have")),
         ({"hybrid_layer_pattern": "G-*-"}, ("gated delta",)),
         ({"hybrid_layer_pattern": "D-*-"}, ("sparse attention",)),
         ({"hybrid_layer_pattern": "*-*-/*-"}, ("multi-token prediction",)),
-        ({"hybrid_layer_pattern": "**--"}, ("in turn",)),
+        ({"hybrid_layer_pattern": "**--"}, ("one sub-block each", "llama3 does not have")),
+        ({"hybrid_layer_pattern": "*-X-"}, ("*-X-", "symbols of M*-E")),
+        ({"spec": ["my.specs", "stack"]}, ("my.specs", "its own code")),
         ({"hybrid_layer_pattern": "*-*-*-"}, ("num_layers 4", "6 layers")),
         ({"hybrid_layer_pattern": "*-*-*-", "num_layers": 6, "encoder_num_layers": 6}, ("no tensor",)),
-        ({"hybrid_layer_pattern": None, "hybrid_override_pattern": "M-M-"}, ("Mamba",)),
+        ({"hybrid_layer_pattern": None, "hybrid_override_pattern": "M-M-", "mamba_num_groups": 1}, ("M-M-",)),
     ],
 )
 def test_what_is_refused(changes: Any, words: Any, to_hf, tmp_path: Path) -> None:

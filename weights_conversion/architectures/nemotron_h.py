@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from weights_conversion.architectures.experts import router
 from weights_conversion.architectures.family import Family, Signs
-from weights_conversion.mapping.parameters import COLUMN, ROW, ParamMapping, Role, joined, qkv, same
+from weights_conversion.mapping.parameters import COLUMN, ROW, Packed, ParamMapping, Role, joined, qkv, same
 
 _HF = "backbone.layers.{layer}.mixer."
 _CORE = "decoder.layers.{layer}."
@@ -64,11 +64,11 @@ EXPERTS = (
     ),
     same(
         _CORE + "mlp.experts.linear_fc1.weight{expert}", _HF + "experts.{expert}.up_proj.weight",
-        ("expert_ffn", "expert_in"), COLUMN, "moe",
+        ("expert_ffn", "expert_in"), COLUMN, "moe", packed=(Packed(_HF + "experts.up_proj", 0, 1),),
     ),
     same(
         _CORE + "mlp.experts.linear_fc2.weight{expert}", _HF + "experts.{expert}.down_proj.weight",
-        ("expert_in", "expert_ffn"), ROW, "moe",
+        ("expert_in", "expert_ffn"), ROW, "moe", packed=(Packed(_HF + "experts.down_proj", 0, 1),),
     ),
     *(
         same(f"{_CORE}mlp.{name}.weight", f"{_HF}{name}.weight", shape, None, "latent_experts")
@@ -98,6 +98,7 @@ NEMOTRON_H = Family(
         same("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), COLUMN, "untied", role=Role.HEAD),
     ),
     tied_head="lm_head.weight",
+    writes_tied_head=True,
     model_types=("nemotron_h",),
     hf_class="NemotronHForCausalLM",
     repositories={

@@ -193,7 +193,7 @@ WORDS = {
     "rotary_percent": "rotary embedding on a part of each head",
     "position_embedding_type": "position embeddings other than rotary",
     "hybrid_override_pattern": "state-space layers",
-    "hybrid_layer_pattern": "state-space layers",
+    "hybrid_layer_pattern": "layers of one sub-block each",
     "is_hybrid_model": "state-space layers",
     "use_mup": "muP's multipliers",
     "qk_l2_norm": "L2 norms of q and k",

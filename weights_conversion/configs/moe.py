@@ -167,21 +167,7 @@ def read_core(args: Mapping[str, Any]) -> Moe | list[str] | None:
     layers = moe_layers.read_core(_default(args, "moe_layer_freq", 1), args.get("num_layers") or 0)
     if isinstance(layers, str):
         problems.append(layers)
-    ffn = args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size") or 0
-    sizes = {
-        "num_experts": experts,
-        "moe_ffn_hidden_size": ffn,
-        "moe_router_topk": _default(args, "moe_router_topk", 2),
-        "moe_shared_expert_intermediate_size": args.get("moe_shared_expert_intermediate_size") or 0,
-        "moe_router_num_groups": args.get("moe_router_num_groups") or 1,
-        "moe_router_group_topk": args.get("moe_router_group_topk") or 0,
-        "moe_latent_size": args.get("moe_latent_size") or 0,
-    }
-    may_be_none = ("moe_shared_expert_intermediate_size", "moe_router_group_topk", "moe_latent_size")
-    for name, size in sizes.items():
-        lowest = 0 if name in may_be_none else 1
-        if type(size) is not int or size < lowest:
-            problems.append(f"{name} {size!r}, where a positive int was expected")
+    sizes = _core_sizes(args, experts, problems)
     score = _default(args, "moe_router_score_function", "softmax")
     if score not in ("softmax", "sigmoid"):
         problems.append(f"moe_router_score_function {score!r}, which no family here has")
@@ -195,7 +181,7 @@ def read_core(args: Mapping[str, Any]) -> Moe | list[str] | None:
         return problems
     grouped = sizes["moe_router_group_topk"] > 0 and sizes["moe_router_num_groups"] > 1
     moe = Moe(
-        experts, ffn, sizes["moe_router_topk"], layers,
+        experts, sizes["moe_ffn_hidden_size"], sizes["moe_router_topk"], layers,
         pre_softmax=score == "softmax" and bool(args.get("moe_router_pre_softmax")),  # of a sigmoid it means nothing
         score_function=score,
         scaling_factor=None if scaling in (None, 1) else float(scaling),
@@ -209,6 +195,22 @@ def read_core(args: Mapping[str, Any]) -> Moe | list[str] | None:
         latent_size=sizes["moe_latent_size"] or None,
     )  # fmt: skip
     return impossible(moe) or moe
+
+
+def _core_sizes(args: Mapping[str, Any], experts: Any, problems: list[str]) -> dict[str, int]:
+    """The args that are numbers, those that may be absent as what that means."""
+    sizes = {
+        "num_experts": experts,
+        "moe_ffn_hidden_size": args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size") or 0,
+        "moe_router_topk": _default(args, "moe_router_topk", 2),
+        "moe_router_num_groups": args.get("moe_router_num_groups") or 1,
+    }
+    may_be_none = ("moe_shared_expert_intermediate_size", "moe_router_group_topk", "moe_latent_size")
+    sizes |= {name: args.get(name) or 0 for name in may_be_none}
+    for name, size in sizes.items():
+        if type(size) is not int or size < (0 if name in may_be_none else 1):
+            problems.append(f"{name} {size!r}, where a positive int was expected")
+    return sizes
 
 
 def _default(args: Mapping[str, Any], name: str, default: Any) -> Any:

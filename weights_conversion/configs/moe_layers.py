@@ -30,7 +30,7 @@ def read_hf(keys: ExpertKeys, full: Mapping[str, Any], num_layers: int) -> tuple
     Where a pattern says it, it has been read, and is `full`'s "pattern".
     """
     if keys.layers == "pattern":
-        return tuple(symbol == "E" for symbol in full["pattern"])
+        return tuple(symbol == "E" for symbol in full.get("pattern", ""))
     if keys.layers == "first":
         dense = full.get("first_k_dense_replace")
         if type(dense) is not int or dense < 0:

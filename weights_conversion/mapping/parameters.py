@@ -245,13 +245,15 @@ class Instance:
 class Architecture:
     """A family: its parameters, some of which depend on the config.
 
-    `tied_head` is the HF name that a source with tied embeddings may hold as a copy of the embedding. `mtp_copies` are
-    HF names of the copies that a prediction layer has of a row's tensor, by the row's name in Megatron.
+    `tied_head` is the HF name that a source with tied embeddings may hold as a copy of the embedding, and that an
+    export must hold where `writes_tied_head` says that transformers does not tie them itself. `mtp_copies` are HF names
+    of the copies that a prediction layer has of a row's tensor, by the row's name in Megatron.
     """
 
     family: str
     rows: tuple[ParamMapping, ...]
     tied_head: str | None = None
+    writes_tied_head: bool = False
     mtp_copies: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
@@ -278,10 +280,12 @@ class Architecture:
         yield from (Instance(row) for row in rows[first:] if not row.per_layer)
 
     def copies(self, instance: Instance, config: ModelConfig) -> tuple[str, ...]:
-        """HF names of the copies of a tensor that prediction layers have."""
+        """HF names of the copies of a tensor that prediction layers have, or a tied head."""
         template = self.mtp_copies.get(instance.row.megatron)
         numbers = range(config.num_layers, config.num_layers + config.mtp_num_layers)
-        return () if template is None else tuple(named(template, (number,)) for number in numbers)
+        tied = self.writes_tied_head and config.tie_word_embeddings and instance.row.role is Role.EMBEDDING
+        copies = () if template is None else tuple(named(template, (number,)) for number in numbers)
+        return (*copies, self.tied_head) if tied and self.tied_head is not None else copies
 
 
 def _at_layer(

@@ -33,7 +33,14 @@ _MOE = {  # of one with experts; what a class does not have, its code decides
     "ffn_hidden_size": ("moe_intermediate_size", "intermediate_size"),
     "topk": ("num_experts_per_tok",),
     "clamp": ("swiglu_limit",),
-    "shared_ffn_hidden_size": ("shared_expert_intermediate_size",),
+    "shared_ffn_hidden_size": ("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"),
+    "latent_size": ("moe_latent_size",),
+}
+_MAMBA = {
+    "state_dim": ("ssm_state_size",),
+    "head_dim": ("mamba_head_dim",),
+    "num_groups": ("n_groups",),
+    "num_heads": ("mamba_num_heads",),
 }
 _MLA = {
     "q_lora_rank": ("q_lora_rank",),
@@ -42,6 +49,7 @@ _MLA = {
     "qk_pos_emb_head_dim": ("qk_rope_head_dim",),
     "v_head_dim": ("v_head_dim",),
 }
+_SYMBOLS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
 _SWITCHES = {"add_qkv_bias": {"glm4_moe": "attention_bias"}, "qk_layernorm": {"glm4_moe": "use_qk_norm"}}
 
 
@@ -61,15 +69,18 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
     there, here = (_windows(each, config.num_layers) for each in (stated, config))
     if there != here:
         problems.append(_sentence("sliding_window", there, here))
-    for part, names in ((config.moe, _MOE), (config.mla, _MLA)):
+    for part, names in ((config.moe, _MOE), (config.mla, _MLA), (config.mamba, _MAMBA)):
         problems += _differing(stated, names, part) if part is not None else []
     for field, keys in _SWITCHES.items():
         key = keys.get(getattr(stated, "model_type", ""))
         if key is not None and bool(getattr(stated, key)) != getattr(config, field):
             problems.append(_sentence(field, getattr(stated, key), getattr(config, field)))
+    kinds, pattern = getattr(stated, "layers_block_type", None), config.hybrid_layer_pattern
+    if pattern is not None and kinds is not None and pattern != "".join(_SYMBOLS.get(kind, "?") for kind in kinds):
+        problems.append(_sentence("hybrid_layer_pattern", kinds, pattern))
     if config.moe is not None:
         problems += _router_problems(stated, config.moe)
-    problems += _rope_problems(stated, config)
+    problems += _rope_problems(stated, config) if block_of(config).rotary else []
     return problems, []
 
 
@@ -96,7 +107,7 @@ def _router_problems(stated: Any, moe: Moe) -> list[str]:
     }
     if hasattr(stated, "norm_topk_prob"):
         said["norm_topk_prob"] = (bool(stated.norm_topk_prob), not moe.pre_softmax if softmax else moe.topk > 1)
-    if hasattr(stated, "n_shared_experts"):
+    if hasattr(stated, "n_shared_experts") and not hasattr(stated, _MOE["shared_ffn_hidden_size"][0]):
         said["shared_ffn_hidden_size"] = (
             stated.n_shared_experts * stated.moe_intermediate_size, moe.shared_ffn_hidden_size
         )  # fmt: skip
@@ -104,6 +115,8 @@ def _router_problems(stated: Any, moe: Moe) -> list[str]:
 
 
 def _layers(stated: Any, count: int) -> tuple[bool, ...]:
+    if kinds := getattr(stated, "layers_block_type", None):
+        return tuple(kind == "moe" for kind in kinds)
     first, step = getattr(stated, "first_k_dense_replace", 0), getattr(stated, "decoder_sparse_step", 1)
     dense = getattr(stated, "mlp_only_layers", None) or ()
     return tuple(layer >= first and layer not in dense and (layer + 1) % step == 0 for layer in range(count))

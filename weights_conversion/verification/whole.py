@@ -108,6 +108,8 @@ def _packed(name: str, rows: slice | None, names: Mapping[str, Stored]) -> Tenso
     """Rows of one expert's matrix, where one tensor holds those of all experts: (E, 2f, H) with gate above up."""
     match = re.fullmatch(r"(.*\.experts\.)(\d+)\.(gate|up|down)_proj\.weight", name)
     whole = f"{match[1]}{'down_proj' if match[3] == 'down' else 'gate_up_proj'}" if match else ""
+    if match and match[3] == "up" and whole not in names and f"{match[1]}up_proj" in names:  # without a gate
+        return names[f"{match[1]}up_proj"].read(slice(int(match[2]), int(match[2]) + 1))[0][rows or slice(None)]
     if match is None or whole not in names:
         return None
     matrix = names[whole].read(slice(int(match[2]), int(match[2]) + 1))[0]

@@ -18,6 +18,8 @@ from weights_conversion.verification.parts import part_of
 
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
 
+_OF_ATTENTION = ("self_attention.", "input_layernorm.")
+
 
 def dist_weights(
     folder: Path, num_layers: int, weights: str = "model", config: ModelConfig | None = None
@@ -30,12 +32,7 @@ def dist_weights(
     tensors = read_index(folder)
     if weights == "master":
         tensors = tensors | {match[1]: tensor for name, tensor in tensors.items() if (match := _MASTER.fullmatch(name))}
-    # Wrappers put their own name in front: Megatron-FSDP both, torch FSDP2 the first, NeMo 2 the second.
-    wrappers = ("model.module.", "model.", "module.")
-    lasts = ("decoder.final_layernorm.weight", "decoder.final_norm.weight")
-    wrapper = next((name for name in wrappers if any(name + last in tensors for last in lasts)), "")
-    tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
-
+    tensors = _unwrapped(tensors)
     # A HybridModel of what a GPTModel holds: attention and MLP are layers of their own.
     hybrid = "decoder.final_norm.weight" in tensors and (config is None or config.hybrid_layer_pattern is None)
 
@@ -46,7 +43,7 @@ def dist_weights(
             name = name.replace(".mtp_model_layer.", ".transformer_layer.")
         match = re.fullmatch(r"(.*\blayers\.)(\d+)\.(.*)", name)
         if hybrid and match:
-            name = f"{match[1]}{2 * int(match[2]) + (not match[3].startswith('self_attention.'))}.{match[3]}"
+            name = f"{match[1]}{2 * int(match[2]) + (not match[3].startswith(_OF_ATTENTION))}.{match[3]}"
         elif hybrid:
             name = name.replace("final_layernorm", "final_norm")
         if name in tensors:
@@ -76,6 +73,14 @@ def dist_weights(
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     return read
+
+
+def _unwrapped(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Wrappers put their own name in front: Megatron-FSDP both, torch FSDP2 the first, NeMo 2 the second."""
+    wrappers = ("model.module.", "model.", "module.")
+    lasts = ("decoder.final_layernorm.weight", "decoder.final_norm.weight")
+    wrapper = next((name for name in wrappers if any(name + last in tensors for last in lasts)), "")
+    return {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
 
 
 def _of_experts(name: str, tensors: Mapping[str, Any]) -> list[tuple[Any, tuple[int, ...]]]:
