@@ -279,15 +279,6 @@ def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> di
             result.pop("layer_types", None)  # the window of before, should training have dropped it
             result["sliding_window"] = config.sliding_window
     result["torch_dtype"] = result["dtype"] = dtype
-    if not FAMILIES[config.family].rotary:
-        return result
-    linear = config.rope_scaling_factor != 1.0
-    kind = {"rope_type": "linear", "factor": config.rope_scaling_factor} if linear else {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        always = class_of(config.family).rope or ()
-        linear, kind = True, rope.write_scaling(config.rope_scaling, latent=config.mla is not None, always=always)
-    partial = {"partial_rotary_factor": config.rotary_percent} if class_of(config.family).rotary_percent != 1.0 else {}
-    result["rope_theta"] = config.rope_theta
-    result["rope_scaling"] = {"type": kind["rope_type"], **kind} if linear else None
-    result |= {"rope_parameters": {"rope_theta": config.rope_theta, **kind, **partial}, **partial}
+    if FAMILIES[config.family].rotary:
+        hf_parts.write_rope(class_of(config.family), config, result)
     return result

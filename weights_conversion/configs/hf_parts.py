@@ -102,3 +102,16 @@ def write(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) -> No
     further = known.spellings("num_nextn_predict_layers")
     if len(further) > 1:
         result.update(dict.fromkeys([further[0], *(key for key in further if key in result)], config.mtp_num_layers))
+
+
+def write_rope(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) -> None:
+    """Theta and scaling in the spelling of transformers 4 and of 5, since each release ignores the other's."""
+    linear = config.rope_scaling_factor != 1.0
+    kind = {"rope_type": "linear", "factor": config.rope_scaling_factor} if linear else {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        scaling, latent = config.rope_scaling, config.mla is not None
+        linear, kind = True, rope.write_scaling(scaling, latent=latent, always=known.rope or ())
+    partial = {"partial_rotary_factor": config.rotary_percent} if known.rotary_percent != 1.0 else {}
+    result["rope_theta"] = config.rope_theta
+    result["rope_scaling"] = {"type": kind["rope_type"], **kind} if linear else None
+    result |= {"rope_parameters": {"rope_theta": config.rope_theta, **kind, **partial}, **partial}

@@ -62,17 +62,22 @@ def dist_weights(
         if part is not None:  # Megatron-FSDP joins them as a model that runs
             name, first, last = part
             rows = slice(first, last) if rows is None else slice(first + rows.start, first + rows.stop)
-        pieces, above = [], 0
-        for tensor, lead in find(name):
-            height = tensor.size[len(lead)]
-            first, last = (0, height) if rows is None else (rows.start - above, rows.stop - above)
-            first, last = max(first, 0), min(last, height)
-            if first < last:
-                pieces.append(tensor.read(lead, first, last))
-            above += height
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return _rows(find(name), rows)
 
     return read
+
+
+def _rows(found: list[tuple[DistTensor | FlatTensor, tuple[int, ...]]], rows: slice | None) -> Tensor:
+    """Rows of tensors that stand one above the other, each at its index along leading axes."""
+    pieces, above = [], 0
+    for tensor, lead in found:
+        height = tensor.size[len(lead)]
+        first, last = (0, height) if rows is None else (rows.start - above, rows.stop - above)
+        first, last = max(first, 0), min(last, height)
+        if first < last:
+            pieces.append(tensor.read(lead, first, last))
+        above += height
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _unwrapped(tensors: Mapping[str, Any]) -> dict[str, Any]:
