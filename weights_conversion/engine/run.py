@@ -12,6 +12,7 @@ from pathlib import Path
 
 from weights_conversion.engine import compare, identity, memory, progress, sharing, start
 from weights_conversion.engine.copies import inconsistencies
+from weights_conversion.engine.direct import Direct
 from weights_conversion.engine.execute import THREADS_PER_WORKER, execute
 from weights_conversion.engine.job import Job, RunOptions
 from weights_conversion.engine.prediction import predictions
@@ -57,7 +58,7 @@ def run(job: Job, options: RunOptions) -> Report:
         report.notes.append(f"{ranks.size} ranks on {hosts} share the work; the memory is that of each")
     if ranks.rank == 0:
         report.warn()
-    problems, source = Problems(), Source()
+    problems, source = Problems(), Source(direct=Direct())
     try:
         if problems.of(_is_complete, job, options, run_digest):
             return report

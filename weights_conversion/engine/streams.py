@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weights_conversion.engine.direct import Direct
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio, watch
 from weights_conversion.layouts.placement import PAGE, TensorRef
@@ -72,8 +73,9 @@ class Source:
     once, and would otherwise push out what the machine does need, through memory that is slow to get at first.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
-        self._root, self._watch = root, watch.current()
+    def __init__(self, root: Path | None = None, direct: Direct | None = None) -> None:
+        """`direct`: what is not in the page cache is read past it, so that no read-ahead works for who reads little."""
+        self._root, self._watch, self._direct = root, watch.current(), direct
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
         self._absent: set[tuple[int, int]] = set()  # (descriptor, first byte) of what prefetch found uncached
@@ -83,6 +85,10 @@ class Source:
         descriptor = self._open(ref.file)
         left, position = bytes_of(into), ref.offset + start
         whole = (descriptor, position, len(left))
+        if self._direct is not None and self._direct.wants(*whole):
+            with fileio.named("reading", self._path(ref.file)):
+                done = self._direct.read(descriptor, left, position)
+            left, position = left[done:], position + done
         while left:
             with fileio.named("reading", self._path(ref.file)):
                 count = os.preadv(descriptor, [left], position)
@@ -97,6 +103,8 @@ class Source:
         """Ask the kernel to begin reading these bytes; where it cannot be asked, nothing is lost."""
         if hasattr(os, "posix_fadvise"):
             descriptor, position = self._open(ref.file), ref.offset + start
+            if self._direct is not None and self._direct.wants(descriptor, position, length):
+                return
             if not _cached(descriptor, position + length // 2):  # its ends may share pages with what is read before
                 self._absent.add((descriptor, position))
             _advise(descriptor, position, length, "POSIX_FADV_WILLNEED")
@@ -111,6 +119,8 @@ class Source:
         return self._root / file if self._root else file
 
     def close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
         for descriptor in self._files.values():
             with contextlib.suppress(OSError):  # all that was wanted of it has been read
                 os.close(descriptor)
