@@ -26,7 +26,7 @@ class Case:
     older: bool = False
     exchange: bool = True  # whether the filesystem can exchange two folders
     syncs: bool = True  # False: a broken converter, to see that its faults are found
-    often: bool = False  # whether the thread that syncs does so all the time, which a run so short does not see else
+    often: bool = False  # as large runs: the thread that syncs does so all the time, and what is read is read directly
 
     @property
     def trouble(self) -> int:
@@ -44,8 +44,10 @@ class Case:
 
             publish.exchange = lambda *_: False
         if self.often:
+            from weights_conversion.engine import direct
             from weights_conversion.output import durability
 
+            direct.LEAST_BYTES, direct.cached_bytes = 1, lambda *_: 0
             durability.FIRST_SECONDS = durability.SYNC_SECONDS = 0.002
         if not self.syncs:
             os.fsync = lambda _: None
@@ -98,8 +100,8 @@ class Ground:
             yield Case(f"{name} --overwrite", module, arguments, out, older=True)
         name, module, arguments, out = both[0]
         yield Case(f"{name} --overwrite, no exchange", module, arguments, out, older=True, exchange=False)
-        yield Case(f"synced often, {name}", module, arguments, out, often=True)
-        yield Case(f"synced often, {name} --overwrite", module, arguments, out, older=True, often=True)
+        yield Case(f"as large runs, {name}", module, arguments, out, often=True)
+        yield Case(f"as large runs, {name} --overwrite", module, arguments, out, older=True, often=True)
         for name, side in (("verify", mt), ("verify torch_dist", dist)):
             yield Case(name, "weights_conversion.verify", (str(self.sources / "hf"), side, "--workers", "1"), None)
 
