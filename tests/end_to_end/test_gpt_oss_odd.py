@@ -246,9 +246,7 @@ def adapters_of(base: Path, to: Path, change: Callable[[dict[str, Any]], None]) 
     """A checkpoint with LoRA adapters of Megatron's beside its weights."""
     tensors, args = read_torch_dist(base)
     change(tensors)
-    dist_files.write(
-        to / "iter_0000005", {name: dist_files.whole(tensor) for name, tensor in tensors.items()}
-    )
+    dist_files.write(to / "iter_0000005", {name: dist_files.whole(tensor) for name, tensor in tensors.items()})
     torch.save({"args": argparse.Namespace(**args), "iteration": 5, "checkpoint_version": 3.0},
                to / "iter_0000005" / "common.pt")  # fmt: skip
     (to / "latest_checkpointed_iteration.txt").write_text("5")
