@@ -15,7 +15,8 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -38,23 +39,42 @@ class Part:
     length: int
 
 
+_Data = tuple[int, tuple[int, ...], tuple[int, ...]]  # first byte in the file, sizes, strides
+
+
 @dataclass(frozen=True)
 class DistTensor:
     dtype: torch.dtype
     size: tuple[int, ...]
     parts: tuple[Part, ...]
+    _data: dict[Part, _Data] = field(default_factory=dict, compare=False, repr=False)
+    _by_lead: dict[int, dict[tuple[int, ...], list[Part]]] = field(default_factory=dict, compare=False, repr=False)
+
+    def _holding(self, lead: tuple[int, ...]) -> Sequence[Part]:
+        """The parts that hold something of the matrix at index `lead`: a tensor of all experts has thousands."""
+        if not lead:
+            return self.parts
+        if len(lead) not in self._by_lead:
+            found: dict[tuple[int, ...], list[Part]] = {}
+            for part in self.parts:
+                boxes = zip(part.offsets[: len(lead)], part.sizes[: len(lead)], strict=True)
+                for index in itertools.product(*(range(at, at + length) for at, length in boxes)):
+                    found.setdefault(index, []).append(part)
+            self._by_lead[len(lead)] = found
+        return self._by_lead[len(lead)].get(lead, ())
 
     def read(self, lead: tuple[int, ...], first: int, last: int) -> Tensor:
         """Rows first..last of the matrix (or vector) that stands at index `lead` of the leading axes."""
         depth = len(lead)
         out = torch.empty((last - first, *self.size[depth + 1 :]), dtype=self.dtype)
         filled = 0
-        for part in self.parts:
+        for part in self._holding(lead):
             inside = [i - at for i, at in zip(lead, part.offsets, strict=False)]
             begin, end = max(first, part.offsets[depth]), min(last, part.offsets[depth] + part.sizes[depth])
             if any(not 0 <= i < n for i, n in zip(inside, part.sizes, strict=False)) or begin >= end:
                 continue
-            piece = _read(part, self.dtype, inside, begin - part.offsets[depth], end - part.offsets[depth])
+            local = begin - part.offsets[depth], end - part.offsets[depth]
+            piece = _read(part, self.dtype, inside, *local, self._data)
             target = out[begin - first : end - first]
             for axis, (at, length) in enumerate(zip(part.offsets[depth + 1 :], part.sizes[depth + 1 :], strict=True)):
                 target = target.narrow(axis + 1, at, length)
@@ -186,10 +206,12 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-def _read(part: Part, dtype: torch.dtype, inside: list[int], first: int, last: int) -> Tensor:
-    """Rows first..last of a part, at index `inside` of its leading axes."""
+def _read(part: Part, dtype: torch.dtype, inside: list[int], first: int, last: int, known: dict[Part, _Data]) -> Tensor:
+    """Rows first..last of a part, at index `inside` of its leading axes; `known` is filled with where data begin."""
     with open_file(part.file) as file:
-        at, size, stride = _data_of(part, file)
+        if part not in known:
+            known[part] = _data_of(part, file)
+        at, size, stride = known[part]
         if size != part.sizes:
             raise ConversionError(f"{part.file} holds a part of shape {list(size)}, its index says {list(part.sizes)}")
         if not _is_contiguous(size, stride):
@@ -201,7 +223,9 @@ def _read(part: Part, dtype: torch.dtype, inside: list[int], first: int, last: i
             begin = begin * axis + index
         begin = (begin * shape[0] + first) * row
         file.seek(at + begin * dtype.itemsize)
-        data = bytearray(file.read((last - first) * row * dtype.itemsize))
+        data = bytearray((last - first) * row * dtype.itemsize)
+        if cast(Any, file).readinto(data) != len(data):
+            raise ConversionError(f"{part.file} ends within a part that its index says it holds; copy it again")
         return torch.frombuffer(data, dtype=dtype).view(last - first, *shape[1:])
 
 
@@ -212,7 +236,7 @@ def _is_contiguous(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     )
 
 
-def _data_of(part: Part, file: BinaryIO) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+def _data_of(part: Part, file: BinaryIO) -> _Data:
     """(where in the file a part's values begin, its sizes, its strides)."""
     window = _Window(file, part.start, part.length)
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +18,14 @@ from weights_conversion.verification.conventions import Convention, block_of
 Weights = Callable[[str, slice | None], Tensor]
 """(full stored name, rows) -> those rows of the full, unsharded tensor in its stored dtype; None asks for all rows.
 
-Matrices are asked for in ascending, consecutive row ranges with both ends given; norms and biases are asked for whole.
+Matrices are asked for in consecutive row ranges with both ends given, by several threads at a time; norms and biases
+are asked for whole.
 """
 
 BLOCK_ELEMENTS = 1 << 22
-"""Weights that are held in float32 at one time: 16 MiB, small enough that malloc reuses the pages."""
+"""Weights that are asked for at one time: 8 MiB of bfloat16."""
+CACHED_ELEMENTS = 1 << 17
+"""Weights that are held in float32 at one time: they and their product stay in a core's own cache."""
 
 
 def mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Tensor:
@@ -70,15 +76,62 @@ def vector(weights: Weights, name: str, size: int) -> Tensor:
     return _checked(weights(name, None), name, (size,))
 
 
+_pool: ContextVar[tuple[ThreadPoolExecutor, int] | None] = ContextVar("pool", default=None)
+
+
+@contextmanager
+def threads(workers: int) -> Iterator[None]:
+    """Within the block, products are shared among so many threads: while one reads, the others compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's own threads would wait for each other at every block
+    with ThreadPoolExecutor(workers, thread_name_prefix="forward") as pool:
+        token = _pool.set((pool, workers))
+        try:
+            yield
+        finally:
+            _pool.reset(token)
+            torch.set_num_threads(before)
+
+
 def linear(weights: Weights, name: str, x: Tensor, start: int, stop: int) -> Tensor:
-    """x (.., columns) times rows [start, stop) of a matrix, in blocks: a large matrix is never whole in float32."""
+    """x (.., columns) times rows [start, stop) of a matrix, in blocks: a large matrix is never whole in float32.
+
+    Under `threads` the blocks are asked for by several threads, in no order.
+    """
     columns = x.shape[-1]
-    out = x.new_empty(*x.shape[:-1], stop - start)
+    tokens = x.reshape(-1, columns).t().contiguous()
+    out = x.new_empty(stop - start, tokens.shape[1])
+    pool, workers = _pool.get() or (None, 1)
+    inference = torch.is_inference_mode_enabled()
     step = max(1, BLOCK_ELEMENTS // columns)
-    for begin in range(start, stop, step):
+    if pool is not None and (stop - start) * columns >= 2 * CACHED_ELEMENTS:
+        step = min(step, -(-(stop - start) // workers))
+
+    def block(begin: int) -> None:
         end = min(begin + step, stop)
-        out[..., begin - start : end - start] = F.linear(x, rows_of(weights, name, begin, end, columns))
-    return out
+        with torch.inference_mode(inference):  # which each thread has for itself
+            stored = weights(name, slice(begin, end))
+            _product(stored, f"{name}, rows {begin} to {end},", tokens, out[begin - start : end - start])
+
+    begins = range(start, stop, step)
+    if pool is None or len(begins) == 1:
+        for begin in begins:
+            block(begin)
+    else:
+        for _ in pool.map(block, begins):
+            pass
+    return out.t().reshape(*x.shape[:-1], stop - start)
+
+
+def _product(stored: Tensor, name: str, tokens: Tensor, out: Tensor) -> None:
+    """`stored` rows times `tokens` (columns, tokens), in float32, into `out` (rows, tokens)."""
+    rows, columns = out.shape[0], tokens.shape[0]
+    _checked_shape(stored, name, (rows, columns))
+    step = max(1, CACHED_ELEMENTS // columns)
+    wide = torch.empty(min(step, rows), columns)
+    for first in range(0, rows, step):
+        part = stored[first : first + step]
+        torch.mm(wide[: len(part)].copy_(part), tokens, out=out[first : first + len(part)])
 
 
 def rows_of(weights: Weights, name: str, start: int, stop: int, columns: int) -> Tensor:
@@ -86,9 +139,13 @@ def rows_of(weights: Weights, name: str, start: int, stop: int, columns: int) ->
 
 
 def _checked(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    _checked_shape(tensor, name, shape)
+    return tensor.detach().float()
+
+
+def _checked_shape(tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ConversionError(
             f"{name} has shape {tuple(tensor.shape)} where the model's config asks for {shape}; "
             "the config and the weights are of two models."
         )
-    return tensor.detach().float()

@@ -87,13 +87,10 @@ def error_of(a: Tensor, b: Tensor) -> float:
 def compare(source: Model, checkpoint: Model, vocabulary: int, workers: int) -> Numeric:
     """Runs the default prompts on both sides. Memory: the prompts' hidden states and a few blocks of weights."""
     files = Source()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(workers)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), linear.threads(workers):
             return _compare(source, checkpoint, vocabulary, files)
     finally:
-        torch.set_num_threads(threads)
         files.close()
 
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ def huggingface_weights(folder: Path) -> Weights:
         return names[_stored_as(name, names, folder)].read(rows)
 
     return read
+
+
+MAPPED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -141,21 +145,44 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _safetensors(path: Path) -> dict[str, Stored]:
-    from safetensors import safe_open
-
-    with _read_by("safetensors", path):
-        file: Any = safe_open(path, framework="pt")
-        names = list(file.keys())
+    opened = _Mapped(path)
 
     def reader(name: str) -> Callable[[slice | None], Tensor]:
         def read(rows: slice | None) -> Tensor:
             with _read_by("safetensors", path):
-                return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+                file = opened.file()
+                tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+                opened.has_read(tensor.nbytes)
+                return tensor
 
         return read
 
     with _read_by("safetensors", path):
-        return {name: Stored(tuple(file.get_slice(name).get_shape()), reader(name)) for name in names}
+        file = opened.file()
+        return {name: Stored(tuple(file.get_slice(name).get_shape()), reader(name)) for name in list(file.keys())}
+
+
+class _Mapped:
+    """A safetensors file, opened anew after every MAPPED_BYTES: what it has mapped and read counts as memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._file: Any = None
+        self._bytes = 0
+
+    def file(self) -> Any:
+        from safetensors import safe_open
+
+        with self._lock:
+            if self._file is None:
+                self._file, self._bytes = safe_open(self._path, framework="pt"), 0
+            return self._file
+
+    def has_read(self, count: int) -> None:
+        with self._lock:
+            self._bytes += count
+            if self._bytes >= MAPPED_BYTES:
+                self._file = None  # unmapped when nobody reads by it any more
 
 
 # Of which libraries of C++ and Rust tell in words alone.
