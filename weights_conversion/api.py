@@ -26,12 +26,12 @@ def hf_to_megatron(
     """What hf_to_megatron.py does: `model` (a family) from `model_path` to the Megatron checkpoint at `out`.
 
     `model_path` is a folder or a repository (None: the family's own, of `size`); a Megatron checkpoint is written in
-    another layout. `more` are further fields of weights_conversion.verbs.to_megatron.ImportOptions. Raises
+    another layout. `more` are further fields of weights_conversion.verbs.import_options.ImportOptions. Raises
     ConversionError for everything that is wrong, before a byte is written, and TypeError for an argument that there
     is not.
     """
     from weights_conversion.config import Parallelism
-    from weights_conversion.verbs.to_megatron import ImportOptions
+    from weights_conversion.verbs.import_options import ImportOptions
     from weights_conversion.verbs.to_megatron import hf_to_megatron as convert
 
     more.setdefault("parallel", Parallelism(tensor_parallel, pipeline_parallel))

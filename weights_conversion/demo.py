@@ -48,11 +48,26 @@ def write_model(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator).mul_(0.05).bfloat16() for name, shape in shapes().items()}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", CONFIG)
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+    train_tokenizer(folder / "tokenizer.model")
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """The model's tensors."""
     kv = HIDDEN // HEADS * GROUPS
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"
-        shapes |= {
+        found |= {
             f"{prefix}.input_layernorm.weight": (HIDDEN,),
             f"{prefix}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
             f"{prefix}.self_attn.k_proj.weight": (kv, HIDDEN),
@@ -63,44 +78,36 @@ def write_model(folder: Path) -> None:
             f"{prefix}.mlp.up_proj.weight": (FFN, HIDDEN),
             f"{prefix}.mlp.down_proj.weight": (HIDDEN, FFN),
         }
-    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator).mul_(0.05).bfloat16() for name, shape in shapes.items()}
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": GROUPS,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
-    }
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "LlamaTokenizer",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "add_bos_token": True,
-            "add_eos_token": False,
-        },
-    )
-    train_tokenizer(folder / "tokenizer.model")
+    return {**found, "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+}
 
 
 def train_tokenizer(path: Path) -> None:

@@ -39,38 +39,8 @@ def write_args(
 
     `layer_freq` is --moe-layer-freq, by default as core_layer_freq chooses it.
     """
-    grouped = config.num_query_groups != config.num_attention_heads
     args: dict[str, Any] = {
-        "num_layers": config.num_layers,
-        "encoder_num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.ffn_hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_query_groups,
-        "group_query_attention": grouped,
-        "kv_channels": config.head_dim,
-        "seq_length": config.max_position_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        **rope_core.write_core(config),
-        "add_position_embedding": True,
-        "rotary_base": _whole(config.rope_theta),
-        "rotary_percent": config.rotary_percent,
-        "rotary_interleaved": False,
-        "rotary_seq_len_interpolation_factor": factor if (factor := _whole(config.rope_scaling_factor)) != 1 else None,
-        "add_bias_linear": False,
-        "add_qkv_bias": config.add_qkv_bias,
-        "qk_layernorm": config.qk_layernorm,
-        "swiglu": True,
-        "squared_relu": False,
-        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        "normalization": "RMSNorm",
-        "norm_epsilon": config.layernorm_epsilon,
-        "layernorm_epsilon": config.layernorm_epsilon,
-        "apply_layernorm_1p": False,
-        "apply_query_key_layer_scaling": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "window_size": _window(config),
+        **_model_args(config),
         "make_vocab_size_divisible_by": divisible_by,
         "tokenizer_type": "Llama2Tokenizer",
         "tensor_model_parallel_size": parallel.tensor,
@@ -97,6 +67,42 @@ def write_args(
     if vocabulary is not None:
         args["padded_vocab_size"] = vocabulary
     return args
+
+
+def _model_args(config: ModelConfig) -> dict[str, Any]:
+    """Those of a model's layers, but for experts and latent attention."""
+    return {
+        "num_layers": config.num_layers,
+        "encoder_num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "kv_channels": config.head_dim,
+        "seq_length": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        **rope_core.write_core(config),
+        "add_position_embedding": True,
+        "rotary_base": _whole(config.rope_theta),
+        "rotary_percent": config.rotary_percent,
+        "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": factor if (factor := _whole(config.rope_scaling_factor)) != 1 else None,
+        "add_bias_linear": False,
+        "add_qkv_bias": config.add_qkv_bias,
+        "qk_layernorm": config.qk_layernorm,
+        "swiglu": True,
+        "squared_relu": False,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.layernorm_epsilon,
+        "layernorm_epsilon": config.layernorm_epsilon,
+        "apply_layernorm_1p": False,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "window_size": _window(config),
+    }
 
 
 def _whole(value: float) -> float:

@@ -198,7 +198,7 @@ def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Sink, scratc
     scratch.reset()
     step = plan.steps[chunk.step]
     written: list[Written] = []
-    crc = plan.target.megatron  # torch.save archives keep one of every record, safetensors has none
+    crc = plan.keeps_crcs
     if chunk.adds:
         rows = added_rows(plan, step, chunk.stop - chunk.start, source, scratch)
         written += write_rows(step.target[0], (chunk.start, chunk.stop), rows, target, scratch, crc)

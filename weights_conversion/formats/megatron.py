@@ -42,10 +42,14 @@ class RankFiles:
     parallel: Parallelism
     ranks: Mapping[Rank, Mapping[str, TensorRef]] = field(repr=False)
 
+    format = "torch"
+    holds_model = True
+    trained_dtype = None  # what is stored is what was trained
+    said_by = None  # every rank file states the args
+
     @property
-    def trained_dtype(self) -> None:
-        """Rank files hold what was trained."""
-        return None
+    def layout(self) -> str:
+        return str(self.parallel)
 
     @property
     def names(self) -> set[str]:

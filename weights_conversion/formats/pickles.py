@@ -5,7 +5,10 @@ every global on the list in stand_ins is an inert stand-in (a tensor becomes a `
 so that nothing is imported, called or allocated on a file's behalf. Anything else is refused by name, but for what
 training leaves beside the weights: there a class of any library is kept as its name, and only what Python itself brings
 (`os.system`) is refused. Work and memory grow with the bytes of the pickle and no faster: no opcode may announce a
-size, only plain values may be keys, and what the objects take is counted.
+size, only plain values may be keys, and what the objects take is counted. `pickle.Unpickler` (with `find_class` and
+`persistent_load`), as Python 3.10 to 3.12 have it, bounds none of these: a memo index of four bytes makes it allocate
+sixteen times as many bytes as the index says, a claimed length is allocated before that many bytes are known to be
+there, and the hash of a nested tuple that is shared takes twice as long with each level.
 """
 
 from __future__ import annotations
@@ -18,6 +21,14 @@ from typing import Any
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import unlisted
+from weights_conversion.formats.pickle_opcodes import (
+    BYTES_AT_LEAST,
+    BYTES_PER_BYTE,
+    CONSTANTS,
+    COST,
+    COSTS,
+    LITERALS,
+)
 from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Foreign, Storage, storage_of
 
 MAX_PICKLE_BYTES = 64 << 20  # hundreds of thousands of tensors
@@ -74,16 +85,16 @@ class _Machine:
     def run(self, data: bytes) -> Any:
         handlers = {name.removeprefix("_op_"): getattr(self, name) for name in dir(self) if name.startswith("_op_")}
         stack = self._stack
-        self._left = _BYTES_AT_LEAST + _BYTES_PER_BYTE * len(data)
+        self._left = BYTES_AT_LEAST + BYTES_PER_BYTE * len(data)
         for opcode, argument, _ in pickletools.genops(data):
             name = opcode.name
-            self._spend(_COSTS.get(name, _COST))
-            if name in _LITERALS:
+            self._spend(COSTS.get(name, COST))
+            if name in LITERALS:
                 stack.append(argument)
             elif name == "STOP":
                 return stack.pop()
-            elif name in _CONSTANTS:
-                stack.append(_CONSTANTS[name]())
+            elif name in CONSTANTS:
+                stack.append(CONSTANTS[name]())
             elif name in ("BINGET", "GET", "LONG_BINGET"):
                 stack.append(self._memo[int(argument or 0)])
             elif name in ("BINPUT", "PUT", "LONG_BINPUT"):
@@ -131,7 +142,7 @@ class _Machine:
         if not isinstance(target, dict):
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
         for key, value in pairs:
-            self._spend(_COST)
+            self._spend(COST)
             target[self._key(key)] = value
 
     def _append(self, target: Any, items: list[Any]) -> None:
@@ -267,7 +278,7 @@ class _Machine:
     def _op_BUILD(self, _: Any) -> None:
         state, target = self._stack.pop(), self._stack[-1]
         if isinstance(state, dict):
-            self._spend(_COST * len(state))
+            self._spend(COST * len(state))
         if isinstance(target, self._stubs):
             if hasattr(target, "__setstate__"):
                 target.__setstate__(state)
@@ -277,31 +288,6 @@ class _Machine:
             vars(target).update(state)
         elif not isinstance(target, self._ordered):
             raise pickle.UnpicklingError(f"a state for a {type(target).__name__}")
-
-
-# What objects take, in bytes, by the opcode that makes them (with the reference to them); of all others _COST.
-_COST = 32
-_COSTS = {
-    **{"MEMOIZE": 120, "BINPUT": 16, "LONG_BINPUT": 120, "PUT": 120, "MARK": 40},
-    **{"EMPTY_SET": 224, "FROZENSET": 224, "EMPTY_DICT": 80, "DICT": 80, "EMPTY_LIST": 64, "LIST": 64},
-    **{"REDUCE": 200, "NEWOBJ": 200, "NEWOBJ_EX": 200, "BINPERSID": 200},
-    **{"PROTO": 0, "NONE": 8, "NEWTRUE": 8, "NEWFALSE": 8, "DUP": 8, "POP": 0, "BINGET": 8, "LONG_BINGET": 8, "GET": 8},
-}
-_BYTES_AT_LEAST, _BYTES_PER_BYTE = 32 << 20, 48
-_LITERALS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-}
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": set,
-}
 
 
 def _member_of(owner: object, name: object, *_: object) -> EnumMember:

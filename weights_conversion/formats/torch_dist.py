@@ -45,6 +45,14 @@ class DistCheckpoint:
     said_by: Path | None = None  # the file that states the args
     adapters: Mapping[str, Stored] = field(default_factory=dict, repr=False)  # beside the base's tensors, or alone
 
+    format = "torch_dist"
+    layout = "torch_dist"
+
+    @property
+    def holds_model(self) -> bool:
+        """Whether there is more than adapters, or nothing at all."""
+        return bool(self.stored or not self.adapters)
+
     @property
     def names(self) -> set[str]:
         """Of all stored tensors."""

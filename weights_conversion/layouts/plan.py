@@ -52,7 +52,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """`targets` lists the tensors of every file to be written, in file order. `new_rows` is "last" or "mean"."""
+    """`targets` lists the tensors of every file to be written, in file order. `new_rows` is "last" or "mean".
+
+    `keeps_crcs`: the format of the files holds a CRC-32 of each tensor.
+    """
 
     config: ModelConfig
     source: Dialect
@@ -60,6 +63,7 @@ class Plan:
     steps: tuple[Step, ...]
     targets: Mapping[str, tuple[TensorRef, ...]] = field(hash=False)
     new_rows: str = "last"
+    keeps_crcs: bool = False
 
     def source_pieces(self, step: Step, start: int, stop: int) -> list[tuple[Placed, Range]]:
         """Where units start..stop of a step come from, piece by piece: a tensor, and which of its rows."""

@@ -17,12 +17,13 @@ from weights_conversion.configs import core_args, core_foreign, manifest, megatr
 from weights_conversion.errors import ConversionError
 from weights_conversion.files.owners import stranger
 from weights_conversion.formats import hybrid
-from weights_conversion.formats.dist_index import METADATA
+from weights_conversion.formats.dist_format import DistFormat
 from weights_conversion.formats.iterations import TRACKER, find_iteration, number_of
-from weights_conversion.formats.megatron import RankFiles, open_rank_files
+from weights_conversion.formats.megatron import RankFiles
+from weights_conversion.formats.rank_format import RankFormat
 from weights_conversion.formats.run_config import MODEL_YAML, RUN_CONFIG, pretrained
 from weights_conversion.formats.stored_args import plain_args
-from weights_conversion.formats.torch_dist import DistCheckpoint, open_dist
+from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.vocabulary import Vocabulary
 from weights_conversion.mapping.dialects import MEGATRON_CORE
 from weights_conversion.sources import further
@@ -30,6 +31,8 @@ from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.families import chosen_family, read_features, with_flags
 from weights_conversion.sources.reference import args_beside
 from weights_conversion.sources.vocabulary import count
+
+FORMATS = (DistFormat(), RankFormat())  # of Megatron checkpoints, in the order in which a folder is held to be one
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,7 @@ def open_files(
     """
     here = megatron_root(root, load_iters)
     folder, iteration = find_iteration(here.root, here.iteration)
-    dist = (folder / METADATA).is_file()
-    files = open_dist(folder, iteration, weights) if dist else open_rank_files(folder, iteration, weights)
+    files = next(each for each in FORMATS if each.opens(folder)).open(folder, iteration, weights)
     core = files.dialect is MEGATRON_CORE
     if problems := (core_foreign if core else megatron_args).unreadable(files.left_out, folder):
         raise ConversionError(*problems)
@@ -118,8 +120,8 @@ def open_checkpoint(
     """
     here, flags = megatron_root(root, load_iters), flags or {}
     root, files = here.root, open_files(here.root, here.iteration, weights)
-    if isinstance(files, DistCheckpoint) and files.adapters and not files.stored:
-        raise ConversionError(_no_base(files))
+    if not files.holds_model:
+        raise ConversionError(_no_base(files.folder))
     found = manifest.find([root, *trained_from(files.args)])
     said = found[1] if found else None
     notes = list(here.notes)
@@ -161,7 +163,7 @@ def _expressible(
     else:
         problems = megatron_args.foreign(model, _with_window(files.args, flags))
         problems += core_foreign.in_megatron_llm(files.args, files.folder)
-    if isinstance(files, DistCheckpoint) and files.said_by is not None:
+    if files.said_by is not None:
         notes.append(f"args       from {files.said_by}")
     if problems:
         raise ConversionError(*problems)
@@ -204,13 +206,13 @@ def _warnings(
     return warnings
 
 
-def _no_base(files: DistCheckpoint) -> str:
+def _no_base(folder: Path) -> str:
     """The sentence for adapters where a model was expected."""
-    path = files.folder / RUN_CONFIG
+    path = folder / RUN_CONFIG
     base = pretrained(path) if path.is_file() else None
     named = f" ({RUN_CONFIG} names {base})" if base else ""
     return (
-        f"{files.folder} holds adapters alone, without the model that they belong to; give their base{named} with "
+        f"{folder} holds adapters alone, without the model that they belong to; give their base{named} with "
         "--input_dir and this folder with --adapter, or write them as PEFT's with --adapter_as peft"
     )
 

@@ -7,9 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from weights_conversion.config import ModelConfig
+from weights_conversion.formats.format import MegatronFiles
 from weights_conversion.formats.iterations import iterations, named, number_of
-from weights_conversion.formats.megatron import RankFiles
-from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Placed
 
 
@@ -20,12 +19,11 @@ def of_files(kind: str, tensors: Iterable[Placed]) -> str:
     return f"{kind}, {files} file{'s' * (files > 1)}"
 
 
-def of_megatron(root: Path, files: RankFiles | DistCheckpoint) -> str:
+def of_megatron(root: Path, files: MegatronFiles) -> str:
     """A Megatron checkpoint: whose, its layout, and which of its iterations is read."""
-    layout = str(files.parallel) if isinstance(files, RankFiles) else "torch_dist"
     which = "release" if files.iteration == "release" else f"iteration {files.iteration}"
     there = [str(number_of(name)) for name in iterations(root)]
-    return f"{files.dialect.name}, {layout}, {which}" + (f" (there are {named(there)})" if len(there) > 1 else "")
+    return f"{files.dialect.name}, {files.layout}, {which}" + (f" (there are {named(there)})" if len(there) > 1 else "")
 
 
 def values(config: ModelConfig, origins: Mapping[str, str]) -> str:

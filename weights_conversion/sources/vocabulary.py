@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats.megatron import RankFiles
-from weights_conversion.formats.torch_dist import DistCheckpoint
+from weights_conversion.formats.format import MegatronFiles
 from weights_conversion.layouts.vocabulary import Vocabulary
 from weights_conversion.mapping.dialects import MEGATRON_CORE
 
@@ -35,7 +34,7 @@ def stated_rows(args: Mapping[str, Any]) -> int | None:
 
 
 def count(
-    files: RankFiles | DistCheckpoint, flag: int | None, said: Mapping[str, Any] | None, reference: int | None = None,
+    files: MegatronFiles, flag: int | None, said: Mapping[str, Any] | None, reference: int | None = None,
     *, may_grow: bool = False,
 ) -> Counted:  # fmt: skip
     """The rows that are tokens: by the flag, else by the manifest or training, whichever knows more, or `reference`.

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.errors import ConversionError
 from weights_conversion.tokenizer import checks, special_tokens, tokenizer_config, tokenizer_json
-from weights_conversion.tokenizer.content import check_files, links
+from weights_conversion.tokenizer.content import links
 from weights_conversion.tokenizer.files import (
     ADDED,
     CHAT_TEMPLATE,
@@ -24,20 +23,8 @@ from weights_conversion.tokenizer.files import (
     Source,
     json_alone,
 )
-from weights_conversion.tokenizer.places import locate, stated_places
 from weights_conversion.tokenizer.special_tokens import CONFIG_KEYS, NEW_TOKENS, Extension
-from weights_conversion.tokenizer.vocabulary import Vocabulary, read_sentencepiece
-
-
-@dataclass(frozen=True)
-class TokenizerOptions:
-    """The tokenizer's command-line flags, by their names; None: not given."""
-
-    vocab_file: Path | None = None
-    vocab_extra_ids_list: str | None = None
-    override_special_tokens: tuple[str, ...] = ()
-    new_tokens: bool | None = None
-    cache_dir: Path | None = None
+from weights_conversion.tokenizer.training import Found, TokenizerOptions, find
 
 
 @dataclass(frozen=True)
@@ -81,24 +68,49 @@ def plan_tokenizer(
     without padding; `search` further folders; `fetch(repository, cache_dir)` downloads tokenizer files and returns
     their folder; `generation` the generation_config.json to be exported. Raises ConversionError.
     """
-    trained = special_tokens.trusted_args(family, args, chosen=core and options.vocab_file is not None)
-    stated = special_tokens.stated_extension(trained, args.get("tokenizer_type"), core)
-    extension = special_tokens.resolve_extension(family, stated, options.new_tokens, options.vocab_extra_ids_list)
-    places = stated_places(family, checkpoint, iteration, trained, search)
-    source, warnings = locate(family, places, options.vocab_file, fetch, options.cache_dir)
-    try:
-        check_files(source.files)
-    except ConversionError as error:
-        raise ConversionError(f"{error}; --vocab_file names another tokenizer, --no_tokenizer leaves it out") from error
-    original = source.json(JSON)
-    vocabulary = _vocabulary(family, source, original, extension, rule=not core or "new_tokens" in trained)
-    own_json = source.own_json(family)
-    base, ids, cut = _ids(family, vocabulary, extension, own_json)
-    if trained and (stated != extension):
-        _, before, _ = _ids(family, vocabulary, stated, own_json)
-        warnings += special_tokens.contradictions(stated, extension, before, ids)
+    found = find(family, checkpoint, args, options, core=core, iteration=iteration, search=search, fetch=fetch)
+    made = _make(family, found, args, options, (embedding_rows, rows_known))
+    doubted = options.new_tokens is None and args.get("new_tokens") is not None and not found.trained
+    overridden = {
+        f"{key}_token_id": made.every[token] for key, token in made.overrides.items() if key in CONFIG_KEYS
+    }
+    report = _report(
+        found.source, found.extension, made.config, made.with_rows, found.base, made.overrides, found.cut,
+        generation or {}, doubted, TEKKEN in made.copied,
+    )  # fmt: skip
+    return TokenizerPlan(
+        ids=max(made.with_rows.values()) + 1,
+        token_ids={key: (token, made.every[token]) for key, token in made.named.items()},
+        config_overrides=overridden,
+        report=[*report, *links(found.source.files.values())],
+        vocabulary=made.with_rows,
+        warnings=[*found.warnings, *made.warnings],
+        copied=made.copied,
+        written=made.written,
+    )
 
-    config = tokenizer_config.starting_config(family, source, vocabulary)
+
+@dataclass(frozen=True)
+class _Made:
+    """The exported tokenizer: `every` token's id, those `with_rows` of the embedding, and its files."""
+
+    config: dict[str, Any]
+    named: dict[str, str]
+    overrides: dict[str, str]
+    every: dict[str, int]
+    with_rows: dict[str, int]
+    copied: dict[str, Path]
+    written: dict[str, Mapping[str, Any]]
+    warnings: list[str]
+
+
+def _make(
+    family: str, found: Found, args: Mapping[str, Any], options: TokenizerOptions, rows: tuple[int, bool]
+) -> _Made:
+    """`rows` are the exported embedding's, and whether they are without padding."""
+    source, base, ids, own_json = found.source, found.base, found.ids, found.own_json
+    original = source.json(JSON)
+    config = tokenizer_config.starting_config(family, source, found.vocabulary)
     fill = tokenizer_config.fill_token(family, config)
     data, built_from = _starting_json(source, original, config)
     if fill is not None and len(ids) > base:
@@ -110,99 +122,37 @@ def plan_tokenizer(
     if own_json:  # tokens that its own files added need no row
         pieces = tokenizer_json.model_vocabulary(data)
         needed = {token: index for token, index in ids.items() if index >= base or token in pieces}
-    rows = embedding_rows, rows_known
-    warnings += checks.check_rows(source, needed, with_rows, base, extension.extras, rows, args)
+    warnings = checks.check_rows(source, needed, with_rows, base, found.extension.extras, rows, args)
 
-    extras = [token for token in extension.extras if token in ids]
-    named = tokenizer_config.named_tokens({**source.json(SPECIAL_MAP), **config} if own_json else config)
-    if extension.new_tokens and not json_alone(family):
-        named |= {key: token for key, token in NEW_TOKENS.items() if key != "eod"}
-        named["pad"] = vocabulary.pad or "<PAD>"
-    allowed = [*cut, *named.values(), *tokenizer_config.extra_tokens(config)]
+    named = _named(family, found, config)
+    allowed = [*found.cut, *named.values(), *tokenizer_config.extra_tokens(config)]
     overrides = special_tokens.parse_overrides(options.override_special_tokens, with_rows, allowed)
-    around = {
-        named[key]: (overrides[key], every[overrides[key]])
-        for key in ("bos", "eos")
-        if key in named and key in overrides
-    }
+    ends = [key for key in ("bos", "eos") if key in named and key in overrides]
+    around = {named[key]: (overrides[key], every[overrides[key]]) for key in ends}
     data = tokenizer_json.with_replaced_special(data, around)
     named |= overrides
     checks.check_known(source, named, tokenizer_config.extra_tokens(config), every)
 
-    as_it_is = own_json and not cut and not overrides
+    as_it_is = own_json and not found.cut and not overrides
     if not as_it_is:
-        special = dict.fromkeys([*cut, *named.values()])
+        special = dict.fromkeys([*found.cut, *named.values()])
+        extras = [token for token in found.extension.extras if token in ids]
         data = tokenizer_json.with_special(data, [(token, every[token]) for token in special])
         config = tokenizer_config.with_tokens(config, named, extras, data, set(special), data != original)
     checks.check_loaded(data, every, built_from)
     behind = {token: i for token, i in with_rows.items() if i >= base}
     copied, written = _files(source, data, config, behind, own_json, as_it_is)
-    doubted = options.new_tokens is None and args.get("new_tokens") is not None and not trained
-    overridden = {f"{key}_token_id": every[token] for key, token in overrides.items() if key in CONFIG_KEYS}
-    return TokenizerPlan(
-        ids=max(with_rows.values()) + 1,
-        token_ids={key: (token, every[token]) for key, token in named.items()},
-        config_overrides=overridden,
-        report=[
-            *_report(
-                source, extension, config, with_rows, base, overrides, cut, generation or {}, doubted, TEKKEN in copied
-            ),
-            *links(source.files.values()),
-        ],
-        vocabulary=with_rows,
-        warnings=warnings,
-        copied=copied,
-        written=written,
-    )
+    return _Made(config, named, overrides, every, with_rows, copied, written, warnings)
 
 
-def _ids(
-    family: str, vocabulary: Vocabulary, extension: Extension, own_json: bool
-) -> tuple[int, dict[str, int], tuple[str, ...]]:
-    """(number of ids of the vocabulary file, id of every token that training had, tokens that it cut out of text)."""
-    ids = vocabulary.ids
-    base = max(ids.values(), default=-1) + 1
-    if json_alone(family):
-        ids = special_tokens.falcon_token_ids(ids, extension)
-        return base, ids, tuple(token for token in extension.extras if token in ids)
-    if own_json:
-        for token in extension.extras:
-            ids.setdefault(token, max(ids.values()) + 1)
-        return base, ids, extension.extras
-    return base, special_tokens.token_ids(vocabulary, extension), special_tokens.added_tokens(vocabulary, extension)
-
-
-def _vocabulary(family: str, source: Source, data: Mapping[str, Any], extension: Extension, rule: bool) -> Vocabulary:
-    """What training had before it added tokens: tokenizer.model, else tokenizer.json. `rule`: Megatron-LLM's holds."""
-    if MODEL in source.files and not json_alone(family) and not source.own_json(family):
-        vocabulary = read_sentencepiece(source.files[MODEL])
-        if rule and not extension.new_tokens and None in (vocabulary.bos, vocabulary.eos):
-            raise ConversionError(
-                f"{source.files[MODEL]} lacks a begin or an end token; without new tokens, versions of "
-                "Megatron-LLM disagree "
-                "on whether they were added. Give the tokenizer.model of training with --vocab_file, or say "
-                "--new_tokens."
-            )
-        return vocabulary
-    if extension.new_tokens and not json_alone(family):
-        raise ConversionError(
-            f"{source.origin} has no {MODEL}, on whose pad token the ids of the new tokens depend; name the {MODEL} of "
-            "training with --vocab_file, or say --no_new_tokens."
-        )
-    ids = {**source.json(ADDED), **tokenizer_json.all_ids(data)}
-    if sorted(ids.values()) != list(range(len(ids))) and (extension.extras or json_alone(family)):
-        raise ConversionError(
-            f"the ids in {source.vocabulary_file()} have gaps, so those of added tokens are unknown; name another "
-            "--vocab_file."
-        )
-    named = {
-        **tokenizer_config.named_tokens(source.json(SPECIAL_MAP)),
-        **tokenizer_config.named_tokens(source.json(CONFIG)),
-    }
-    if json_alone(family) and "<|endoftext|>" in ids:
-        named.setdefault("eos", "<|endoftext|>")
-    pieces = tuple(sorted(ids, key=lambda token: ids[token]))
-    return Vocabulary(pieces, named.get("bos"), named.get("eos"), unk=named.get("unk"), own=ids)
+def _named(family: str, found: Found, config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens by their roles, as training had them."""
+    whole = {**found.source.json(SPECIAL_MAP), **config} if found.own_json else config
+    named = tokenizer_config.named_tokens(whole)
+    if found.extension.new_tokens and not json_alone(family):
+        named |= {key: token for key, token in NEW_TOKENS.items() if key != "eod"}
+        named["pad"] = found.vocabulary.pad or "<PAD>"
+    return named
 
 
 def _starting_json(

@@ -130,7 +130,6 @@ def build(model_file: Path, bos: str | None, legacy: bool = True, add_prefix_spa
             "prefix), "
             "so no tokenizer.json can be built from it; give a folder that also holds tokenizer.json with --vocab_file."
         )
-    unk = next((piece for piece, _, kind in model.pieces if kind == UNKNOWN), None)
     ids = {piece: i for i, (piece, _, _) in enumerate(model.pieces)}
     prefix = [{"type": "Prepend", "prepend": SPACE}] if add_prefix_space else []
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -155,18 +154,22 @@ def build(model_file: Path, bos: str | None, legacy: bool = True, add_prefix_spa
                 *strip,
             ],
         },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unk,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": model.byte_fallback,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": _merges(model),
-        },
+        "model": _bpe(model, ids),
+    }
+
+
+def _bpe(model: SentencePieceModel, ids: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": next((piece for piece, _, kind in model.pieces if kind == UNKNOWN), None),
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": model.byte_fallback,
+        "ignore_merges": False,
+        "vocab": ids,
+        "merges": _merges(model),
     }
 
 

@@ -19,12 +19,11 @@ from weights_conversion.errors import ConversionError, Problems
 from weights_conversion.files import links
 from weights_conversion.files.collector import without_collector
 from weights_conversion.files.watch import opened_files, watched
-from weights_conversion.formats import huggingface
-from weights_conversion.formats.torch_dist import DistCheckpoint
+from weights_conversion.formats.format import Content
+from weights_conversion.formats.hf_format import HuggingFaceFormat
 from weights_conversion.hub import repositories as hub
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located, main_dtype
-from weights_conversion.layouts.planners import plan_to_hf
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
 from weights_conversion.output import place
 from weights_conversion.sources import described, sums
@@ -150,17 +149,17 @@ def _read(options: ExportOptions) -> _Read:
 def _plan(options: ExportOptions, source: _Read) -> Job:
     opened, config = source.opened, source.opened.config
     dtype = DTYPES.get(options.dtype) or opened.files.trained_dtype
-    plan = plan_to_hf(
-        FAMILIES[config.family], config, source.located, opened.files.dialect, HF, options.num_output_shards, dtype,
-        packed=bool((opened.manifest or {}).get("packed_experts")),
+    packed = bool((opened.manifest or {}).get("packed_experts"))
+    output = HuggingFaceFormat(options.num_output_shards, packed).plan(
+        Content(
+            FAMILIES[config.family], config, source.located, opened.files.dialect, HF, config.vocab_size, dtype
+        )
     )  # fmt: skip
-    targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
     stored = main_dtype([placed for group in source.located.values() for placed in group])
     report = _report(options, source, stored, dtype)
     files, changed = _configs(source, dtype or stored)
     report.notes += [*changed, f"values     {described.values(config, opened.origins)}"]
-    if len(targets) > 1:
-        files["model.safetensors.index.json"] = huggingface.Index(targets).text().encode()
+    files |= output.files
     prove = proof(
         opened.root, config.family, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
         source_iters=opened.load_iters, fields=options.fields, true_vocab_size=config.vocab_size,
@@ -168,7 +167,7 @@ def _plan(options: ExportOptions, source: _Read) -> Job:
         mtp=options.mtp,
     )  # fmt: skip
     read = (opened.root, options.input_dir)
-    return Job(plan, report, targets, options.output_dir, files, prove=prove, read=read)
+    return Job(output.plan, report, output.targets, options.output_dir, files, prove=prove, read=read)
 
 
 def _report(options: ExportOptions, source: _Read, stored: torch.dtype, dtype: torch.dtype | None) -> Report:
@@ -211,10 +210,7 @@ def _adapters_alone(options: ExportOptions, replaced: list[str]) -> Report:
     holder = chosen(files, options.adapter)
     if holder is None:
         raise ConversionError(f"{files.folder} holds no adapters, so --adapter_as peft has nothing to write")
-    if isinstance(files, DistCheckpoint) and not files.stored:
-        config = config_of(holder, options.model, options.fields)
-    else:
-        config = _open(options)[0].config
+    config = _open(options)[0].config if files.names else config_of(holder, options.model, options.fields)
     return write_peft(holder, config, options.adapter_alpha, options.output_dir, options.reference, replaced, options)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -156,6 +156,12 @@ def compare(pair: Pair, workers: int) -> Exact:
     finally:
         torch.set_num_threads(threads)
         files.close()
+    _settle(result, pair, found)
+    return result
+
+
+def _settle(result: Exact, pair: Pair, found: Mapping[str, Difference]) -> None:
+    """Puts what was found, by tensor, into `result` in model order."""
     order = [name for instance in pair.parameters for name in instance.hf_names]
     result.tensors = len(order)
     for name in order:
@@ -163,7 +169,6 @@ def compare(pair: Pair, workers: int) -> Exact:
             found[name].shape = _whole_shape(pair, found[name])
             found[name].settle()
             (result.differences if found[name].values else result.recast).append(found[name])
-    return result
 
 
 def _whole_shape(pair: Pair, difference: Difference) -> tuple[int, int]:

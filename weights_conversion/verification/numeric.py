@@ -12,7 +12,6 @@ from torch import Tensor
 from weights_conversion.config import ModelConfig
 from weights_conversion.engine import progress
 from weights_conversion.engine.streams import Source
-from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.verification import forward, linear, predicting
 from weights_conversion.verification.conventions import CONVENTIONS, Convention, Names, block_of
 from weights_conversion.verification.forward import Weights
@@ -206,7 +205,7 @@ class Causes:
 
     def _ranks(self) -> Iterator[tuple[str, Runner]]:
         model = self.checkpoint
-        if not isinstance(model.files, RankFiles) or model.files.parallel.tensor == 1:
+        if model.files is None or model.files.parallel.tensor == 1:
             return
         count = model.files.parallel.tensor
         if block_of(self.theirs.config).gated:

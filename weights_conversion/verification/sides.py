@@ -24,7 +24,7 @@ from weights_conversion.configs import (
 )
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio
-from weights_conversion.formats import huggingface, megatron, meta
+from weights_conversion.formats import huggingface, meta
 from weights_conversion.formats.iterations import MODEL_FILES
 from weights_conversion.layouts.placement import Key, Placed, main_dtype
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
@@ -265,9 +265,8 @@ def _open_megatron(
     if FAMILIES[family].ties_in_megatron_llm and ties not in (None, config.tie_word_embeddings):
         stored = "stored" if files.has_head() else "not stored"
         contradicted.append(f"its head is {stored}, but its args say tie_embed_logits {ties}")
-    layout = str(files.parallel) if isinstance(files, megatron.RankFiles) else "torch_dist"
     return Model(
-        path, files.dialect, config, placed, layout, files.vocabulary,
+        path, files.dialect, config, placed, files.layout, files.vocabulary,
         vocabulary_known=opened.vocabulary.known, release=files.iteration == "release", files=files,
         assumed=frozenset(assumed), contradicted=tuple(contradicted), notes=opened.warnings,
         weights=weights,

@@ -21,7 +21,6 @@ from weights_conversion.engine.execute import read_rows
 from weights_conversion.engine.streams import Scratch, Source
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats.megatron import RankFiles
-from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.placement import Key, Placed, TensorRef
 from weights_conversion.layouts.rank_files import Rank
 from weights_conversion.mapping.dialects import HF
@@ -217,11 +216,12 @@ def weights_of(
 
 
 def _stored(model: Model, source: Source, order: Sequence[int] | None, only: str, halves: bool) -> Weights:
-    if isinstance(model.files, RankFiles):
-        order = order or range(model.files.parallel.tensor)
-        return RankReader(model.files, model.config, source, tuple(order), only, halves)
-    if isinstance(model.files, DistCheckpoint):
-        return dist_weights(model.files.folder, model.config.num_layers, model.weights, model.config)
+    files = model.files
+    if files is not None and files.format == "torch":
+        order = order or range(files.parallel.tensor)
+        return RankReader(files, model.config, source, tuple(order), only, halves)
+    if files is not None:
+        return dist_weights(files.folder, model.config.num_layers, model.weights, model.config)
     if model.dialect is HF:
         return huggingface_weights(model.path)
     placed: dict[str, Placed] = {}
@@ -237,8 +237,8 @@ def _stored(model: Model, source: Source, order: Sequence[int] | None, only: str
 
 def head_of(model: Model) -> str | None:
     """The last stage's copy of a tied embedding, by its stored name, where there is one."""
-    tied = model.config.tie_word_embeddings and isinstance(model.files, RankFiles)
-    if tied and model.files.parallel.pipeline > 1:
+    tied = model.config.tie_word_embeddings
+    if tied and model.files is not None and model.files.parallel.pipeline > 1:
         return TIED_COPY[model.kind]
     return None
 
