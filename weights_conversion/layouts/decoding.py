@@ -90,10 +90,10 @@ class Mxfp4:
     def decode(self, rows: Range, stored: Sequence[Tensor], into: Tensor) -> None:
         values, scales = stored
         known = torch.tensor(_NIBBLES, dtype=torch.float32)
+        pairs = torch.stack([known.repeat(16), known.repeat_interleave(16)], dim=1)  # of each byte
         strip = max(STRIP_VALUES // max(into.shape[1], 1), 1)
         for start in range(0, len(values), strip):
             part = values[start : start + strip]
             powers = torch.pow(2.0, scales[start : start + strip].to(torch.int32) - 127)  # float32
-            pairs = torch.stack([known[(part & 0x0F).int()], known[(part >> 4).int()]], dim=-1)
-            blocks = pairs.flatten(1).unflatten(1, (-1, MXFP4_VALUES)) * powers[:, :, None]
-            into[start : start + strip].copy_(blocks.flatten(1).to(torch.bfloat16))
+            blocks = pairs.index_select(0, part.reshape(-1).int()).view(len(part), -1, MXFP4_VALUES)
+            into[start : start + strip].copy_(blocks.mul_(powers[:, :, None]).flatten(1).to(torch.bfloat16))
