@@ -31,18 +31,22 @@ def test_every_byte_and_exponent(tmp_path: Path) -> None:
     bytes_ = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(255, 1, 1).flatten(0, 1)
     blocks = bytes_.view(1, 255, 16, 16)
     scales = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).repeat(1, 1, 16)
-    save_file({"a_blocks": blocks, "a_scales": scales.contiguous()}, tmp_path / "model.safetensors")
+    pair = {"m.experts.down_proj_blocks": blocks, "m.experts.down_proj_scales": scales.contiguous()}
+    save_file(pair, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     wanted = convert_moe_packed_tensors(blocks, scales)[0]
     stored, files = huggingface.read_hf(tmp_path), Source()
     found = quantised.dequantised(stored, {}, "config.json").tensors
-    assert found.keys() == {"a_blocks"}
-    for placed in (found["a_blocks"], again.again(stored, found, {})["a_blocks"]):
+    assert found.keys() == {"m.experts.down_proj_blocks"}
+    name = "m.experts.down_proj_blocks"
+    for placed in (found[name], again.again(stored, found, {})[name]):
         matrix = slab(placed.copies[0][0].ref, 0, Packed("a", 0, 1), (255, 512))
         for first, last in ((0, 255), (3, 4), (100, 255)):
             assert torch.equal(read_rows(matrix, (first, last), files, Scratch()), wanted.t()[first:last])
     files.close()
-    assert torch.equal(huggingface_weights(tmp_path)("a_blocks", slice(0, 1))[0], wanted.t())
+    whole = huggingface_weights(tmp_path)
+    assert torch.equal(whole("m.experts.down_proj.0", slice(3, 100)), wanted.t()[3:100])
+    assert torch.equal(whole("m.experts.down_proj.0.up", slice(0, 127)), wanted.t()[1::2])
 
 
 @pytest.mark.parametrize("ffn", [32, 64], ids=["oblong", "square down_proj"])

@@ -101,18 +101,29 @@ class Again:
             values_of(values[part], own, first - row, self.block, into[part])
 
 
-def small_values(values: Tensor, scales: Tensor) -> Tensor:
-    """Rows of bytes (rows, columns / 2) with exponents (rows, columns / 32) as float64 (rows, columns).
+@functools.cache
+def small_table() -> Tensor:
+    """What each of 16 nibbles means, (16,) in float64: a bit of sign, two of exponent (bias 1), one of mantissa."""
+    values = []
+    for nibble in range(16):
+        exponent, half = nibble % 8 // 2, nibble % 2 * 0.5
+        values.append((-1.0) ** (nibble // 8) * (half if exponent == 0 else (1 + half) * 2.0 ** (exponent - 1)))
+    return torch.tensor(values, dtype=torch.float64)
 
-    A nibble has one bit of sign, two of exponent (bias 1) and one of mantissa; the lower one of a byte comes first.
+
+def small_values(values: Tensor, scales: Tensor, into: Tensor) -> Tensor:
+    """Fills `into` (rows, columns) from bytes (rows, columns / 2) and exponents (rows, columns / 32).
+
+    The lower nibble of a byte comes first.
     """
-    nibbles = values.repeat_interleave(2, dim=1).int()
-    nibbles[:, 0::2] %= 16
-    nibbles[:, 1::2] //= 16
-    sign, exponent, half = 1.0 - nibbles.div(8, rounding_mode="floor") * 2.0, nibbles % 8 // 2, nibbles % 2 * 0.5
-    known = torch.where(exponent == 0, half, (1.0 + half) * torch.exp2(exponent.double() - 1)) * sign
-    powers = torch.exp2(scales.double() - 127).float().double()  # 2^128 is none of float32
-    return known * powers.repeat_interleave(32, dim=1)
+    step = max(_STRIP // into.shape[1], 1)
+    for start in range(0, len(values), step):
+        part, here = values[start : start + step].int(), into[start : start + step]
+        powers = torch.exp2(scales[start : start + step].double() - 127).float().double()  # 2^128 is none of float32
+        powers = powers.repeat_interleave(16, dim=1)
+        here[:, 0::2] = small_table()[part % 16] * powers
+        here[:, 1::2] = small_table()[part // 16] * powers
+    return into
 
 
 @dataclass(frozen=True)
@@ -130,10 +141,7 @@ class SmallAgain:
         return rows, rows
 
     def decode(self, rows: tuple[int, int], stored: Sequence[Tensor], into: Tensor) -> None:
-        values, scales = stored
-        step = max(_STRIP // into.shape[1], 1)
-        for start in range(0, len(values), step):
-            into[start : start + step] = small_values(values[start : start + step], scales[start : start + step])
+        small_values(*stored, into)
 
 
 def again(stored: Mapping[str, Placed], found: Mapping[str, Placed], raw: Mapping[str, Any]) -> dict[str, Placed]:

@@ -31,12 +31,14 @@ def huggingface_weights(folder: Path) -> Weights:
     for path in _files(folder):
         names |= _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
     names |= _dequantised(folder, names)
+    dtype = _dtype(folder) if any(name.endswith("_blocks") for name in names) else torch.bfloat16
 
     def read(name: str, rows: slice | None) -> Tensor:
         if name not in names:
-            for packed in (_packed, _of_experts):
-                if (part := packed(name, rows, names)) is not None:
-                    return part
+            part = _packed(name, rows, names)
+            part = _of_experts(name, rows, names, dtype) if part is None else part
+            if part is not None:
+                return part
         return names[_stored_as(name, names, folder)].read(rows)
 
     return read
@@ -53,13 +55,18 @@ class Stored:
     read: Callable[[slice | None], Tensor]
 
 
+def _dtype(folder: Path) -> torch.dtype:
+    """The type that a quantised folder's config states."""
+    raw = read_json(folder / "config.json")
+    stated = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return {"float16": torch.float16, "float32": torch.float32}.get(stated, torch.bfloat16)
+
+
 def _dequantised(folder: Path, names: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors that have scales beside them, by their names, as the values that these make of them."""
     pairs = {name: next((n for n in (f"{name}_scale_inv", f"{name}_scale") if n in names), None) for name in names}
-    small = {name for name in names if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names}
-    raw = read_json(folder / "config.json") if small or any(pairs.values()) else {}
-    stated = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    dtype = {"float16": torch.float16, "float32": torch.float32}.get(stated, torch.bfloat16)
+    raw = read_json(folder / "config.json") if any(pairs.values()) else {}
+    dtype = _dtype(folder) if raw else torch.bfloat16
 
     def computed(values: Stored, scales: Stored) -> Stored:
         block = dequantised.block_of(values.shape, scales.shape, raw)
@@ -76,36 +83,33 @@ def _dequantised(folder: Path, names: Mapping[str, Stored]) -> dict[str, Stored]
 
         return Stored(values.shape, read)
 
-    found = {name: computed(names[name], names[scale]) for name, scale in pairs.items() if scale is not None}
-    return found | {
-        name: _nibbles(names[name], names[f"{name.removesuffix('_blocks')}_scales"], dtype) for name in small
-    }
+    return {name: computed(names[name], names[scale]) for name, scale in pairs.items() if scale is not None}
 
 
-def _nibbles(blocks: Stored, scales: Stored, dtype: torch.dtype) -> Stored:
-    """MXFP4: (experts, rows, blocks, 16) bytes as values (experts, rows, columns); experts are asked for, not rows."""
-
-    def read(experts: slice | None) -> Tensor:
-        values = [dequantised.small_values(one.flatten(1), two)
-                  for one, two in zip(blocks.read(experts), scales.read(experts), strict=True)]  # fmt: skip
-        return torch.stack(values).to(dtype)
-
-    return Stored((*blocks.shape[:2], 32 * blocks.shape[2]), read)
-
-
-def _of_experts(name: str, rows: slice | None, names: Mapping[str, Stored]) -> Tensor | None:
+def _of_experts(name: str, rows: slice | None, names: Mapping[str, Stored], dtype: torch.dtype) -> Tensor | None:
     """Rows of an expert's matrix or bias, called NAME.{expert}, of files that have its columns first.
 
-    `.gate` and `.up` behind it are every other row. Quantised files (NAME_blocks) have rows first.
+    `.gate` and `.up` behind it are every other row. Quantised files (NAME_blocks, MXFP4) have rows first.
     """
     match = re.fullmatch(r"(.*\.experts\.(?:gate_up|down)_proj(?:_bias)?)\.(\d+)(\.gate|\.up)?", name)
-    stored = next((n for n in (f"{match[1]}_blocks", match[1]) if n in names), None) if match else None
-    if match is None or stored is None:
+    if match is None:
         return None
-    one = names[stored].read(slice(int(match[2]), int(match[2]) + 1))[0]
-    matrix = one.t() if one.dim() == 2 and stored == match[1] else one
+    expert = slice(int(match[2]), int(match[2]) + 1)
     own = {".gate": slice(0, None, 2), ".up": slice(1, None, 2), None: slice(None)}[match[3]]
-    return matrix[own][rows or slice(None)]
+    if (whole := _held(match[1], names)) is not None:
+        one = names[whole].read(expert)[0]
+        return (one.t() if one.dim() == 2 else one)[own][rows or slice(None)]
+    pair = [_held(match[1] + end, names) for end in ("_blocks", "_scales")]
+    if None in pair:
+        return None
+    blocks, scales = (names[each].read(expert)[0][own][rows or slice(None)] for each in pair if each is not None)
+    into = torch.empty(len(blocks), 32 * scales.shape[1], dtype=dtype)
+    return dequantised.small_values(blocks.flatten(1), scales, into)
+
+
+def _held(name: str, names: Iterable[str]) -> str | None:
+    """`name`, or the one that a wrapper's stands in front of."""
+    return name if name in names else next((each for each in names if each.endswith(f".{name}")), None)
 
 
 def _packed(name: str, rows: slice | None, names: Mapping[str, Stored]) -> Tensor | None:
