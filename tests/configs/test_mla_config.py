@@ -14,7 +14,7 @@ from moe_families import CONFIGS, CORE, families, from_args, read
 from test_moe_config import args_of
 
 from weights_conversion.config import Mla
-from weights_conversion.configs import core_args, hf_config, rope_core, rope_latent
+from weights_conversion.configs import core_args, hf_config, hf_write, rope_core, rope_latent
 from weights_conversion.errors import ConversionError
 from weights_conversion.verification.rope import frequencies
 
@@ -59,9 +59,9 @@ def test_keys_that_transformers_adds() -> None:
     """It writes the sum of a head's two parts, and the part that turns as head_dim."""
     config = read("deepseek-v3", qk_head_dim=24, head_dim=8)
     assert config == read("deepseek-v3")
-    found = hf_config.write_config(config, {"head_dim": 4, "qk_head_dim": 9}, "bfloat16")
+    found = hf_write.write_config(config, {"head_dim": 4, "qk_head_dim": 9}, "bfloat16")
     assert (found["head_dim"], found["qk_head_dim"]) == (8, 24)
-    assert "head_dim" not in hf_config.write_config(config, {}, "bfloat16")
+    assert "head_dim" not in hf_write.write_config(config, {}, "bfloat16")
 
 
 # --- args -------------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_yarn_means_the_same_everywhere(changes: dict[str, Any]) -> None:
     assert found == pytest.approx((on_angles, softmax), rel=1e-12)
     again = from_args("deepseek-v2", args)
     assert rope_core.completed(again.rope_scaling, config.rope_scaling, latent=True) == config.rope_scaling
-    written = hf_config.write_config(again, {}, "bfloat16")["rope_parameters"]
+    written = hf_write.write_config(again, {}, "bfloat16")["rope_parameters"]
     written = {key: value for key, value in written.items() if key not in ("rope_type", "rope_theta")}
     theirs, factor = frequencies("yarn", dim=8, theta=10000, **written)
     assert torch.equal(theirs, angles)
@@ -170,7 +170,7 @@ def test_yarn_means_the_same_everywhere(changes: dict[str, Any]) -> None:
 
 def test_the_files_of_the_hub_come_back_as_they_were() -> None:
     for family in ("deepseek-v2", "deepseek-v3"):
-        again = hf_config.write_config(from_args(family, args_of(family)), {}, "bfloat16")["rope_scaling"]
+        again = hf_write.write_config(from_args(family, args_of(family)), {}, "bfloat16")["rope_scaling"]
         assert again == CONFIGS[family]["rope_scaling"] | {"rope_type": "yarn"}
 
 
@@ -221,7 +221,7 @@ def test_transformers_reads_the_same(tmp_path: Path) -> None:
 
     for family in ("deepseek-v2", "deepseek-v3"):
         config = read(family)
-        written = hf_config.write_config(config, {}, "bfloat16")
+        written = hf_write.write_config(config, {}, "bfloat16")
         assert hf_config.read_config(family, written, CORE, "config.json") == config
         (tmp_path / "config.json").write_text(json.dumps(written))
         stated = transformers.AutoConfig.from_pretrained(tmp_path)

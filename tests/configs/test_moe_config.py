@@ -18,6 +18,7 @@ from weights_conversion.configs import (
     core_foreign,
     hf_config,
     hf_parts,
+    hf_write,
     manifest,
     megatron_args,
     moe,
@@ -31,7 +32,7 @@ SPELLED_TWICE = {"rope_theta", "rope_scaling", "rope_parameters", "dtype"}
 
 
 def written(family: str, base: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    return hf_config.write_config(read(family, **changes), base or {}, "bfloat16")
+    return hf_write.write_config(read(family, **changes), base or {}, "bfloat16")
 
 
 def args_of(family: str, layer_freq: int | list[int] | None = None, **changes: Any) -> dict[str, Any]:
@@ -144,11 +145,11 @@ def test_keys_of_other_models(family: str, changes: dict[str, Any], expected: di
     config = read(family, **changes)
     assert config.moe == dataclasses.replace(EXPECTED[family], **expected)
     source = {key: value for key, value in (CONFIGS[family] | changes).items() if value is not ...}
-    again = hf_config.write_config(config, source, "bfloat16")
+    again = hf_write.write_config(config, source, "bfloat16")
     assert {key: again[key] for key in source.keys() - SPELLED_TWICE} == {
         key: source[key] for key in source.keys() - SPELLED_TWICE
     }
-    for found in (again, hf_config.write_config(config, {}, "bfloat16")):
+    for found in (again, hf_write.write_config(config, {}, "bfloat16")):
         assert hf_config.read_config(family, found, CORE, "config.json") == config
     assert from_args(family, args_of(family, **changes)) == config
 
@@ -211,10 +212,10 @@ def test_switches_that_a_config_decides() -> None:
     assert read("glm4-moe").qk_layernorm
     air = read("glm4-moe", use_qk_norm=False)
     assert (air.qk_layernorm, air.add_qkv_bias) == (False, True)
-    assert hf_config.write_config(air, {}, "bfloat16")["use_qk_norm"] is False
+    assert hf_write.write_config(air, {}, "bfloat16")["use_qk_norm"] is False
     assert from_args("glm4-moe", args_of("glm4-moe", use_qk_norm=False)) == air
     assert read("qwen2-moe").add_qkv_bias  # by default
-    assert hf_config.write_config(read("qwen2-moe", qkv_bias=False), {}, "bfloat16")["qkv_bias"] is False
+    assert hf_write.write_config(read("qwen2-moe", qkv_bias=False), {}, "bfloat16")["qkv_bias"] is False
 
 
 LATENT = {

@@ -17,9 +17,11 @@ from weights_conversion.architectures.nemotron_h import NEMOTRON_H
 from weights_conversion.architectures.qwen2 import QWEN2
 from weights_conversion.architectures.qwen2_moe import QWEN2_MOE
 from weights_conversion.architectures.qwen3 import QWEN3
+from weights_conversion.architectures.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from weights_conversion.architectures.qwen3_moe import QWEN3_MOE
+from weights_conversion.architectures.qwen3_next import QWEN3_NEXT
 
 _DENSE = (CODELLAMA, FALCON, LLAMA, LLAMA2, LLAMA3, MISTRAL, QWEN2, QWEN3)
 _EXPERTS = (GLM4_MOE, GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
-_HYBRIDS = (NEMOTRON_H,)
+_HYBRIDS = (NEMOTRON_H, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE)
 FAMILIES: dict[str, Family] = {family.family: family for family in (*_DENSE, *_EXPERTS, *_HYBRIDS)}

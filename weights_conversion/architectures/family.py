@@ -24,6 +24,7 @@ class Structure:
     latent: bool = False
     sinks: bool = False
     sub_blocks: bool = False  # each layer is one: attention, an MLP, experts or a state space
+    gated_delta: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,19 @@ class Signs(Structure):
     grouped: bool | None = None
     least_positions: int | None = None
     ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The repository around a text model: its config's model_type, which holds the text's in text_config, and class.
+
+    `others` begin the names of what is not the text model: it stays behind, and a reference gives it back.
+    """
+
+    model_type: str
+    hf_class: str
+    prefix: str = "model.language_model."
+    others: tuple[str, ...] = ("model.visual.", "visual.")
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,8 @@ class Family(Architecture):
     meta_states_theta: bool = False  # models differ in theta, so that params.json has to say it
     signs: tuple[Signs, ...] = ()
     otherwise: str | None = None
+    outer: Outer | None = None
+    packs: bool = False  # hub files have all experts of a layer in one tensor
     target: str = "megatron-core"
     megatron_llm: bool = False  # Megatron-LLM trains it, and its tokenizer's rule for new ids holds
 

@@ -50,6 +50,9 @@ class ConfigClass:
     `mixed_windows`: layer_types says of each layer whether it has the window. `rope` is what the class takes where no
     rope is stated.
     `pattern`: keys that say which one sub-block each layer is, by symbols or a list of names; (): layers are alike.
+    `gated_delta`: layer_types, or full_attention_interval, says
+    which layers have linear attention. `mtp_apart`: layers that predict further tokens stand beside the model, as mtp.,
+    not behind its last layer. `rope_idle`: keys of its rope that say nothing to a model of text alone.
     `whole_heads`: transformers 5 refuses a hidden size that is no multiple of the heads, whatever head_dim says.
     """
 
@@ -67,6 +70,9 @@ class ConfigClass:
     mixed_windows: bool = False
     rope: Mapping[str, Any] | None = None
     pattern: tuple[str, ...] = ()
+    gated_delta: bool = False
+    mtp_apart: bool = False
+    rope_idle: tuple[str, ...] = ()
 
     @property
     def clamp(self) -> float | None:
@@ -78,6 +84,16 @@ class ConfigClass:
 
     def _groups(self) -> tuple[tuple[str, ...], ...]:
         return (*self.fields.values(), *self.aliases)
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Keys of the number of layers that predict further tokens."""
+        names = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+        return next((keys for keys in self._groups() if set(keys) & set(names)), ())
+
+    @property
+    def predicts(self) -> bool:
+        return self.mtp_apart or bool(self.further)
 
     def spellings(self, key: str) -> tuple[str, ...]:
         """All keys of the value that `key` states, that one first."""

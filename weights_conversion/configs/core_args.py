@@ -11,13 +11,25 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import Mla, ModelConfig, Parallelism
-from weights_conversion.configs import core_table, features, mamba, megatron_args, mla, moe, rope_core, windows
+from weights_conversion.configs import (
+    core_table,
+    features,
+    gated_delta,
+    mamba,
+    megatron_args,
+    mla,
+    moe,
+    rope_core,
+    windows,
+)
 from weights_conversion.errors import ConversionError
 
 # Megatron-Core's name -> Megatron-LLM's, where they differ and the value is the same.
 _RESPELLED = {"num_query_groups": "num_attention_heads_kv", "rotary_base": "rope_theta"}
 # Args that Megatron-LM has since 0.19, where the factor reaches the model.
 _SINCE_019 = ("yarn_original_max_position_embeddings", "logits_load_dir")
+# The second is the name of a flag and of older releases: 0.19 restores it, and has no such arg.
+_ZERO_CENTRED = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
 _FACTORS = ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
 _PLACES = {
     "rope_scaling_factor": _FACTORS,
@@ -28,6 +40,7 @@ _PLACES = {
     "mla": ("multi_latent_attention",),
     "mtp_num_layers": ("mtp_num_layers",),
     "mamba": ("hybrid_layer_pattern",),
+    "gated_delta": ("experimental_attention_variant", "linear_attention_freq"),
 }
 
 
@@ -49,6 +62,7 @@ def write_args(
         **megatron_args.virtual_stages(config, parallel),
         **moe.write_core(config, layer_freq),
         **mla.write_core(config),
+        **gated_delta.write_core(config),
         "mtp_num_layers": config.mtp_num_layers or None,
         **mamba.write_core(config),
         "ckpt_format": ckpt_format,
@@ -97,7 +111,7 @@ def _model_args(config: ModelConfig) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "norm_epsilon": config.layernorm_epsilon,
         "layernorm_epsilon": config.layernorm_epsilon,
-        "apply_layernorm_1p": False,
+        **dict.fromkeys(_ZERO_CENTRED, config.layernorm_zero_centered_gamma),
         "apply_query_key_layer_scaling": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -125,7 +139,12 @@ def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
         flags.append(f"--rotary-seq-len-interpolation-factor {_whole(config.rope_scaling_factor)}")
     if config.rotary_percent != 1.0:
         flags.append(f"--rotary-percent {config.rotary_percent:g}")  # restored, not by every release
-    flags += [*mla.core_flags(config), *rope_core.core_flags(config), *moe.core_flags(config)]
+    flags += [*gated_delta.core_flags(config), *mla.core_flags(config), *rope_core.core_flags(config)]
+    flags += moe.core_flags(config)
+    if config.attention_output_gate:
+        flags.append("--attention-output-gate")
+    if config.layernorm_zero_centered_gamma:
+        flags.append("--apply-layernorm-1p")
     if config.mtp_num_layers:
         flags.append(f"--mtp-num-layers {config.mtp_num_layers}")
     if config.hybrid_layer_pattern is not None:
@@ -141,7 +160,8 @@ def training_warnings(config: ModelConfig) -> list[str]:
     """What no flag of training can be given."""
     factor = config.rope_scaling_factor
     if factor == 1.0:
-        return [*rope_core.core_warnings(config), *mla.core_warnings(config), *moe.core_warnings(config)]
+        further = [*moe.core_warnings(config), *gated_delta.core_warnings(config)]
+        return [*rope_core.core_warnings(config), *mla.core_warnings(config), *further]
     if factor != int(factor):
         return [
             "Megatron-LM reads --rotary-seq-len-interpolation-factor as a whole number, this model needs "
@@ -169,14 +189,16 @@ def unused_factor(args: Mapping[str, Any], iteration: int | str, folder: Path) -
 
 
 def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Plain args in Megatron-LLM's names. A model that is none of the five families is refused by name."""
+    """Plain args in Megatron-LLM's names. A model that is none of the families is refused by name."""
+    args = gated_delta.of_text(args)
     problems = [
         f"{folder} holds a model with {what} ({name} is {args[name]!r}), which is none of the supported families"
         for name, what in core_table.foreign(args, features.everywhere()).items()
     ]
     factor, window = _factor(args, folder, problems), _left(args, folder, problems)
     experts, latents, states = moe.read_core(args), mla.read_core(args), mamba.read_core(args)
-    for part in (experts, latents, states):
+    delta = gated_delta.read_core(args)
+    for part in (experts, latents, states, delta):
         if isinstance(part, list):
             problems += [f"the args of {folder} have {what}" for what in part]
     if problems:
@@ -198,7 +220,10 @@ def normalise(args: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     result["_is_factor_assumed"] = rope_core.assumed_factor(args)
     result["sliding_window_size"] = None if window is None else window + 1
     result["window_layers"] = windows.read_core(args, f"the args of {folder}")
-    result |= {"moe": experts, "mla": latents, "mamba": states, "mtp_num_layers": args.get("mtp_num_layers") or 0}
+    if any(name in args for name in _ZERO_CENTRED):
+        result[_ZERO_CENTRED[0]] = any(args.get(name) for name in _ZERO_CENTRED)
+    result |= {"moe": experts, "mla": latents, "mamba": states, "gated_delta": delta}
+    result["mtp_num_layers"] = args.get("mtp_num_layers") or 0
     if isinstance(latents, Mla):  # a head is what turns; its norms of latents are not those of heads
         result |= {"kv_channels": latents.qk_pos_emb_head_dim, "qk_layernorm": False}
         result["num_attention_heads_kv"] = args.get("num_attention_heads")

@@ -13,10 +13,12 @@ from weights_conversion.configs import core_table, foreign_keys, mamba, moe_chec
 from weights_conversion.configs import features as families
 from weights_conversion.configs import moe as moe_args
 
-# ModelConfig's switch -> what it is, and the end of a tensor's name that shows it.
+# ModelConfig's switch -> what it is, and the end of a tensor's name that shows it ("": none does).
 _SWITCHES = {
     "add_qkv_bias": ("biases of q, k and v", ".linear_qkv.bias"),
     "qk_layernorm": ("norms of q and k", ".q_layernorm.weight"),
+    "attention_output_gate": ("gated attention (attention_output_gate)", ""),
+    "layernorm_zero_centered_gamma": ("norm weights around zero (layernorm_zero_centered_gamma)", ""),
 }
 _SHOWN = 24  # unknown args in the report
 # Words of unknown args that say how a forward pass is computed, or are of serving and reinforcement learning: forks
@@ -38,6 +40,7 @@ _FOREIGN_TENSORS: tuple[tuple[re.Pattern[str], str, str | None], ...] = (
         "multi-latent attention",
         "mla",
     ),
+    (re.compile(r"self_attention\.(in_proj\.|A_log)"), "layers of gated delta", "gated_delta"),
     (re.compile(r"\.mixer\."), "state-space layers", "hybrid"),
     (re.compile(r"(^|\.)mtp\."), "multi-token prediction", "mtp"),
     (re.compile(r"\.(adapter|lora_[ab])\.", re.IGNORECASE), "LoRA adapters, which are merged before an export,", None),
@@ -71,6 +74,7 @@ def shown(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         switch: any(name.endswith(end) for name in names) and not (latent and switch == "qk_layernorm")
         for switch, (_, end) in _SWITCHES.items()
+        if end
     }
     further = {match[1] for name in names if (match := re.search(r"(?:^|\.)mtp\.layers\.(\d+)\.", name))}
     if len(further) > (args.get("mtp_num_layers") or 0):
@@ -92,7 +96,7 @@ def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> lis
     problems += [
         f"{folder} holds a model without {what}, which {family} has; --model names another"
         for name, (what, _) in _SWITCHES.items()
-        if not args.get(name) and name in required
+        if name in required and name in args and not args[name]
     ]
     problems += [
         f"{folder} holds a model with {what} ({name} is {args[name]!r}), which {family} does not have"
@@ -121,6 +125,10 @@ def _experts_and_latents(args: Mapping[str, Any], family: str, folder: Path, has
         problems += moe_checks.misfits(families.class_of(family), args["moe"], family)
     elif "moe" in has and "moe" in args and "hybrid" not in has:
         problems.append(f"without a mixture of experts (num_experts is None), which {family} has")
+    if "gated_delta" in has and "gated_delta" in args and args["gated_delta"] is None:
+        problems.append(
+            f"without layers of gated delta (experimental_attention_variant is not set), which {family} has"
+        )
     if "mla" in has and "mla" in args and args["mla"] is None:
         problems.append(f"without latent attention (multi_latent_attention is not set), which {family} has")
     return [f"{folder} holds a model {problem}; --model names another" for problem in problems]

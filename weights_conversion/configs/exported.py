@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from weights_conversion.configs import hf_config, quantization
+from weights_conversion.configs import hf_config, hf_outer, quantization
 
 
 def set_token_ids(
@@ -34,6 +34,7 @@ def differences(source: Mapping[str, Any], where: str, of: str, exported: Mappin
     """Fields whose meaning differs from the source's config.json (keys written for other readers do not count)."""
     if not source:
         return []
+    source, exported = hf_outer.text_of(source, where), hf_outer.text_of(exported)
     rope = ("rope_theta", "rope_scaling", "rope_parameters")  # in two spellings: compared by what they mean
     pairs = {key: (source[key], exported[key]) for key in sorted(set(source) & set(exported) - set(rope))}
     for name, one, two in zip(

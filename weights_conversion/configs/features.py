@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import mamba, mla, moe, own_args, windows
+from weights_conversion.configs import gated_delta, mamba, mla, moe, own_args, windows
 from weights_conversion.configs.config_class import ConfigClass
 from weights_conversion.configs.hf_keys import CONFIG_CLASSES
 
-SWITCHES = ("add_qkv_bias", "qk_layernorm")  # ModelConfig's, true or false
+# ModelConfig's, true or false
+SWITCHES = ("add_qkv_bias", "qk_layernorm", "attention_output_gate", "layernorm_zero_centered_gamma")
 # Feature -> args of Megatron-Core that families with it may have; their values are looked at where they are read.
 ARGS: dict[str, frozenset[str]] = {
     "moe": moe.READ,
@@ -23,6 +24,8 @@ ARGS: dict[str, frozenset[str]] = {
     "partial_rotary": frozenset({"rotary_percent"}),
     "mixed_windows": frozenset({windows.ARG}),
     "hybrid": mamba.READ,
+    "gated_delta": gated_delta.READ,
+    "layernorm_zero_centered_gamma": frozenset({"apply_layernorm_1p"}),
 }
 
 
@@ -36,7 +39,8 @@ def of(family: str) -> frozenset[str]:
     by_class = {
         "moe": known.experts is not None,
         "mla": known.latent,
-        "mtp": any("num_nextn_predict_layers" in keys for keys in known.aliases),
+        "mtp": known.predicts,
+        "gated_delta": known.gated_delta,
         "partial_rotary": known.rotary_percent != 1.0,
         "mixed_windows": known.mixed_windows,
         "biases": known.experts is not None and known.experts.biased,
@@ -57,14 +61,14 @@ def lacking(family: str, values: Mapping[str, Any]) -> list[str]:
     if "hybrid" in of(family):
         wanted = {"hybrid_layer_pattern": True, "moe": "E" in (pattern or ""), "mamba": "M" in (pattern or "")}
     else:
-        wanted = {name: name in of(family) for name in ("moe", "mla")}
+        wanted = {name: name in of(family) for name in ("moe", "mla", "gated_delta")}
     return [name for name, needed in wanted.items() if needed and values.get(name) is None]
 
 
 def has_one_size(family: str) -> bool:
     """Whether a config has one size of MLPs, that of experts (Mixtral): args may say anything of dense ones."""
     experts = class_of(family).experts
-    return experts is not None and experts.ffn == "intermediate_size"
+    return experts is not None and experts.ffn in class_of(family).fields["ffn_hidden_size"]
 
 
 def args_of(features: frozenset[str]) -> frozenset[str]:

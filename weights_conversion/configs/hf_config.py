@@ -9,7 +9,16 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import features, foreign_keys, hf_falcon, hf_parts, quantization, rope, windows
+from weights_conversion.configs import (
+    features,
+    foreign_keys,
+    hf_falcon,
+    hf_outer,
+    hf_parts,
+    quantization,
+    rope,
+    windows,
+)
 from weights_conversion.configs.features import class_of
 from weights_conversion.configs.hf_keys import GENERIC
 from weights_conversion.errors import ConversionError
@@ -23,7 +32,7 @@ LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenize
 
 
 # Features that a target has or has not: the others are parts of these.
-_OF_TARGETS = frozenset({"add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary", "hybrid"})
+_OF_TARGETS = frozenset({"moe", "mla", "partial_rotary", "hybrid", "gated_delta", *features.SWITCHES})
 # Keys that are read here apart from a class's fields, and say how the weights are stored.
 READ = ("rope_parameters", "rope_scaling", "partial_rotary_factor", "layer_types", "n_head_kv")
 
@@ -38,7 +47,7 @@ def read_config(family: str, raw: Mapping[str, Any], target: Dialect, where: str
     `where` is the path of the file, for errors.
     """
     try:
-        return _read_config(family, raw, target, where)
+        return _read_config(family, hf_outer.text_of(raw, where), target, where)
     except (AttributeError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConversionError(f"{where} garbles a field ({type(error).__name__}: {error})") from error
 
@@ -166,7 +175,7 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str
             found.append(f"rope scaling of type {kind!r} (only {', '.join(ropes[1:])})")
         if partial and (stated.get("partial_rotary_factor") or 1.0) != 1.0:
             found.append("rotary embedding on a part of each head (partial_rotary_factor)")
-        malformed += rope.contradictions(stated, f"{key} of {where}")
+        malformed += rope.contradictions(stated, f"{key} of {where}", class_of(family).rope_idle)
     if partial and (raw.get("partial_rotary_factor") or 1.0) != 1.0:
         found.append("rotary embedding on a part of each head (partial_rotary_factor)")
     sentences = [f"{where} asks for {what}, which {target.name} cannot express" for what in dict.fromkeys(found)]
@@ -176,7 +185,7 @@ def unsupported(family: str, raw: Mapping[str, Any], target: Dialect, where: str
 def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
     """What a config.json asks for that no model of `family` computes, as sentences: known keys by value, others by
     name."""
-    known = class_of(family)
+    known, raw = class_of(family), hf_outer.text_of(raw, where)
     reader = FAMILIES[family].hf_class.removesuffix("ForCausalLM") + "Config of transformers"
     problems = [
         f"{where} has {key} {raw[key]!r}, where {family} models have {plain[0]!r}: it cannot be expressed"
@@ -192,7 +201,8 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
             "model.safetensors and remove the key"
         )
     kinds = raw.get("layer_types")
-    if kinds is not None and not (FAMILIES[family].windowed or known.pattern) and _kinds(kinds) - {"full_attention"}:
+    mixed = FAMILIES[family].windowed or known.pattern or known.gated_delta
+    if kinds is not None and not mixed and _kinds(kinds) - {"full_attention"}:
         problems.append(f"{where} has layer_types {sorted(_kinds(kinds))}, where all layers are full_attention")
     read = {*known.plain, *READ, *(key for key in raw if known.knows(key))}
     return problems + foreign_keys.refusals(raw, read, where, reader)
@@ -200,7 +210,7 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
 
 def unread(family: str, raw: Mapping[str, Any]) -> list[str]:
     """Keys of a config.json that nobody here has heard of, and whose names say nothing of the forward pass."""
-    known = class_of(family)
+    known, raw = class_of(family), hf_outer.text_of(raw)
     heard = {*GENERIC, *known.plain, *READ, *LEFT_BEHIND, "head_dim"}  # which counts also where a class has no such key
     return [
         key
@@ -214,6 +224,7 @@ def read_rope(raw: Mapping[str, Any], where: str, default: float | None = None) 
 
     `default`: the theta of the config class.
     """
+    raw = hf_outer.text_of(raw, where)
     ropes = [raw.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
     for stated, key in zip(ropes, ("rope_parameters", "rope_scaling"), strict=True):
         if not isinstance(stated, Mapping):
@@ -236,49 +247,3 @@ def read_rope(raw: Mapping[str, Any], where: str, default: float | None = None) 
         found.append(values[0] if values else None)
     theta, factor = found
     return float(theta or default or 10000.0), float(factor or 1.0)
-
-
-def written_warnings(config: ModelConfig) -> list[str]:
-    """What a release of transformers does not make of the written config.json."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    if config.moe is not None and config.moe.clamp not in (None, usual := class_of(config.family).clamp):
-        return [f"transformers 5.12 and older clamp at {usual:g} whatever config.json says; this model has "
-                f"{config.moe.clamp:g}"]  # fmt: skip
-    if not class_of(config.family).whole_heads or hidden % heads == 0:
-        return []
-    return [
-        f"transformers 5 refuses {FAMILIES[config.family].hf_class} with a hidden size of {hidden} and {heads} heads, "
-        f"which do not divide it, though each is {config.head_dim} wide (head_dim); 4.57 loads the export"
-    ]
-
-
-def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json with `config`'s values on top of `base` (the source's own, or {}), for transformers 4 and 5.
-
-    `dtype` is the name of the written weights' type ("bfloat16"). Rope theta and scaling are written in both
-    spellings, since each release ignores the other's.
-    """
-    result = hf_falcon.renamed(base) if class_of(config.family) is hf_falcon.CLASS else dict(base)
-    result = {key: value for key, value in result.items() if key not in LEFT_BEHIND}
-    result["architectures"] = [FAMILIES[config.family].hf_class]
-    result["model_type"] = FAMILIES[config.family].model_types[0]  # transformers' own: kimi_k2 is deepseek_v3 there
-    for name, keys in keys_of(config.family).items():
-        told = [key for key in keys if key in result or key in class_of(config.family).written]
-        result |= dict.fromkeys(told or keys[:1], getattr(config, name))
-    if class_of(config.family) is hf_falcon.CLASS:
-        hf_falcon.write(config, result)
-    else:
-        if "hidden_act" in class_of(config.family).defaults:
-            result.setdefault("hidden_act", "silu")
-        result["num_key_value_heads"] = config.num_query_groups
-        hf_parts.write(class_of(config.family), config, result)
-        result["tie_word_embeddings"] = config.tie_word_embeddings
-        if class_of(config.family).mixed_windows:
-            windows.write_hf(config, result)
-        elif FAMILIES[config.family].windowed:
-            result.pop("layer_types", None)  # the window of before, should training have dropped it
-            result["sliding_window"] = config.sliding_window
-    result["torch_dtype"] = result["dtype"] = dtype
-    if FAMILIES[config.family].rotary:
-        hf_parts.write_rope(class_of(config.family), config, result)
-    return result

@@ -7,6 +7,7 @@ installed release: where a key is absent, transformers' default is what the mode
 from __future__ import annotations
 
 from weights_conversion.configs.config_class import ConfigClass
+from weights_conversion.configs.hf_delta_keys import DELTA_CLASSES
 from weights_conversion.configs.hf_hybrid_keys import HYBRID_CLASSES
 from weights_conversion.configs.hf_moe_keys import MOE_CLASSES
 
@@ -97,6 +98,7 @@ CONFIG_CLASSES: dict[str, ConfigClass] = {
     ),
     **MOE_CLASSES,
     **HYBRID_CLASSES,
+    **DELTA_CLASSES,
 }
 # What every config may state beside: token ids, how to load and to sample, training. None of it is of the forward pass.
 _GENERIC = """architectures model_type dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id

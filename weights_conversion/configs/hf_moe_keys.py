@@ -10,7 +10,7 @@ from typing import Any
 
 from weights_conversion.configs.config_class import ConfigClass, ExpertKeys
 
-_FIELDS: dict[str, tuple[str, ...]] = {
+FIELDS: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers",),
     "hidden_size": ("hidden_size",),
     "ffn_hidden_size": ("intermediate_size",),
@@ -19,15 +19,15 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "max_position_embeddings": ("max_position_embeddings",),
     "layernorm_epsilon": ("rms_norm_eps",),
 }
-_SILU = ("silu", "swish")  # two names of one function
-_OFF = (False, None)
+SILU = ("silu", "swish")  # two names of one function
+OFF = (False, None)
 _ALL: dict[str, Any] = {
     "hidden_act": "silu",
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
     "output_router_logits": False,
 }
-_IDLE = frozenset({"aux_loss_alpha", "seq_aux", "ep_size", "max_window_layers", "router_aux_loss_coef"})
+IDLE = frozenset({"aux_loss_alpha", "seq_aux", "ep_size", "max_window_layers", "router_aux_loss_coef"})
 _QWEN = {
     **_ALL,
     "vocab_size": 151936,
@@ -54,7 +54,7 @@ _DEEPSEEK = {
 }
 
 MIXTRAL = ConfigClass(
-    _FIELDS,
+    FIELDS,
     {
         **_ALL,
         "vocab_size": 32000,
@@ -73,12 +73,12 @@ MIXTRAL = ConfigClass(
         "router_aux_loss_coef": 0.001,
         "router_jitter_noise": 0.0,  # in training alone
     },
-    {"hidden_act": _SILU, "sliding_window": (None,)},
+    {"hidden_act": SILU, "sliding_window": (None,)},
     aliases=(("num_local_experts", "num_experts"),),
     experts=ExpertKeys(("num_local_experts",), ffn="intermediate_size", norm=True),
 )
 QWEN2_MOE = ConfigClass(
-    _FIELDS,
+    FIELDS,
     {
         **_QWEN,
         "intermediate_size": 5632,
@@ -91,13 +91,13 @@ QWEN2_MOE = ConfigClass(
         "num_experts": 60,
         "qkv_bias": True,
     },
-    {"hidden_act": _SILU, "use_sliding_window": _OFF},
+    {"hidden_act": SILU, "use_sliding_window": OFF},
     flags={"add_qkv_bias": "qkv_bias"},
-    idle=_IDLE,
+    idle=IDLE,
     experts=ExpertKeys(("num_experts",), layers="step", shared="shared_expert_intermediate_size", gate=True),
 )
 QWEN3_MOE = ConfigClass(
-    _FIELDS,
+    FIELDS,
     {
         **_QWEN,
         "intermediate_size": 6144,
@@ -108,16 +108,16 @@ QWEN3_MOE = ConfigClass(
         "num_experts_per_tok": 8,
         "num_experts": 128,
     },
-    {"hidden_act": _SILU, "use_sliding_window": _OFF, "attention_bias": _OFF},
+    {"hidden_act": SILU, "use_sliding_window": OFF, "attention_bias": OFF},
     # 5.24 writes the second alone, which 4.57 does not know
     aliases=(("num_experts", "num_local_experts"),),
-    idle=_IDLE,
+    idle=IDLE,
     experts=ExpertKeys(("num_experts", "num_local_experts"), layers="step"),
 )
 _SIGMOID = {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)}
 _COUNTED = (("n_routed_experts", "num_local_experts"), ("num_nextn_predict_layers", "num_mtp_layers"))
 GLM4_MOE = ConfigClass(
-    _FIELDS,
+    FIELDS,
     {
         **_ALL,
         "vocab_size": 151552,
@@ -140,10 +140,10 @@ GLM4_MOE = ConfigClass(
         "norm_topk_prob": True,
         "use_qk_norm": False,
     },
-    {"hidden_act": _SILU, **_SIGMOID},
+    {"hidden_act": SILU, **_SIGMOID},
     flags={"add_qkv_bias": "attention_bias", "qk_layernorm": "use_qk_norm"},
     aliases=_COUNTED,
-    idle=_IDLE,
+    idle=IDLE,
     experts=ExpertKeys(
         ("n_routed_experts",), layers="first", score="sigmoid", scaled=True, groups="always", shared="n_shared_experts",
         bias=True,
@@ -151,7 +151,7 @@ GLM4_MOE = ConfigClass(
     rotary_percent=0.5,
 )  # fmt: skip
 DEEPSEEK_V2 = ConfigClass(
-    _FIELDS,
+    FIELDS,
     {
         **_DEEPSEEK,
         "vocab_size": 102400,
@@ -175,16 +175,16 @@ DEEPSEEK_V2 = ConfigClass(
         "moe_intermediate_size": 1407,
     },
     {
-        "hidden_act": _SILU,
-        "attention_bias": _OFF,
-        "mlp_bias": _OFF,
-        "norm_topk_prob": _OFF,  # not read by transformers, and by the source's own code
+        "hidden_act": SILU,
+        "attention_bias": OFF,
+        "mlp_bias": OFF,
+        "norm_topk_prob": OFF,  # not read by transformers, and by the source's own code
         "scoring_func": ("softmax", None),
         "topk_method": ("greedy", "group_limited_greedy"),
         "moe_layer_freq": (1, None),
     },
     aliases=(("n_routed_experts", "num_experts"),),
-    idle=_IDLE | {"qk_head_dim"},
+    idle=IDLE | {"qk_head_dim"},
     written={"scoring_func": "softmax", "moe_layer_freq": 1},
     experts=ExpertKeys(
         ("n_routed_experts",), layers="first", norm=False, scaled=True, groups="method", shared="n_shared_experts",
@@ -192,7 +192,7 @@ DEEPSEEK_V2 = ConfigClass(
     latent=True,
 )  # fmt: skip
 DEEPSEEK_V3 = ConfigClass(
-    _FIELDS,
+    FIELDS,
     {
         **_DEEPSEEK,
         "vocab_size": 129280,
@@ -214,14 +214,14 @@ DEEPSEEK_V3 = ConfigClass(
         "rope_interleave": True,
     },
     {
-        "hidden_act": _SILU,
-        "attention_bias": _OFF,
+        "hidden_act": SILU,
+        "attention_bias": OFF,
         "rope_interleave": (True, None),
         "moe_layer_freq": (1, None),
         **_SIGMOID,
     },
     aliases=_COUNTED,
-    idle=_IDLE | {"qk_head_dim", "head_dim"},
+    idle=IDLE | {"qk_head_dim", "head_dim"},
     written={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
     experts=ExpertKeys(
         ("n_routed_experts",), layers="first", score="sigmoid", scaled=True, groups="always", shared="n_shared_experts",
@@ -230,7 +230,7 @@ DEEPSEEK_V3 = ConfigClass(
     latent=True,
 )  # fmt: skip
 GPT_OSS = ConfigClass(
-    _FIELDS,
+    FIELDS,
     {
         **_ALL,
         "vocab_size": 201088,
@@ -251,9 +251,9 @@ GPT_OSS = ConfigClass(
         "swiglu_alpha": 1.702,  # 5.12 and older have constants for this and the next
         "swiglu_limit": 7.0,
     },
-    {"hidden_act": _SILU, "attention_bias": (True,), "swiglu_alpha": (1.702, None)},
+    {"hidden_act": SILU, "attention_bias": (True,), "swiglu_alpha": (1.702, None)},
     aliases=(("num_local_experts", "num_experts"), ("num_experts_per_tok", "experts_per_token")),
-    idle=_IDLE | {"initial_context_length"},
+    idle=IDLE | {"initial_context_length"},
     written={"attention_bias": True, "initial_context_length": 4096},
     experts=ExpertKeys(("num_local_experts",), ffn="intermediate_size", norm=True, biased=True, clamp="swiglu_limit"),
     mixed_windows=True,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from weights_conversion.config import Mla, ModelConfig
-from weights_conversion.configs import layer_pattern, mamba, mla, moe, rope
+from weights_conversion.configs import gated_delta, layer_pattern, mamba, mla, moe, rope
 from weights_conversion.configs.config_class import ConfigClass
 from weights_conversion.errors import ConversionError
 
@@ -30,11 +30,13 @@ def read(
         found["mla"] = sizes = mla.read_hf(full)
         if isinstance(sizes, Mla):  # the part of a head that turns is a head of its own
             found |= {"head_dim": sizes.qk_pos_emb_head_dim, "num_query_groups": values["num_attention_heads"]}
+    if known.gated_delta:
+        found["gated_delta"] = gated_delta.read_hf(full, values["num_layers"])
     if problems := [f"{where} has {what}" for part in found.values() if isinstance(part, list) for what in part]:
         raise ConversionError(*problems)
-    further = {full[key] for key in known.spellings("num_nextn_predict_layers") if full.get(key) is not None}
+    further = {full[key] for key in known.further if full.get(key) is not None}
     if len(further) > 1 or not all(type(number) is int and number >= 0 for number in further):
-        raise ConversionError(f"{where} has num_nextn_predict_layers {sorted(map(repr, further))}, where one number "
+        raise ConversionError(f"{where} has {known.further[0]} {sorted(map(repr, further))}, where one number "
                               "of layers was expected")  # fmt: skip
     found.pop("norm", None)
     return found | {"mtp_num_layers": next(iter(further), 0)}
@@ -63,24 +65,44 @@ def with_further_layers(
 ) -> tuple[ModelConfig, list[str]]:
     """The config with as many layers that predict further tokens as files hold, and a note where it says others.
 
-    Their weights stand behind the last layer's, as `model.layers.{num_layers}`. transformers knows their number and
-    neither loads nor saves them.
+    Their weights stand behind the last layer's, as `model.layers.{num_layers}`, or beside the model, as `mtp.layers.0`.
+    transformers knows their number at most, and neither loads nor saves them.
     """
-    if len(known.spellings("num_nextn_predict_layers")) == 1:
+    if not known.predicts:
         return config, []
-    numbers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))}
+    pattern, first = (r"mtp\.layers\.", 0) if known.mtp_apart else (r"model\.layers\.", config.num_layers)
+    numbers = {int(match[1]) for name in names if (match := re.match(rf"{pattern}(\d{{1,6}})\.", name))}
     found = 0
-    while config.num_layers + found in numbers:
+    while first + found in numbers:
         found += 1
+    if known.mtp_apart:
+        _check_apart(config, found)
     if found and config.mtp_num_layers == 0:
         return replace(config, mtp_num_layers=found), []
     if found or config.mtp_num_layers == 0:
         return config, []
     note = (
-        f"config     num_nextn_predict_layers is {config.mtp_num_layers}, and the files hold no such layer: the model "
+        f"config     {known.further[0]} is {config.mtp_num_layers}, and the files hold no such layer: the model "
         "is taken to have none"
     )
     return replace(config, mtp_num_layers=0), [note]
+
+
+def _check_apart(config: ModelConfig, found: int) -> None:
+    """Raises ConversionError for prediction layers that Megatron-Core cannot have as Hugging Face's code has them."""
+    problems = []
+    if found > 1:
+        problems.append(
+            f"the files hold {found} layers below mtp. that share one projection (mtp.fc), where Megatron-Core has one "
+            "for each: no more than one can be expressed"
+        )
+    if found and config.gated_delta is not None and config.gated_delta.layers[-1]:
+        problems.append(
+            "the files hold a layer that predicts a further token (mtp.) with full attention, and the last layer has "
+            "linear attention: Megatron-Core makes the one as the other"
+        )
+    if problems:
+        raise ConversionError(*problems)
 
 
 def write(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) -> None:
@@ -99,8 +121,10 @@ def write(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) -> No
         layer_pattern.write_hf(known.pattern, config.hybrid_layer_pattern, result)
     if config.mamba is not None:
         mamba.write_hf(config.mamba, result)
-    further = known.spellings("num_nextn_predict_layers")
-    if len(further) > 1:
+    if config.gated_delta is not None:
+        gated_delta.write_hf(config.gated_delta, result)
+    further = known.further
+    if further:
         result.update(dict.fromkeys([further[0], *(key for key in further if key in result)], config.mtp_num_layers))
 
 
@@ -112,6 +136,8 @@ def write_rope(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) 
         scaling, latent = config.rope_scaling, config.mla is not None
         linear, kind = True, rope.write_scaling(scaling, latent=latent, always=known.rope or ())
     partial = {"partial_rotary_factor": config.rotary_percent} if known.rotary_percent != 1.0 else {}
+    stated = {**(result.get("rope_scaling") or {}), **(result.get("rope_parameters") or {})}
+    kept = {key: stated[key] for key in known.rope_idle if key in stated}
     result["rope_theta"] = config.rope_theta
     result["rope_scaling"] = {"type": kind["rope_type"], **kind} if linear else None
-    result |= {"rope_parameters": {"rope_theta": config.rope_theta, **kind, **partial}, **partial}
+    result |= {"rope_parameters": {"rope_theta": config.rope_theta, **kind, **partial, **kept}, **partial}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion import __version__
-from weights_conversion.config import Mamba, Mla, ModelConfig, Moe, RopeScaling
+from weights_conversion.config import PARTS, ModelConfig, RopeScaling
 from weights_conversion.configs import parts, secrets
 from weights_conversion.errors import ConversionError
 from weights_conversion.files.fileio import is_there, read_json, sha256
@@ -25,12 +25,13 @@ _FORMAT = 1
 def build(
     config: ModelConfig, *, true_vocab_size: int | None, repository: str | None, revision: str | None,
     source_config: Mapping[str, Any] | None, generation_config: Mapping[str, Any] | None, tokenizer: Sequence[Path],
-    assumed: Sequence[str] = (), packed_experts: bool = False,
+    assumed: Sequence[str] = (), hf_form: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """The manifest's text. A local folder's path is not part of it.
 
     `assumed` are fields that nothing stated, so that the family's usual value was taken.
-    `packed_experts`: the source has all experts of a layer in one tensor, as an export then has them too.
+    `hf_form`: the form of a Hugging Face source, as an export then has it too: names of tensors that hold all experts
+    of a layer, rows in a type of their own.
     """
     content = {
         "format": _FORMAT,
@@ -41,7 +42,8 @@ def build(
         "true_vocab_size": true_vocab_size,
         "model": {name: value for name, value in asdict(config).items() if name != "family"},
         "assumed": list(assumed),
-        "packed_experts": packed_experts,
+        "packed_experts": bool((hf_form or {}).get("packed_names")),
+        **(hf_form or {}),
         "config": source_config,
         "generation_config": generation_config,
         "tokenizer_sha256": {path.name: sha256(path) for path in tokenizer},
@@ -85,7 +87,7 @@ def _malformed(content: Mapping[str, Any]) -> list[str]:
             RopeScaling(**scaling)
     except TypeError:
         problems.append(f"rope_scaling {scaling!r}, where a kind with its numbers was expected")
-    for name, kind in (("moe", Moe), ("mla", Mla), ("mamba", Mamba)):
+    for name, kind in PARTS.items():
         stated = content["model"].get(name)
         if stated is not None and (problem := parts.malformed(kind, stated)):
             problems.append(problem)
@@ -107,11 +109,11 @@ def model_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
     known = ModelConfig.__dataclass_fields__
     fields = {name: value for name, value in manifest["model"].items() if name in known and name != "vocab_size"}
     scaling = fields.get("rope_scaling")
-    moe, mla, mamba = (fields.get(name) for name in ("moe", "mla", "mamba"))
-    return fields | {
-        "rope_scaling": None if scaling is None else RopeScaling(**scaling),
-        "moe": None if moe is None else Moe(**{**moe, "layers": tuple(moe["layers"])}),
-        "mla": None if mla is None else Mla(**mla),
-        **({} if fields.get("window_layers") is None else {"window_layers": tuple(fields["window_layers"])}),
-        "mamba": None if mamba is None else Mamba(**mamba),
-    }
+    result = fields | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)}
+    if fields.get("window_layers") is not None:
+        result["window_layers"] = tuple(fields["window_layers"])
+    for name, kind in PARTS.items():
+        stated = fields.get(name)
+        lists = {key: tuple(value) for key, value in (stated or {}).items() if isinstance(value, list)}
+        result[name] = None if stated is None else kind(**{**stated, **lists})
+    return result

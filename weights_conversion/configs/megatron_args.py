@@ -10,7 +10,7 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.architectures.family import Family
-from weights_conversion.config import ModelConfig, Parallelism
+from weights_conversion.config import PARTS, ModelConfig, Parallelism
 from weights_conversion.configs import features, parts, rope_core, windows
 from weights_conversion.errors import ConversionError
 
@@ -30,13 +30,10 @@ _LLM_NAMES = {
     "tie_word_embeddings": "tie_embed_logits",
 }
 # Those that only Megatron-Core has; configs/core_args.py makes some of them of several args.
-_CORE_ONLY = (
-    "rope_scaling", "add_qkv_bias", "qk_layernorm", "rotary_percent", "window_layers", "moe", "mla", "mtp_num_layers",
-    "hybrid_layer_pattern", "mamba",
-)  # fmt: skip
+_PARTS = ("rope_scaling", "hybrid_layer_pattern", *PARTS)
+_CORE_ONLY = (*_PARTS, "rotary_percent", "window_layers", "mtp_num_layers", *features.SWITCHES)
 NAMES = _LLM_NAMES | {name: name for name in _CORE_ONLY}
 _DEFAULTS = {field.name: field.default for field in fields(ModelConfig)}
-_PARTS = ("rope_scaling", "moe", "mla", "hybrid_layer_pattern", "mamba")
 _MAY_BE_NONE = ("sliding_window", "window_layers", *_PARTS)
 # Fields that the original's resharding tool re-creates, and its defaults: another value cannot have been reset.
 _RESET = {"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "rope_scaling_factor": 1.0, "sliding_window": None}

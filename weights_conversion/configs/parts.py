@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from weights_conversion.config import Mamba, Mla, Moe
+from weights_conversion.config import PARTS, Moe
 from weights_conversion.configs import moe
 
 # Of the experts: what no tensor's shape betrays, and what training may have changed.
@@ -25,7 +25,7 @@ def completed(stated: Moe, imported: Moe | None, args: Mapping[str, Any]) -> Moe
 
 def differing(one: Any, two: Any) -> dict[str, tuple[Any, Any]]:
     """The parts in which two values differ, {} where they are no values of parts, or of two kinds."""
-    if not isinstance(one, (Moe, Mla, Mamba)) or type(one) is not type(two):
+    if not isinstance(one, tuple(PARTS.values())) or type(one) is not type(two):
         return {}
     parts = {field.name: (getattr(one, field.name), getattr(two, field.name)) for field in dataclasses.fields(one)}
     return {name: pair for name, pair in parts.items() if pair[0] != pair[1]}
@@ -41,11 +41,11 @@ def shown(name: str, value: Any, other: Any) -> str:
     """`value` of field `name` in a sentence: of one with parts, those in which it differs from `other`."""
     parts = differing(value, other)
     if not parts:
-        return "there" if isinstance(value, (Moe, Mla, Mamba)) else str(value)
+        return "there" if isinstance(value, tuple(PARTS.values())) else str(value)
     return ", ".join(f"{moe.ARGS.get(part, part)} {pair[0]}" for part, pair in parts.items())
 
 
-def malformed(kind: type[Moe] | type[Mla] | type[Mamba], stated: Any) -> str | None:
+def malformed(kind: type[Any], stated: Any) -> str | None:
     """What is wrong with the parts that a manifest states, in words that follow "has"; None: nothing."""
     try:
         value = kind(**stated)

@@ -22,14 +22,14 @@ def kind_of(rope: Mapping[str, Any]) -> str:
     return rope.get("rope_type", rope.get("type")) or "default"
 
 
-def contradictions(rope: Mapping[str, Any], where: str) -> list[str]:
+def contradictions(rope: Mapping[str, Any], where: str, further: tuple[str, ...] = ()) -> list[str]:
     """What a rope object says beside its own kind, as sentences: transformers 4 and 5 would each make another model."""
     kind, other = rope.get("rope_type"), rope.get("type")
     if kind is not None and other is not None and kind != other:
         return [f"{where} has rope_type {kind!r} and type {other!r}; remove the wrong one"]
     if kind_of(rope) not in ("default", "linear"):
         return []  # the keys of the other kinds are read, and refused, where they are known
-    idle = (*_IDLE, "original_max_position_embeddings", *(("factor",) if kind_of(rope) == "linear" else ()))
+    idle = (*_IDLE, *further, "original_max_position_embeddings", *(("factor",) if kind_of(rope) == "linear" else ()))
     return [
         f"{where} has {key} {short(value)}, which rope of type {kind_of(rope)} does not have; "
         "remove it, or state the rope_type that has it"

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from weights_conversion.engine.recentring import recentred
 from weights_conversion.engine.streams import Scratch, Source, bytes_of
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.placement import Block, Decoder, Placed, TensorRef, Written, overlaps
@@ -205,6 +206,8 @@ def convert_chunk(plan: Plan, chunk: Chunk, source: Source, target: Sink, scratc
         return written
     tensors = read_source(plan, step, chunk.start, chunk.stop, source, scratch)
     tensors = transform(plan, step.op, chunk.stop - chunk.start, tensors, scratch)
+    if step.instance.row.centred and plan.source.megatron != plan.target.megatron:
+        tensors = recentred(tensors, -1.0 if plan.target.megatron else 1.0, scratch)
     pieces = plan.target_pieces(step, chunk.start, chunk.stop)
     for tensor, (placed, rows) in zip(tensors, pieces, strict=True):
         written += write_rows(placed, rows, tensor, target, scratch, crc)

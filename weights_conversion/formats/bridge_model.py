@@ -52,7 +52,8 @@ def section(
     return {
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
         "activation_func": {
-            "_call_": False, "_target_": _QUICK_GELU if args.get("quick_geglu") else "torch.nn.functional.silu",
+            "_call_": False,
+            "_target_": _QUICK_GELU if args.get("quick_geglu") else "torch.nn.functional.silu",
         },
         "add_bias_linear": bool(args.get("add_bias_linear")),
         "add_qkv_bias": config.add_qkv_bias,

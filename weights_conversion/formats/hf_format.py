@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from weights_conversion.layouts.planners import plan_to_hf
 
 @dataclass(frozen=True)
 class HuggingFaceFormat:
-    """`shards` files, balanced by bytes; `packed`: all experts of a layer in one tensor."""
+    """`shards` files, balanced by bytes; the others as plan_to_hf has them."""
 
     shards: int = 1
-    packed: bool = False
+    packed: Collection[str] = ()
+    own_types: Collection[str] = ()
+    others: Sequence[Placed] = ()
     name: str = "safetensors"
     keeps_crcs: bool = False
 
@@ -30,7 +33,7 @@ class HuggingFaceFormat:
     def plan(self, content: Content) -> Output:
         plan = plan_to_hf(
             content.architecture, content.config, content.located, content.source, content.target, self.shards,
-            content.dtype, packed=self.packed,
+            content.dtype, packed=self.packed, own_types=self.own_types, others=self.others,
         )  # fmt: skip
         targets = [huggingface.SafetensorsTarget(file, refs) for file, refs in plan.targets.items()]
         index = {"model.safetensors.index.json": huggingface.Index(targets).text().encode()}

@@ -172,10 +172,11 @@ def read_hf(folder: Path) -> dict[str, Placed]:
         for name, ref in refs.items():
             if name in placed:
                 problems.append(f"{name} stands in two files, {placed[name].copies[0][0].ref.file} and {file}")
-            if len(ref.shape) in (1, 2, 3) or is_buffer(name) or _PIECES.fullmatch(name):  # three: all experts
+            # Three: all experts of a layer, or a convolution; more: an image's.
+            if 1 <= len(ref.shape) <= 5 or is_buffer(name) or _PIECES.fullmatch(name):
                 placed[name] = whole(ref)
             else:
-                problems.append(f"{name} in {file} has shape {list(ref.shape)}; weights have one to three dimensions")
+                problems.append(f"{name} in {file} has shape {list(ref.shape)}; weights have one to five dimensions")
     if index is not None:
         names = read_json(index, fileio.MAX_INDEX_BYTES)["weight_map"]
         problems += [

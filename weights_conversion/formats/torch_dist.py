@@ -26,7 +26,11 @@ from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
 
 COMMON = "common.pt"
 MEGATRON_FSDP = "model.module."
-_PREFIXES = (MEGATRON_FSDP, "model.", "module.")  # torch FSDP2's, and NeMo 2's
+_TEXT = "language_model."  # the text model in a whole one of Megatron-Bridge's, beside vision_model.
+_PREFIXES = (  # torch FSDP2's, and NeMo 2's
+    *(f"{prefix}{_TEXT}" for prefix in (MEGATRON_FSDP, "model.", "module.", "")),
+    *(MEGATRON_FSDP, "model.", "module."),
+)
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -44,6 +48,7 @@ class DistCheckpoint:
     trained_dtype: torch.dtype | None = None  # where the stored tensors are of another
     said_by: Path | None = None  # the file that states the args
     adapters: Mapping[str, Stored] = field(default_factory=dict, repr=False)  # beside the base's tensors, or alone
+    others: tuple[str, ...] = ()  # tensors beside a text model's, by name
 
     format = "torch_dist"
     layout = "torch_dist"
@@ -79,6 +84,8 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
     stored, others = read_metadata(folder / METADATA)
     args, said_by = _args(folder, others)
     prefix, stored = _without_prefix(stored)
+    others = _beside(prefix, stored)
+    stored = {key: tensor for key, tensor in stored.items() if key not in others}
     adapters = {key: tensor for key, tensor in stored.items() if ".adapter." in key}
     stored = {key: tensor for key, tensor in stored.items() if key not in adapters}
     if weights == "master":
@@ -96,7 +103,7 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
         shown = ", ".join(missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
         raise ConversionError(f"{folder} lacks {shown}, which {METADATA} names; copy the missing files")
     # Megatron-FSDP stores the optimizer's float32 parameters, whatever type was trained.
-    stated = plain.get("params_dtype") if prefix == MEGATRON_FSDP and weights == "model" else None
+    stated = plain.get("params_dtype") if prefix.startswith(MEGATRON_FSDP) and weights == "model" else None
     trained = stated if isinstance(stated, torch.dtype) else None
     return DistCheckpoint(
         folder,
@@ -107,6 +114,7 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
         trained_dtype=trained,
         said_by=None if args is None else said_by,
         adapters=adapters,
+        others=others,
     )
 
 
@@ -137,6 +145,14 @@ def _without_prefix(stored: Mapping[str, Stored]) -> tuple[str, dict[str, Stored
         (p for p in _PREFIXES if p + _EMBEDDING in stored or (alone and all(key.startswith(p) for key in stored))), ""
     )
     return prefix, {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
+
+
+def _beside(prefix: str, stored: Mapping[str, Stored]) -> tuple[str, ...]:
+    """Names of tensors that stand beside the text model in a whole one."""
+    if not prefix.endswith(_TEXT):
+        return ()
+    outer = prefix.removesuffix(_TEXT)
+    return tuple(key for key in stored if key.startswith((f"{outer}vision_model.", f"{outer}visual.")))
 
 
 def _common(folder: Path, others: Mapping[str, StoredChunk]) -> Mapping[str, Any]:

@@ -28,7 +28,11 @@ def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: in
     groups = config.num_query_groups
     divisors = [n for n in range(1, tp + 1) if groups % n == 0 and config.num_attention_heads % n == 0]
     # Megatron-Core gathers a group that was cut in rows
-    shared = dialect.splits_groups and tp % groups == 0 and config.axes["qkv"] % tp == 0
+    shared = (
+        dialect.splits_groups
+        and tp % groups == 0
+        and config.axes["gated_qkv" if config.attention_output_gate else "qkv"] % tp == 0
+    )
     checks = [
         (tp if shared else groups, "query groups (num_key_value_heads)",
          f"; {dialect.name} cannot share a group so, use one of {divisors}"),
@@ -44,6 +48,12 @@ def check_parallelism(config: ModelConfig, parallel: Parallelism, vocabulary: in
         checks = [*(checks[:2] if "*" in pattern else []), *(checks[2:3] if "-" in pattern else []), *checks[3:]]
     if config.mamba is not None:
         checks.append((config.mamba.num_groups, "groups of its state space (n_groups)", ""))
+    if config.gated_delta is not None:
+        delta = config.gated_delta
+        checks += [
+            (delta.num_key_heads, "key heads of the linear attention (linear_num_key_heads)", ""),
+            (delta.num_value_heads, "value heads of the linear attention (linear_num_value_heads)", ""),
+        ]
     if config.moe is not None and config.moe.shared_ffn_hidden_size:
         checks.append((config.moe.shared_ffn_hidden_size, "rows of the shared experts", ""))
     problems = [

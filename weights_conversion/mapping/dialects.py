@@ -13,6 +13,7 @@ class Dialect:
 
     `interleaved` says that rotary pairs are neighbouring rows of a head (else: the head's two halves). `up_first` says
     that a fused GLU stores [up ; gate] (else [gate ; up]); it means nothing for HF and Meta, which store them apart.
+    `alone` is what rows have behind model., and names of this dialect have not.
 
     `megatron` says that tensors are Megatron's (fused), not HF's (apart). The rest is about the two Megatrons: below
     `model`, a rank file's names begin with `prefix`; `tied_head` is the last stage's copy of a tied embedding;
@@ -23,6 +24,7 @@ class Dialect:
     interleaved: bool
     up_first: bool = False
     renames: Mapping[str, str] = field(default_factory=dict, hash=False)
+    alone: str = ""
     megatron: bool = False
     prefix: str = ""
     tied_head: str = ""
@@ -36,6 +38,8 @@ class Dialect:
 
     def spell(self, name: str) -> str:
         """`name` as this dialect spells it; a name without an entry is spelled the same."""
+        if self.alone and name.startswith(f"model.{self.alone}"):
+            return name.replace(self.alone, "", 1)
         return self.renames.get(name, name)
 
     def spellings(self, name: str) -> tuple[str, ...]:
@@ -70,6 +74,8 @@ class Dialect:
 
 
 HF = Dialect("Hugging Face", interleaved=False)
+# A text model that has no repository around it, of a family whose rows have the names in one.
+HF_TEXT = Dialect("Hugging Face", interleaved=False, alone="language_model.")
 
 META = Dialect(
     "Meta",
@@ -144,7 +150,10 @@ MEGATRON_CORE = Dialect(
     dist_alternatives=_CORE_DIST_NORMS,
     parallel_attention=False,
     splits_groups=True,
-    features=("add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary", "hybrid"),
+    features=(
+        *("add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary", "hybrid", "gated_delta"),
+        *("attention_output_gate", "layernorm_zero_centered_gamma"),
+    ),
     ropes=("default", "linear", "llama3", "yarn"),
 )
 

@@ -196,6 +196,30 @@ class FuseQKV(_OfGroups):
         ]
 
 
+@dataclass(frozen=True)
+class FuseGatedQKV(_OfGroups):
+    """HF's (q, k, v), of which q has a gate behind each head; Megatron's group: [q .. q, gate .. gate, k, v]."""
+
+    def hf_rows(self, start: int, stop: int, config: ModelConfig) -> tuple[Range, ...]:
+        q, d = 2 * config.num_attention_heads // config.num_query_groups * config.head_dim, config.head_dim
+        return ((start * q, stop * q), (start * d, stop * d), (start * d, stop * d))
+
+    def moves_rows_only(self, ctx: Context) -> bool:
+        return False
+
+    def views(self, megatron: Sequence[Tensor], hf: Sequence[Tensor], ctx: Context) -> list[tuple[Tensor, Tensor]]:
+        heads, d = ctx.config.num_attention_heads // ctx.config.num_query_groups, ctx.config.head_dim
+        fused = megatron[0].unflatten(0, (-1, 2 * heads + 2, d))  # (groups * (2 heads + 2) * d, H)
+        q, k, v = hf
+        gated = q.unflatten(0, (-1, heads, 2, d))  # (groups * heads * 2 * d, H)
+        return [
+            (fused[:, :heads], gated[:, :, 0]),
+            (fused[:, heads : 2 * heads], gated[:, :, 1]),
+            (fused[:, 2 * heads], k.unflatten(0, (-1, d))),
+            (fused[:, 2 * heads + 1], v.unflatten(0, (-1, d))),
+        ]
+
+
 def _groups(tensor: Tensor, ctx: Context) -> tuple[int, Tensor]:
     """(query heads of a group, the tensor by groups): (groups*(heads+2)*d, H) -> (groups, heads+2, d, H)."""
     heads = ctx.config.num_attention_heads // ctx.config.num_query_groups

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from weights_conversion.config import ModelConfig
+from weights_conversion.mapping.joining import Packed, Part
 from weights_conversion.mapping.ops import Copy, FuseGLU, FuseQKV, Op
 
 COPY = Copy()
@@ -61,41 +62,6 @@ def named(template: str, index: Index) -> str:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Where an expert's tensor is, if one tensor holds those of all experts of a layer: (E, parts x rows, columns).
-
-    `always`: there is no other spelling. `transposed`: it is (E, columns, rows); such a tensor has one part. `turned`
-    is the name of the same tensor where it is not transposed.
-    """
-
-    name: str
-    part: int
-    parts: int
-    always: bool = False
-    transposed: bool = False
-    turned: str = ""
-
-    def shape(self, experts: int, each: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the tensor, where one expert's part has the shape `each`."""
-        rows, *rest = each
-        return (experts, *rest, rows) if self.transposed else (experts, self.parts * rows, *rest)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where a row's tensor stands in one that joins several: as number `at` of `parts`, the axes of their rows.
-
-    The joined tensor `name` is `groups` (an axis) times the share of each part, in order: HF has it so once ("one": all
-    of each part together) or head by head, and Megatron's ranks one after the other each hold their share of each part.
-    """
-
-    name: str
-    at: int
-    parts: tuple[str, ...]
-    groups: str = "one"
-
-
-@dataclass(frozen=True)
 class ParamMapping:
     """One parameter of the architecture; names are whole, so that they can be grepped.
 
@@ -118,6 +84,8 @@ class ParamMapping:
     dtype: str | None = None
     packed: tuple[Packed, ...] = ()  # one for each name in `hf`, where experts may be packed
     live: Part | None = None
+    centred: bool = False  # Megatron has what HF has minus one
+    hf_dtype: str | None = None  # that hub files have it in, whatever the model's is
     within: tuple[Part, ...] = ()  # one for each name in `hf`
 
     @property
@@ -156,9 +124,12 @@ class ParamMapping:
 def same(
     megatron: str, hf: str, shape: tuple[str, ...], shard: Shard | None = REPLICATED, *needs: str,
     op: Op = COPY, role: Role = Role.PLAIN, dtype: str | None = None, packed: tuple[Packed, ...] = (),
+    centred: bool = False, hf_dtype: str | None = None,
 ) -> ParamMapping:  # fmt: skip
     """A parameter that is one tensor on both sides."""
-    return ParamMapping(megatron, (hf,), shape, shard, op, needs, role, dtype, packed)
+    return ParamMapping(
+        megatron, (hf,), shape, shard, op, needs, role, dtype, packed, centred=centred, hf_dtype=hf_dtype
+    )
 
 
 def joined(
@@ -170,13 +141,11 @@ def joined(
     torch_dist calls them `torch_dist` (by default `live`) and their names; `hf`: name of a tensor -> the parts that it
     joins, in its own order, `groups` times; of one part alone: it is that part. `rest` are the axes behind the first.
     """
-    where = {part: (name, order) for name, order in hf.items() for part in order}
-    rows = []
+    where, rows = {part: (name, order) for name, order in hf.items() for part in order}, []
     for at, (part, axis) in enumerate(parts.items()):
         name, order = where[part]
-        axes = tuple(parts[each] for each in order)
-        within = () if order == (part,) else (Part(name, order.index(part), axes, groups),)
-        hf_name = f"{name}[{part}]" if within else name
+        within = (Part(name, order.index(part), tuple(parts[each] for each in order), groups),)
+        within, hf_name = ((), name) if order == (part,) else (within, f"{name}[{part}]")
         rows.append(
             ParamMapping(
                 f"{torch_dist or live}.{part}", (hf_name,), (axis, *rest), COLUMN, COPY, needs,
@@ -231,10 +200,11 @@ class Instance:
         return named(self.row.megatron if spelled is None else spelled, self.index if index is None else index)
 
     def hf(self, spelled: str) -> str:
-        """A name of Hugging Face's or Meta's, with its numbers in it."""
+        """A name of Hugging Face's or Meta's, with its numbers in it; below mtp., layers are counted by themselves."""
         if not self.index:
             return spelled
-        return named(spelled, (self.index[0] + self.offset, *self.index[1:]))
+        offset = 0 if spelled.startswith("mtp.") else self.offset
+        return named(spelled, (self.index[0] + offset, *self.index[1:]))
 
     @property
     def hf_names(self) -> tuple[str, ...]:

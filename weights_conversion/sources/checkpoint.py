@@ -165,6 +165,10 @@ def _expressible(
         problems += core_foreign.in_megatron_llm(files.args, files.folder)
     if files.said_by is not None:
         notes.append(f"args       from {files.said_by}")
+    if isinstance(files, DistCheckpoint) and files.others:
+        notes.append(
+            f"vision     {len(files.others)} tensors beside the text model stay behind ({files.others[0]} and so on)"
+        )
     if problems:
         raise ConversionError(*problems)
     return files, notes

@@ -43,6 +43,7 @@ class Features(Structure):
             "latent attention": self.latent,
             "sinks beside the softmax": self.sinks,
             "layers of one sub-block each": self.sub_blocks,
+            "layers of gated delta": self.gated_delta,
             "a sliding window": bool(self.window),
             "no sliding window": self.window is False,
         }
@@ -76,6 +77,7 @@ def read_features(args: Mapping[str, Any], names: Iterable[str], rows: int) -> F
         latent=latent,
         sinks=args.get("softmax_type") == "learnable" or _any(names, r"\.core_attention\.softmax_offset$"),
         sub_blocks=args.get("hybrid_layer_pattern") is not None,
+        gated_delta=args.get("gated_delta") is not None or _any(names, r"\.self_attention\.in_proj\."),
         window=None if reset and window is None else window is not None,
         theta=None if reset and theta == 1e4 else theta,
         epsilon=None if reset and epsilon == 1e-5 else epsilon,

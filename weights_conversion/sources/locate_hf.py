@@ -39,10 +39,15 @@ def in_huggingface(
     return found
 
 
-def packs_experts(architecture: Architecture, config: ModelConfig, tensors: Collection[str]) -> bool:
-    """Whether the source, by its tensors' names, holds all experts of a layer in one."""
+def packed_names(
+    architecture: Architecture, config: ModelConfig, tensors: Collection[str], dialect: Dialect
+) -> frozenset[str]:  # fmt: skip
+    """Which of the architecture's names of all experts in one the source has, by its tensors' names."""
     names = {packed.name for row in architecture.parameters(config) for packed in row.packed}
-    return any(named(name, (layer, 0)) in tensors for name in names for layer in range(config.num_layers))
+    layers = range(config.num_layers + config.mtp_num_layers)
+    return frozenset(
+        name for name in names if any(named(dialect.spell(name), (layer, 0)) in tensors for layer in layers)
+    )  # fmt: skip
 
 
 def _check_counts(config: ModelConfig, tensors: Mapping[str, Placed]) -> None:
@@ -76,15 +81,18 @@ class _Search:
             packed = instance.row.packed[at] if instance.row.packed else None
             if instance.row.within:
                 part = instance.row.within[at]
-                stored = self._whole(instance.hf(part.name), joined_shape(part, shape, self.config))
+                stored = self._whole(instance.hf(self.dialect.spell(part.name)), joined_shape(part, shape, self.config))
                 tensor = None if stored is None else part_of(stored, part, self.config, name=name)
-            elif packed is not None and self._is_packed(name, instance.hf(packed.name), packed):
+            elif packed is not None and self._is_packed(name, self._packed(instance, packed), packed):
                 tensor = self._slab(instance, packed, shape)
             else:
                 tensor = self._whole(name, shape)
             if tensor is not None:
                 found.append(tensor)
         return tuple(found)
+
+    def _packed(self, instance: Instance, packed: Packed) -> str:
+        return instance.hf(self.dialect.spell(packed.name))
 
     def _whole(self, name: str, shape: tuple[int, ...]) -> Placed | None:
         self.used.add(name)
@@ -105,7 +113,7 @@ class _Search:
         """One expert's part of a tensor of all experts, which lies in one piece."""
         if packed.turned and instance.hf(packed.turned) in self.tensors:
             packed = replace(packed, name=packed.turned, transposed=False)
-        name, moe = instance.hf(packed.name), self.config.moe
+        name, moe = self._packed(instance, packed), self.config.moe
         expected = packed.shape(moe.num_experts if moe is not None else 0, shape)
         if name not in self.tensors:
             self.missing[name] = _missing(name, expected)

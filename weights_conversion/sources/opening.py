@@ -26,6 +26,7 @@ from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.locate import locate
 from weights_conversion.sources.locate_hf import in_huggingface
+from weights_conversion.sources.text_part import text_part
 from weights_conversion.tokenizer.files import source_tokenizer_files
 from weights_conversion.tokenizer.places import taken_along
 
@@ -54,7 +55,7 @@ class Opened:
     load_iters: int | str | None = None  # of a Megatron source: the iteration, where the user or the path named one
     iteration: Path | None = None  # its folder
     what: str = ""  # kind and layout, for the report
-    packed_experts: bool = False  # a Megatron source came from files with all experts of a layer in one tensor
+    hf_form: Mapping[str, Any] = field(default_factory=dict)  # of the HF source that a Megatron source was made from
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -193,6 +194,8 @@ def open_hf(
     merged = [] if adapter is None else [f"adapter    {adapter}, merged in float32, rounded once"]
     if adapter is not None:
         tensors = peft.merged(tensors, peft.open_adapter(adapter))
+    part = text_part(model, tensors)
+    tensors, dialect = part.tensors, part.dialect
     config, corrected = hf_parts.with_further_layers(hf_config.class_of(model), config, tensors)
     unread = hf_config.unread(model, raw)
     shown = ", ".join(map(short, unread[:10])) + (f" and {len(unread) - 10} more" if len(unread) > 10 else "")
@@ -203,9 +206,9 @@ def open_hf(
         generation_config, dropped = secrets.without_secrets(generation_config)
         notes += [secrets.note(dropped, str(folder / generation.NAME))] if dropped else []
     return Opened(
-        folder, HF, config, lambda architecture: in_huggingface(architecture, config, tensors, HF),
+        folder, dialect, config, lambda architecture: in_huggingface(architecture, config, tensors, dialect),
         raw, generation_config, tokenizer=source_tokenizer_files(folder), tensors=tuple(tensors),
-        notes=(*left, *read.notes, *merged, *corrected, *notes),
+        notes=(*left, *read.notes, *merged, *corrected, *part.notes, *notes),
         what=described.of_files(HF.name, tensors.values()),
     )  # fmt: skip
 
@@ -254,6 +257,6 @@ def open_megatron(
         said.get("generation_config"), said.get("repository"), said.get("revision"), opened.vocabulary, tokenizer, kept,
         assumed, notes=opened.notes,
         warnings=(*opened.warnings, *said_of_it),
+        hf_form={name: said[name] for name in ("packed_experts", "packed_names", "own_types") if name in said},
         load_iters=opened.load_iters, iteration=opened.files.folder, what=described.of_megatron(root, opened.files),
-        packed_experts=bool(said.get("packed_experts")),
     )  # fmt: skip

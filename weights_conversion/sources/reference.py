@@ -15,11 +15,12 @@ import torch
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Parallelism
-from weights_conversion.configs import core_args, hf_config, manifest, parts
+from weights_conversion.configs import core_args, hf_config, hf_outer, manifest, parts
 from weights_conversion.configs.generation import read as read_generation
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio
+from weights_conversion.files.owners import stranger
 from weights_conversion.launch import distributed
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM
 
@@ -91,7 +92,7 @@ def args_beside(folder: Path) -> dict[str, Any] | None:
     if place is None:
         return None
     reference = open_reference(str(place), None)
-    kind = reference.config.get("model_type")
+    kind = hf_outer.model_type(reference.config)
     families = [name for name, family in FAMILIES.items() if kind in family.model_types]
     if not families:
         raise ConversionError(f"{place / 'config.json'} says model_type {kind!r}, which none of the families has")
@@ -141,3 +142,24 @@ def disagreements(reference: Reference, config: ModelConfig) -> list[str]:
     if problems:
         raise ConversionError(*problems, f"--reference {reference.name} is another model; name the one trained from")
     return warnings
+
+
+def around(args: Mapping[str, Any], root: Path, config: ModelConfig) -> Reference | None:
+    """The Hugging Face model whose tokenizer a run was given, if it is this one with more around it, which no args can
+    state. A relative path is looked for where the checkpoint stands. None: it is not there, or it is another.
+
+    Only that of the user or of root: anyone may have made a folder again that is gone.
+    """
+    name = args.get("tokenizer_model")
+    if FAMILIES[config.family].outer is None or not isinstance(name, str) or not name:
+        return None
+    places = (Path(name).expanduser(), root.parent / name)
+    place = next((each for each in places if each.is_absolute() and (each / "config.json").is_file()), None)
+    if place is None or stranger(place) is not None or stranger(place / "config.json") is not None:
+        return None
+    try:
+        reference = open_reference(str(place), None)
+        disagreements(reference, config)
+    except ConversionError:  # nobody has named it as a reference
+        return None
+    return reference

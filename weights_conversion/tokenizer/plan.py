@@ -71,9 +71,7 @@ def plan_tokenizer(
     found = find(family, checkpoint, args, options, core=core, iteration=iteration, search=search, fetch=fetch)
     made = _make(family, found, args, options, (embedding_rows, rows_known))
     doubted = options.new_tokens is None and args.get("new_tokens") is not None and not found.trained
-    overridden = {
-        f"{key}_token_id": made.every[token] for key, token in made.overrides.items() if key in CONFIG_KEYS
-    }
+    overridden = {f"{key}_token_id": made.every[token] for key, token in made.overrides.items() if key in CONFIG_KEYS}
     report = _report(
         found.source, found.extension, made.config, made.with_rows, found.base, made.overrides, found.cut,
         generation or {}, doubted, TEKKEN in made.copied,

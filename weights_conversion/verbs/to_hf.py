@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import exported, hf_config, rope_core
+from weights_conversion.configs import exported, hf_config, hf_outer, hf_write, rope_core
 from weights_conversion.configs.megatron_args import NAMES, SILENT
+from weights_conversion.engine import rounding
 from weights_conversion.engine.job import DTYPES, Job, RunOptions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
@@ -24,9 +25,9 @@ from weights_conversion.formats.hf_format import HuggingFaceFormat
 from weights_conversion.hub import repositories as hub
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located, main_dtype
-from weights_conversion.mapping.dialects import HF, MEGATRON_CORE
+from weights_conversion.mapping.dialects import MEGATRON_CORE
 from weights_conversion.output import place
-from weights_conversion.sources import described, sums
+from weights_conversion.sources import described, hf_form, sums
 from weights_conversion.sources.checkpoint import (
     OpenedCheckpoint,
     megatron_root,
@@ -40,6 +41,7 @@ from weights_conversion.sources.megatron_adapters import chosen, locate_merged
 from weights_conversion.sources.reference import (
     Reference,
     Stated,
+    around,
     beside,
     disagreements,
     open_reference,
@@ -149,15 +151,20 @@ def _read(options: ExportOptions) -> _Read:
 def _plan(options: ExportOptions, source: _Read) -> Job:
     opened, config = source.opened, source.opened.config
     dtype = DTYPES.get(options.dtype) or opened.files.trained_dtype
-    packed = bool((opened.manifest or {}).get("packed_experts"))
-    output = HuggingFaceFormat(options.num_output_shards, packed).plan(
+    form = hf_form.form_of(config, opened.manifest, source.said.config, source.reference)
+    written = HuggingFaceFormat(options.num_output_shards, form.packed, form.own_types, form.others)
+    output = written.plan(
         Content(
-            FAMILIES[config.family], config, source.located, opened.files.dialect, HF, config.vocab_size, dtype
+            FAMILIES[config.family], config, source.located, opened.files.dialect, form.dialect, config.vocab_size,
+            dtype,
         )
     )  # fmt: skip
     stored = main_dtype([placed for group in source.located.values() for placed in group])
     report = _report(options, source, stored, dtype)
     files, changed = _configs(source, dtype or stored)
+    files |= {path.name: path for path in form.files}
+    report.notes += [*form.notes, *rounding.told(output.plan)]
+    report.warnings += form.warnings
     report.notes += [*changed, f"values     {described.values(config, opened.origins)}"]
     files |= output.files
     prove = proof(
@@ -173,7 +180,7 @@ def _plan(options: ExportOptions, source: _Read) -> Job:
 def _report(options: ExportOptions, source: _Read, stored: torch.dtype, dtype: torch.dtype | None) -> Report:
     opened, reference, tokenizer = source.opened, source.reference, source.tokenizer
     report = Report(notes=list(source.notes), warnings=list(source.warnings))
-    report.warnings += hf_config.written_warnings(opened.config)
+    report.warnings += hf_write.written_warnings(opened.config)
     report.reads(opened.root, f"{opened.config.family}, {described.of_megatron(opened.root, opened.files)}", stored)
     if options.weights == "master":
         report.notes.append("weights    the optimizer's float32 weights (--weights master), not the model's own")
@@ -191,7 +198,9 @@ def _configs(source: _Read, dtype: torch.dtype) -> tuple[dict[str, bytes | Path]
     """config.json, generation_config.json and the tokenizer's files; and how the first differs from the source's."""
     files: dict[str, bytes | Path] = {}
     said, generation, tokenizer = source.said, dict(source.said.generation), source.tokenizer
-    config = hf_config.write_config(source.opened.config, said.config, str(dtype).removeprefix("torch."))
+    config = hf_write.write_config(source.opened.config, said.config, str(dtype).removeprefix("torch."))
+    if not said.config and hf_write.is_wrapped(source.opened.config.family, {}):
+        config |= hf_outer.stated(source.opened.files.args)
     if tokenizer is not None:
         exported.set_token_ids(
             config, generation, tokenizer.token_ids, tokenizer.config_overrides, has_base=bool(said.config)
@@ -222,12 +231,14 @@ def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
         return open_checkpoint(
             options.input_dir, options.model, load_iters=options.load_iters, true_vocab_size=options.true_vocab_size,
             flags=fields, weights=options.weights, reference_rows=rows, mtp=options.mtp,
-            model_type=reference.config.get("model_type") if reference else None,
+            model_type=hf_outer.model_type(reference.config) if reference else None,
         )  # fmt: skip
 
     found = opened(options.fields)
     if reference is None and (place := beside(found.files.folder)) is not None:
         reference = open_reference(str(place), None)
+    if reference is None and found.manifest is None:
+        reference = around(found.files.args, found.root, found.config)
     if reference is None:
         return found, None
     model = reference.model(found.config.family)

@@ -14,6 +14,7 @@ from weights_conversion.architectures import FAMILIES, latent
 from weights_conversion.config import ModelConfig
 from weights_conversion.configs import core_args, manifest, model_size, moe_layers, training_lines
 from weights_conversion.configs.training_lines import Shape
+from weights_conversion.engine import rounding
 from weights_conversion.engine.job import DTYPES, Job
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.run import run
@@ -31,9 +32,8 @@ from weights_conversion.layouts.placement import Located, main_dtype
 from weights_conversion.layouts.vocabulary import DIVISIBLE_BY, Vocabulary, to_write
 from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
 from weights_conversion.mapping.parameters import is_buffer
-from weights_conversion.sources import sums
+from weights_conversion.sources import hf_form, sums
 from weights_conversion.sources.locate import check_floating
-from weights_conversion.sources.locate_hf import packs_experts
 from weights_conversion.sources.opening import Opened, adapter_folder, open_source
 from weights_conversion.tokenizer.carried import carried, told
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
@@ -122,12 +122,14 @@ def _plan(options: ImportOptions, wanted: Wanted, opened: Opened, located: Locat
     form = checked(wanted.form, config)
     args |= stated(form, config, shape.parallel)
     architecture = FAMILIES[options.model]
-    output = _format(shape, form, dtype or stored).plan(
+    output = _format(config, shape, form, dtype or stored).plan(
         Content(
             latent.fused(architecture) if shape.fused else architecture, config, located, opened.dialect, dialect,
             shape.vocabulary, dtype, options.new_rows, args,
         )
     )  # fmt: skip
+    if wanted.headers is None or not opened.folder.is_relative_to(wanted.headers):
+        report.notes += rounding.told(output.plan)
     _say_training(report, config, shape, dtype or stored, wanted.out, set(files))
     if form != Form():
         report.training_flags, further = training(form, report.training_flags, wanted.out, config)
@@ -141,8 +143,8 @@ def _plan(options: ImportOptions, wanted: Wanted, opened: Opened, located: Locat
         config, true_vocab_size=rows.tokens if rows.known else None,
         repository=opened.repository, revision=opened.revision, source_config=opened.raw_config,
         generation_config=opened.generation_config, tokenizer=opened.tokenizer, assumed=opened.assumed,
-        packed_experts=opened.packed_experts
-        or packs_experts(FAMILIES[options.model], config, set(opened.tensors)),
+        hf_form=hf_form.stated(options.model, config, frozenset(opened.tensors), located, opened.dialect)
+        or (opened.hf_form or None),
     )  # fmt: skip
     prove = proof(
         opened.folder, options.model, workers=options.workers, allow_inconsistent=options.allow_inconsistent,
@@ -177,9 +179,10 @@ def _kept_args(opened: Opened, dialect: Dialect, names: set[str], report: Report
     return kept
 
 
-def _format(shape: Shape, form: Form, written: torch.dtype) -> RankFormat | DistFormat:
+def _format(config: ModelConfig, shape: Shape, form: Form, written: torch.dtype) -> RankFormat | DistFormat:
     if shape.ckpt_format == "torch_dist":
-        return DistFormat(form, moe_layers.is_stacked(shape.layer_freq), written, shape.divisible_by)
+        stacked = moe_layers.is_stacked(shape.layer_freq) and config.gated_delta is None
+        return DistFormat(form, stacked, written, shape.divisible_by)
     return RankFormat(shape.parallel, shape.grouped)
 
 

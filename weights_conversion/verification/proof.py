@@ -81,7 +81,7 @@ def _prove(
     result.notes += [f"checkpoint: {note}" for note in (*other_side.notes, *two.notes)]
     result.config_problems += [f"the checkpoint contradicts itself: {sentence}" for sentence in two.contradicted]
     for name, side in (("source", one), ("checkpoint", two)):
-        problems, unknown = misread(side.path, side.config) if side.dialect is HF else ([], [])
+        problems, unknown = misread(side.path, side.config) if side.dialect.name == HF.name else ([], [])
         result.config_problems += [f"{name}: {sentence}" for sentence in problems]
         result.notes += [f"{name}: {sentence}" for sentence in unknown]
     if same_shapes(ours.config, theirs.config):

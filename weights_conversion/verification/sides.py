@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.config import Mamba, Mla, ModelConfig, Moe, RopeScaling
+from weights_conversion.config import PARTS, ModelConfig, RopeScaling
 from weights_conversion.configs import (
     core_args,
+    features,
     hf_config,
+    hf_outer,
     hf_parts,
     manifest,
     megatron_args,
@@ -27,7 +29,7 @@ from weights_conversion.files import fileio
 from weights_conversion.formats import huggingface, meta
 from weights_conversion.formats.iterations import MODEL_FILES
 from weights_conversion.layouts.placement import Key, Placed, main_dtype
-from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, MEGATRON_LLM, META, Dialect
+from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, META, Dialect
 from weights_conversion.mapping.parameters import Instance
 from weights_conversion.sources import further, peft, quantised
 from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
@@ -35,6 +37,7 @@ from weights_conversion.sources.detect import Kind, detect
 from weights_conversion.sources.families import decide_family, read_features
 from weights_conversion.sources.locate_hf import in_huggingface
 from weights_conversion.sources.megatron_adapters import locate_merged
+from weights_conversion.sources.text_part import text_part
 from weights_conversion.verification import dequantised
 
 # Fields that decide the shapes: models that differ here have no tensors in common.
@@ -46,12 +49,8 @@ SHAPE_FIELDS = (
     "num_query_groups",
     "head_dim",
     "num_layernorms",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "mla",
-    "mtp_num_layers",
-    "hybrid_layer_pattern",
-    "mamba",
+    *("mla", "gated_delta", "mtp_num_layers", "hybrid_layer_pattern", "mamba"),
+    *features.SWITCHES,
 )
 NUMBER_FIELDS = (
     "layernorm_epsilon",
@@ -79,7 +78,7 @@ def shown(value: object, other: object = None) -> str:
     `other`."""
     if parts.differing(value, other):
         return parts.shown("", value, other)
-    if isinstance(value, (RopeScaling, Moe, Mla, Mamba)):
+    if isinstance(value, (RopeScaling, *PARTS.values())):
         return ", ".join(f"{name} {part}" for name, part in vars(value).items() if part is not None)
     return str(value)
 
@@ -129,7 +128,7 @@ def family_of(path: Path, load_iters: int | str | None) -> tuple[str | None, str
     path, load_iters = here.root, here.iteration
     if here.kind is Kind.HUGGINGFACE:
         raw = fileio.read_json(path / "config.json")
-        kind = raw.get("model_type")
+        kind = hf_outer.model_type(raw)
         known = [name for name, family in FAMILIES.items() if kind in family.model_types]
         if len(known) == 1:
             return known[0], known[0]
@@ -149,12 +148,11 @@ def family_of(path: Path, load_iters: int | str | None) -> tuple[str | None, str
         return family, family
     candidates = decide_family({}, read_features(files.args, files.names, files.vocabulary))
     if candidates and set(candidates).isdisjoint(_LLAMAS):  # its tensors or its window say so
-        return candidates[0], candidates[0]
+        return candidates[0] if len(candidates) == 1 else None, candidates[0]
     return None, _llama(files.args.get("rope_theta"), files.args.get("layernorm_epsilon"))
 
 
-_LLAMAS = ("codellama", "llama", "llama2")
-_USUAL = "llama2"  # where no number says more
+_LLAMAS, _USUAL = ("codellama", "llama", "llama2"), "llama2"  # the last where no number says more
 
 
 def _llama(theta: object, eps: object) -> str:
@@ -213,9 +211,10 @@ def _open(
         tensors = dequantised.again(stored, read.tensors, raw)
         if adapter is not None:
             tensors = peft.merged(tensors, peft.open_adapter(adapter))
-        config, _ = hf_parts.with_further_layers(hf_config.class_of(family), config, tensors)
+        part = text_part(family, tensors)
+        config, _ = hf_parts.with_further_layers(hf_config.class_of(family), config, part.tensors)
         # An absent key is stated: transformers has a default.
-        return _apart(path, HF, config, tensors, frozenset(), (*left, *read.notes))
+        return _apart(path, part.dialect, config, part.tensors, frozenset(), (*left, *read.notes))
     if here.kind is Kind.META:
         tensors, raw = meta.read_meta(path), meta.read_params(path)
         assumed = {"max_position_embeddings", *(() if raw.get("rope_theta") else ("rope_theta",))}

@@ -222,7 +222,7 @@ def _stored(model: Model, source: Source, order: Sequence[int] | None, only: str
         return RankReader(files, model.config, source, tuple(order), only, halves)
     if files is not None:
         return dist_weights(files.folder, model.config.num_layers, model.weights, model.config)
-    if model.dialect is HF:
+    if model.dialect.name == HF.name:
         return huggingface_weights(model.path)
     placed: dict[str, Placed] = {}
     vectors = set()

@@ -5,101 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from weights_conversion.config.parts import PARTS, GatedDelta, Mamba, Mla, Moe, Rope, RopeScaling
+
+__all__ = ["PARTS", "GatedDelta", "Mamba", "Mla", "ModelConfig", "Moe", "Parallelism", "Rope", "RopeScaling"]
+
 MAMBA_KERNEL = 4  # tokens that a state-space layer's convolution sees: a constant of Megatron-Core's (mamba_mixer.py)
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Rope scaling of kind "llama3" or "yarn", by transformers' names and defaults (modeling_rope_utils.py).
-
-    `attention_factor` None: yarn's own, 0.1 ln(factor) + 1.
-    """
-
-    kind: str
-    factor: float
-    original_max_position_embeddings: int
-    low_freq_factor: float = 1.0  # llama3's two
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None  # yarn's four
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    mscale: float | None = None  # DeepSeek's two, which scale the softmax
-    mscale_all_dim: float | None = None
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Everything that decides the angles of a rotary embedding: `kind` is default, linear, llama3 or yarn."""
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-
-
-@dataclass(frozen=True)
-class Moe:
-    """Experts and their router, in Megatron-Core's words (moe_ffn_hidden_size is `ffn_hidden_size` here).
-
-    `layers` says of each layer whether it has experts (else: a dense MLP of ModelConfig.ffn_hidden_size).
-    `biased`: router and experts have biases, as the output projection of attention then has. `clamp` bounds the gate
-    from above and the up projection on both sides.
-    `pre_softmax`: scores are made of all logits and not renormalised after top-k (Hugging Face's norm_topk_prob
-    false). `scaling_factor` None: 1. Without groups `num_groups` and `group_topk` are None. `shared_ffn_hidden_size`
-    is that of all shared experts together, 0 without any; `shared_gate`: a sigmoid of one row scales them.
-    `latent_size`: the experts work on projections of so many rows; None: on the hidden states themselves.
-    """
-
-    num_experts: int
-    ffn_hidden_size: int
-    topk: int
-    layers: tuple[bool, ...]
-    pre_softmax: bool = False
-    score_function: str = "softmax"
-    scaling_factor: float | None = None
-    expert_bias: bool = False
-    num_groups: int | None = None
-    group_topk: int | None = None
-    shared_ffn_hidden_size: int = 0
-    shared_gate: bool = False
-    biased: bool = False
-    clamp: float | None = None
-    latent_size: int | None = None
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether every layer has experts: then one integer says it, and torch_dist stacks the layers."""
-        return all(self.layers)
-
-
-@dataclass(frozen=True)
-class Mla:
-    """Multi-head latent attention, sizes in Megatron-Core's words. `q_lora_rank` None: q is projected at once."""
-
-    kv_lora_rank: int
-    qk_head_dim: int  # of a head, without rope (qk_nope_head_dim)
-    qk_pos_emb_head_dim: int  # of a head, with rope (qk_rope_head_dim)
-    v_head_dim: int
-    q_lora_rank: int | None = None
-
-
-@dataclass(frozen=True)
-class Mamba:
-    """State-space layers (Mamba 2), sizes in Megatron-Core's words: the heads of a group share B and C."""
-
-    state_dim: int
-    head_dim: int
-    num_groups: int
-    num_heads: int
 
 
 @dataclass(frozen=True)
@@ -138,6 +48,9 @@ class ModelConfig:
     # Where each layer is one sub-block, its symbol: M state space, * attention, - MLP, E experts
     hybrid_layer_pattern: str | None = None
     mamba: Mamba | None = None
+    gated_delta: GatedDelta | None = None
+    attention_output_gate: bool = False  # a sigmoid of a gate for each row of each query head, made as queries are
+    layernorm_zero_centered_gamma: bool = False  # what norms scale by is stored minus one
 
     @property
     def rope(self) -> Rope:
@@ -155,10 +68,16 @@ class ModelConfig:
         """What architecture rows may need of a layer; most is true of every layer."""
         if self.hybrid_layer_pattern is not None:
             return self._sub_blocks[self.hybrid_layer_pattern[layer]]
-        return self._features[0 if self.moe is None else 1 + self.moe.layers[layer]]
+        linear = self.gated_delta is not None and self.gated_delta.layers[layer]
+        attention = "gated_delta" if linear else "full_attention"
+        return self._features[attention][0 if self.moe is None else 1 + self.moe.layers[layer]]
 
     @cached_property
-    def _features(self) -> tuple[frozenset[str], ...]:
+    def _features(self) -> dict[str, tuple[frozenset[str], ...]]:
+        return {kind: tuple(part | {kind} for part in self._mlps) for kind in ("full_attention", "gated_delta")}
+
+    @cached_property
+    def _mlps(self) -> tuple[frozenset[str], ...]:
         """Of a layer of a model without experts; and of a dense layer and one of experts in a model with them."""
         stated = {
             "untied": not self.tie_word_embeddings,
@@ -192,7 +111,7 @@ class ModelConfig:
     @cached_property
     def _sub_blocks(self) -> dict[str, frozenset[str]]:
         """Of a layer that is one sub-block, by its symbol."""
-        there = self._features[0] - {"attention", "dense"} | {"sub_blocks"}
+        there = self._mlps[0] - {"attention", "dense"} | {"sub_blocks"}
         kinds = {"M": {"mamba"}, "*": {"attention"}, "-": {"dense"}, "E": self._of_experts()}
         return {symbol: there | features for symbol, features in kinds.items()}
 
@@ -212,7 +131,7 @@ class ModelConfig:
             "one": 1,
             "two_hidden": 2 * self.hidden_size,
         }
-        return sizes | self._expert_axes() | self._latent_axes() | self._mamba_axes()
+        return sizes | self._expert_axes() | self._latent_axes() | self._mamba_axes() | self._delta_axes()
 
     def _expert_axes(self) -> dict[str, int]:
         if self.moe is None:
@@ -248,6 +167,20 @@ class ModelConfig:
             "mamba_inner": self.mamba.num_heads * self.mamba.head_dim,
             "mamba_states": self.mamba.num_groups * self.mamba.state_dim,
             "mamba_kernel": MAMBA_KERNEL,
+        }
+
+    def _delta_axes(self) -> dict[str, int]:
+        if self.gated_delta is None:
+            return {}
+        delta = self.gated_delta
+        return {
+            "gated_qkv": 2 * (self.num_attention_heads + self.num_query_groups) * self.head_dim,
+            "delta_key": delta.num_key_heads * delta.key_head_dim,
+            "delta_value": delta.num_value_heads * delta.value_head_dim,
+            "delta_key_heads": delta.num_key_heads,
+            "delta_value_heads": delta.num_value_heads,
+            "delta_value_dim": delta.value_head_dim,
+            "delta_kernel": delta.conv_kernel_dim,
         }
 
 
