@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import contenders, raw, report, slow
+from benchmarks import contenders, raw, report, simulate, slow
 from benchmarks.shapes import SHAPES
 
 
@@ -66,3 +66,21 @@ def test_a_slower_disk(tmp_path: Path) -> None:
         began = time.monotonic()
         subprocess.run([sys.executable, "-c", code], env=library.environment(asked), check=True)
         assert time.monotonic() - began > least
+
+
+def test_simulated_conversions_take_what_their_slowest_part_takes() -> None:
+    """One thread: its own calls one after the other. Many ranks: the servers' rate, or one server's."""
+    gigabyte = 10**9
+    model = simulate.Model("m", 4 * gigabyte, 4 * gigabyte, 4, 4)
+    node = simulate.Node(threads=1)
+    fast = simulate.Filesystem("fast", 100, 1000 * gigabyte, latency=0.0)
+    alone = 4 * gigabyte * (2 / node.stream + 1 / node.arithmetic)
+    assert simulate.convert(model, fast, node, 1) == pytest.approx(alone, rel=0.1)
+    slow_one = simulate.Filesystem("slow", 4, gigabyte, latency=0.0)
+    assert simulate.convert(model, slow_one, node, 16) == pytest.approx(8 / 4, rel=0.1)
+    narrow = simulate.Filesystem("narrow", 1, gigabyte, latency=0.0)
+    assert simulate.convert(model, narrow, node, 16) == pytest.approx(8, rel=0.1)
+
+
+def test_where_ranks_stop_helping() -> None:
+    assert simulate.stops_helping({1: 100, 2: 50, 4: 46, 8: 60}) == 2
