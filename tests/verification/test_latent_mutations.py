@@ -206,7 +206,13 @@ def next_block_down(patch: pytest.MonkeyPatch) -> None:
 def test_scales_off_by_one(
     mutate: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, to_megatron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"hidden_size": 40, "intermediate_size": 44, "kv_lora_rank": 16, "q_lora_rank": 20, "num_hidden_layers": 2}
+    small: dict[str, Any] = {
+        "hidden_size": 40,
+        "intermediate_size": 44,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 20,
+        "num_hidden_layers": 2,
+    }
     config = {**lm.FP8, "weight_block_size": [16, 16]}
     folder = lm.write_fp8(lm.write(tmp_path / "hf", **small), tmp_path / "fp8", (16, 16), config=config)
     mutate(monkeypatch)

@@ -251,11 +251,12 @@ class Architecture:
 
     def copies(self, instance: Instance, config: ModelConfig) -> tuple[str, ...]:
         """HF names of the copies of a tensor that prediction layers have, or a tied head."""
-        template = self.mtp_copies.get(instance.row.megatron)
+        tied = config.tie_word_embeddings and instance.row.role is Role.EMBEDDING  # it is the head too
+        rows = [instance.row, *(row for row in self.rows if tied and row.role is Role.HEAD)]
         numbers = range(config.num_layers, config.num_layers + config.mtp_num_layers)
-        tied = self.writes_tied_head and config.tie_word_embeddings and instance.row.role is Role.EMBEDDING
-        copies = () if template is None else tuple(named(template, (number,)) for number in numbers)
-        return (*copies, self.tied_head) if tied and self.tied_head is not None else copies
+        templates = [self.mtp_copies[row.megatron] for row in rows if row.megatron in self.mtp_copies]
+        copies = tuple(named(template, (number,)) for template in templates for number in numbers)
+        return (*copies, self.tied_head) if tied and self.writes_tied_head and self.tied_head is not None else copies
 
 
 def _at_layer(
