@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "configs"))
@@ -135,3 +135,28 @@ def test_all_experts_of_a_rank_in_one(layout: tuple, to_megatron, to_hf, tmp_pat
         torch.save(content, path)
     found, expected = exported(root, tmp_path / "out", to_hf), load_file(hf / "model.safetensors")
     assert all(torch.equal(found[name][: len(tensor)], tensor) for name, tensor in expected.items())
+
+
+def test_the_type_of_the_routers_scores(to_megatron, tmp_path: Path) -> None:
+    """float32 unless a run says otherwise; no part of the model, and not restored by --use-checkpoint-args."""
+    hf, first, again = source("qwen3-moe", tmp_path / "hf"), tmp_path / "first", tmp_path / "again"
+    told = to_megatron("qwen3-moe", "--model-path", hf, "--out", first).succeeded().text
+    assert "--moe-router-dtype fp32" in told
+    path = first / "release" / "common.pt"
+    for value, flag in (("fp64", "--moe-router-dtype fp64"), (None, "")):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            common = torch.load(path, weights_only=True)
+        common["args"].moe_router_dtype = value
+        torch.save(common, path)
+        options = ("--target", "megatron-core", "--ckpt-format", "torch", "--overwrite")
+        told = to_megatron("qwen3-moe", "--model-path", first, "--out", again, *options).succeeded().text
+        assert flag in told
+        assert ("--moe-router-dtype" in told) is bool(flag)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            written = torch.load(again / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=True)
+        assert written["args"].moe_router_dtype == value
+    found = run("verify", first, again)
+    assert "moe_router_dtype" not in found.succeeded().text
+    to_megatron("qwen3-moe", "--model-path", hf, "--out", tmp_path / "other").succeeded()
+    text = run("verify", first, tmp_path / "other").succeeded().text
+    assert "moe_router_dtype is None in the source and fp32 in the checkpoint" in text

@@ -129,8 +129,11 @@ def _window(config: ModelConfig) -> tuple[int, int] | None:
     return None if config.sliding_window is None else (config.sliding_window - 1, 0)
 
 
-def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
-    """What --use-checkpoint-args does not restore, or not in every release (the rotary base)."""
+def training_flags(config: ModelConfig, dtype: torch.dtype, router: str | None = "fp32") -> list[str]:
+    """What --use-checkpoint-args does not restore, or not in every release (the rotary base).
+
+    `router`: the type of its scores, as moe.router_dtype has it.
+    """
     flags = [f"--norm-epsilon {config.layernorm_epsilon}"]
     if FAMILIES[config.family].rotary:
         flags.append(f"--rotary-base {_whole(config.rope_theta)}")
@@ -140,7 +143,7 @@ def training_flags(config: ModelConfig, dtype: torch.dtype) -> list[str]:
     if config.rotary_percent != 1.0:
         flags.append(f"--rotary-percent {config.rotary_percent:g}")  # restored, not by every release
     flags += [*gated_delta.core_flags(config), *mla.core_flags(config), *rope_core.core_flags(config)]
-    flags += moe.core_flags(config)
+    flags += moe.core_flags(config, router)
     if config.attention_output_gate:
         flags.append("--attention-output-gate")
     if config.layernorm_zero_centered_gamma:

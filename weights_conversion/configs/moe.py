@@ -158,6 +158,9 @@ ARGS = {
 READ = frozenset({*ARGS.values(), "num_moe_experts"})
 
 
+ROUTER_DTYPE = "moe_router_dtype"
+
+
 def read_core(args: Mapping[str, Any]) -> Moe | list[str] | None:
     """The experts that Megatron-Core's args (or Megatron-Bridge's) state; None: it has none; or what is wrong."""
     experts = args.get("num_experts") or args.get("num_moe_experts")
@@ -226,6 +229,7 @@ def write_core(config: ModelConfig, layer_freq: int | list[int] | None = None) -
         **{name: getattr(moe, field) for field, name in ARGS.items()},
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
         "moe_layer_freq": moe_layers.core_layer_freq(config, layer_freq),
+        ROUTER_DTYPE: "fp32",
         "moe_grouped_gemm": True,
     }
 
@@ -237,12 +241,21 @@ def shown_by(moe: Moe, names: Iterable[str]) -> dict[str, bool]:
     return found | ({} if moe.shared_ffn_hidden_size else {"shared_gate": False})
 
 
-def core_flags(config: ModelConfig) -> list[str]:
-    """Flags of Megatron-LM that --use-checkpoint-args does not restore (the score function and more: since 0.16)."""
+def router_dtype(args: Mapping[str, Any]) -> str | None:
+    """The type in which a run computes its router's scores; None: in the model's. Where nothing states one: float32."""
+    stated = args.get(ROUTER_DTYPE, "fp32")
+    return stated if stated in ("fp32", "fp64", None) else "fp32"
+
+
+def core_flags(config: ModelConfig, router: str | None = "fp32") -> list[str]:
+    """Flags of Megatron-LM that --use-checkpoint-args does not restore (the score function and more: since 0.16).
+
+    `router` is as router_dtype has it.
+    """
     moe = config.moe
     if moe is None:
         return []
-    flags = ["--moe-router-dtype fp32"]
+    flags = [] if router is None else [f"--moe-router-dtype {router}"]
     if moe.num_groups is not None:
         flags.append(f"--moe-router-num-groups {moe.num_groups} --moe-router-group-topk {moe.group_topk}")
     if moe.shared_gate:

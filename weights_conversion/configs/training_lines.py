@@ -21,6 +21,7 @@ class Shape:
     """How an import is laid out: `vocabulary` rows, a multiple of `divisible_by` x TP where padding was asked for.
 
     Of a model with experts: `layer_freq` is moe_layer_freq, and `grouped` says that experts are for TEGroupedMLP.
+    `router` is the type in which scores of experts are computed, None: the model's.
     Of latent attention: `fused` says that its down projections are one module (--mla-down-proj-fusion).
     """
 
@@ -32,6 +33,7 @@ class Shape:
     layer_freq: int | list[int] = 1
     grouped: bool = False
     fused: bool = False
+    router: str | None = "fp32"
 
 
 def layer_freq(config: ModelConfig, dialect: Dialect, expression: str | None, grouped: bool) -> int | list[int]:
@@ -101,7 +103,7 @@ def training_flags(config: ModelConfig, shape: Shape, out: Path, dtype: torch.dt
     if shape.parallel.experts_tensor != shape.parallel.tensor:  # which it does not restore
         sizes.append(f"--expert-tensor-parallel-size {shape.parallel.experts_tensor}")
     sizes += ["--mla-down-proj-fusion"] if shape.fused else []
-    return [form, *sizes, *core_args.training_flags(config, dtype)]
+    return [form, *sizes, *core_args.training_flags(config, dtype, shape.router)]
 
 
 def tokenizer_flags(names: Collection[str], dialect: Dialect, out: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import generation, hf_config, hf_parts, megatron_args, meta_params, secrets
+from weights_conversion.configs import generation, hf_config, hf_parts, megatron_args, meta_params, moe, secrets
 from weights_conversion.errors import ConversionError
 from weights_conversion.errors.text import short
 from weights_conversion.files import fileio
@@ -250,6 +250,8 @@ def open_megatron(
     )
     if opened.files.dialect is target and not reset and "seq_length" in args:
         kept["seq_length"] = args["seq_length"]
+    if opened.files.dialect is target and opened.config.moe is not None and moe.ROUTER_DTYPE in args:
+        kept[moe.ROUTER_DTYPE] = moe.router_dtype(args)
     assumed = tuple(sorted(name for name, origin in opened.origins.items() if reset and origin == "family"))
     return Opened(
         root, opened.files.dialect, opened.config,

@@ -12,7 +12,7 @@ import torch
 
 from weights_conversion.architectures import FAMILIES, latent
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import core_args, manifest, model_size, moe_layers, training_lines
+from weights_conversion.configs import core_args, manifest, model_size, moe, moe_layers, training_lines
 from weights_conversion.configs.training_lines import Shape
 from weights_conversion.engine import rounding
 from weights_conversion.engine.job import DTYPES, Job
@@ -104,7 +104,7 @@ def _shape(options: ImportOptions, wanted: Wanted, opened: Opened) -> tuple[Shap
     problems.raise_all()
     shape = Shape(
         parallel, dialect, wanted.ckpt_format, vocabulary, options.divisible_by or DIVISIBLE_BY, freq,
-        options.moe_grouped_gemm, options.mla_down_proj_fusion,
+        options.moe_grouped_gemm, options.mla_down_proj_fusion, moe.router_dtype(opened.kept_args),
     )  # fmt: skip
     return shape, rows
 

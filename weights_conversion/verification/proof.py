@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from weights_conversion.configs import moe
 from weights_conversion.files.fileio import MAX_INDEX_BYTES, is_there, read_whole, sha256
 from weights_conversion.files.watch import Watch, watching
 from weights_conversion.formats import integrity
@@ -77,6 +78,7 @@ def _prove(
     ours, theirs = adopt_assumed(one, two), adopt_assumed(two, one)
     result = Verification(family, ours, theirs, ())
     _compare_configs(result, one, two)
+    result.notes += _router_types(one, two)
     result.notes += [f"source: {note}" for note in (*one_side.notes, *one.contradicted, *one.notes)]
     result.notes += [f"checkpoint: {note}" for note in (*other_side.notes, *two.notes)]
     result.config_problems += [f"the checkpoint contradicts itself: {sentence}" for sentence in two.contradicted]
@@ -91,6 +93,18 @@ def _prove(
     if stated is not None:
         result.checksums = [*(result.checksums or []), *stated]
     return result
+
+
+def _router_types(one: Model, two: Model) -> list[str]:
+    """A note on routers that two runs compute in different types, which a Hugging Face side does not state."""
+    stated = [model.files.args for model in (one, two) if model.files is not None and model.config.moe is not None]
+    found = [args[moe.ROUTER_DTYPE] for args in stated if moe.ROUTER_DTYPE in args]
+    if len(found) < 2 or found[0] == found[1]:
+        return []
+    return [
+        f"moe_router_dtype is {found[0]} in the source and {found[1]} in the checkpoint: scores of experts are rounded "
+        "otherwise, so that a token between two experts may get another one; --moe-router-dtype of a run decides"
+    ]
 
 
 def _compare_weights(result: Verification, workers: int, exact_only: bool, allow_inconsistent: bool) -> None:
