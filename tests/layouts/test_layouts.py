@@ -23,14 +23,14 @@ CUTS = [("llama2-gqa", 2, 2, 1), ("llama2-gqa", 4, 2, 2), ("falcon-180b", 4, 4, 
 @contextlib.contextmanager
 def chunks_of(limit: int | None) -> Iterator[None]:
     """Makes the converter work in pieces of `limit` bytes, so that a tiny tensor takes as many steps as a large one."""
-    from weights_conversion.engine import execute
+    from weights_conversion.engine import copies
     from weights_conversion.layouts import plan
 
     with pytest.MonkeyPatch.context() as patch:
         if limit is not None:
             patch.setattr(plan.Plan.chunks, "__defaults__", (limit,))
             patch.setattr(plan, "CHUNK_BYTES", limit)
-            patch.setattr(execute, "CHUNK_BYTES", limit)
+            patch.setattr(copies, "CHUNK_BYTES", limit)
         yield
 
 
