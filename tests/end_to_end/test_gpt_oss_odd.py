@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from golden_core import read_torch_dist
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ABSENT = object()
@@ -173,6 +174,48 @@ def test_layouts_from_layouts(hf: Path, megatron: Path, to_megatron, to_hf, tmp_
     to_hf("--input_dir", here, "--output_dir", tmp_path / "out", "--no_tokenizer", "--verify",
           "--num_output_shards", 3).succeeded()  # fmt: skip
     assert same(tmp_path / "out", hf)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"tie_word_embeddings": True}, EACH),
+        ({"num_local_experts": 3, "hidden_size": 36, "head_dim": 10, "intermediate_size": 7, "num_hidden_layers": 3}, []),
+        ({"num_local_experts": 2}, ["--ckpt-format", "torch", "--tensor-model-parallel-size", 4,
+                                    "--expert-tensor-parallel-size", 1, "--moe-grouped-gemm"]),
+    ],
+    ids=["tied, in ranks", "odd sizes", "two experts, more ranks than groups"],
+)  # fmt: skip
+def test_other_sizes(sizes: dict[str, Any], options: list[Any], to_megatron, to_hf, tmp_path: Path) -> None:
+    source = oss.write(tmp_path / "hf", oss.model(**sizes))
+    to_megatron("gpt-oss", "--model-path", source, "--out", tmp_path / "mt", "--verify", *options).succeeded()
+    out = ("--output_dir", tmp_path / "out", "--no_tokenizer", "--verify")
+    to_hf("--input_dir", tmp_path / "mt", *out).succeeded()
+    assert same(tmp_path / "out", source)
+
+
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.router.bias"), "has no tensor model.layers.1.mlp.router.bias"),
+        (lambda t: t.pop(f"{EXPERTS}.down_proj_bias"), f"has no tensor {EXPERTS}.down_proj_bias"),
+        (lambda t: t.pop("model.layers.1.self_attn.sinks"), "has no tensor model.layers.1.self_attn.sinks"),
+        (lambda t: t.update({f"{EXPERTS}.gate_up_proj": t[f"{EXPERTS}.gate_up_proj"].transpose(1, 2).contiguous()}),
+         "gate_up_proj has shape [4, 48, 32], but its config says [4, 32, 48]"),
+        (lambda t: t.update({f"{EXPERTS}.gate_up_proj_bias": torch.zeros(4, 47)}), "has shape [4, 47]"),
+        (lambda t: t.update({f"{EXPERTS}.more": torch.zeros(3)}), f"has a tensor {EXPERTS}.more"),
+    ],
+)  # fmt: skip
+def test_files_that_are_refused(change: Callable[[Any], Any], said: str, hf, to_megatron, tmp_path: Path) -> None:
+    shutil.copytree(hf, tmp_path / "hf")
+    tensors = load_file(hf / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    result = to_megatron("gpt-oss", "--model-path", tmp_path / "hf", "--out", tmp_path / "mt").refused(said)
+    assert result.err.count("model.layers.1.") == 1  # each once, however many experts there are
 
 
 def test_megatron_bridge(hf: Path, to_megatron, to_hf, tmp_path: Path) -> None:

@@ -26,12 +26,13 @@ from weights_conversion.verification.whole import huggingface_weights
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def test_every_byte_and_exponent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float8_e8m0fnu], ids=str)
+def test_every_byte_and_exponent(kind: torch.dtype, tmp_path: Path) -> None:
     """256 bytes times the exponents that bfloat16 can hold, 255 (which is none) left out."""
     bytes_ = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(255, 1, 1).flatten(0, 1)
     blocks = bytes_.view(1, 255, 16, 16)
     scales = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).repeat(1, 1, 16)
-    pair = {"m.experts.down_proj_blocks": blocks, "m.experts.down_proj_scales": scales.contiguous()}
+    pair = {"m.experts.down_proj_blocks": blocks, "m.experts.down_proj_scales": scales.contiguous().view(kind)}
     save_file(pair, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     wanted = convert_moe_packed_tensors(blocks, scales)[0]

@@ -118,13 +118,14 @@ class _Search:
         if name not in self.tensors:
             self.missing[name] = _missing(name, expected)
             return None
+        told = name in self.used  # of another expert
         self.used.add(name)
-        if self.tensors[name].deltas:
+        if self.tensors[name].deltas and not told:
             self.problems.append(f"an adapter is for {name}, which holds all experts of a layer: it cannot be merged")
         (block,) = self.tensors[name].copies[0]
         if block.ref.shape != expected:
-            shown = list(block.ref.shape)
-            self.wrong.append((name, f"{name} has shape {shown}, but its config says {list(expected)}"))
+            said = f"{name} has shape {list(block.ref.shape)}, but its config says {list(expected)}"
+            self.wrong += [] if told else [(name, said)]
             return None
         return slab(block.ref, instance.expert or 0, packed, shape)
 

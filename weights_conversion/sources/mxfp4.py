@@ -15,6 +15,7 @@ from weights_conversion.layouts.decoding import MXFP4_VALUES, Mxfp4
 from weights_conversion.layouts.placement import Placed, TensorRef, whole
 
 BLOCKS, SCALES = "_blocks", "_scales"
+_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)  # the same bytes
 
 
 @dataclass
@@ -30,7 +31,7 @@ def joined(tensors: Mapping[str, Placed], dtype: torch.dtype) -> Found:
     """`tensors` with each pair of blocks and scales as the values (experts, rows, columns) that they mean."""
     found = Found()
     for name, placed in tensors.items():
-        if name.endswith(SCALES) and placed.dtype == torch.uint8:
+        if name.endswith(SCALES) and placed.dtype in _EXPONENTS:
             if name.removesuffix(SCALES) + BLOCKS not in tensors:
                 found.problems.append((name, f"{name} has no {BLOCKS} beside it; download the folder again"))
         elif name.endswith(BLOCKS) and placed.dtype == torch.uint8:
@@ -52,7 +53,7 @@ def joined(tensors: Mapping[str, Placed], dtype: torch.dtype) -> Found:
 def _problem(name: str, blocks: TensorRef, scales: TensorRef | None) -> str | None:
     if scales is None:
         return f"{name} has no {SCALES} beside it; download the folder again"
-    if scales.dtype != torch.uint8:
+    if scales.dtype not in _EXPONENTS:
         return f"{scales.name} is stored as {scales.dtype}, where uint8 was expected: the exponents of its blocks"
     half = MXFP4_VALUES // 2
     if len(blocks.shape) != 4 or blocks.shape[-1] != half or 0 in blocks.shape:
@@ -66,6 +67,7 @@ def _computed(blocks: TensorRef, scales: TensorRef | None, dtype: torch.dtype) -
     assert scales is not None  # _problem has looked
     experts, height, groups, half = blocks.shape
     rows = experts * height
-    decoder = Mxfp4(replace(blocks, shape=(rows, groups * half)), replace(scales, shape=(rows, groups)))
+    exponents = replace(scales, shape=(rows, groups), dtype=torch.uint8)
+    decoder = Mxfp4(replace(blocks, shape=(rows, groups * half)), exponents)
     shape = (experts, height, groups * MXFP4_VALUES)
     return whole(replace(blocks, dtype=dtype, offset=-1, shape=shape, decoder=decoder))

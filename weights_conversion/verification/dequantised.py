@@ -119,7 +119,8 @@ def small_values(values: Tensor, scales: Tensor, into: Tensor) -> Tensor:
     step = max(_STRIP // into.shape[1], 1)
     for start in range(0, len(values), step):
         part, here = values[start : start + step].int(), into[start : start + step]
-        powers = torch.exp2(scales[start : start + step].double() - 127).float().double()  # 2^128 is none of float32
+        exponents = scales[start : start + step].view(torch.uint8).double() - 127
+        powers = torch.exp2(exponents).float().double()  # 2^128 is none of float32
         powers = powers.repeat_interleave(16, dim=1)
         here[:, 0::2] = small_table()[part % 16] * powers
         here[:, 1::2] = small_table()[part // 16] * powers
@@ -141,7 +142,7 @@ class SmallAgain:
         return rows, rows
 
     def decode(self, rows: tuple[int, int], stored: Sequence[Tensor], into: Tensor) -> None:
-        small_values(*stored, into)
+        small_values(stored[0], stored[1], into)
 
 
 def again(stored: Mapping[str, Placed], found: Mapping[str, Placed], raw: Mapping[str, Any]) -> dict[str, Placed]:
