@@ -180,7 +180,8 @@ def test_layouts_from_layouts(hf: Path, megatron: Path, to_megatron, to_hf, tmp_
     ("sizes", "options"),
     [
         ({"tie_word_embeddings": True}, EACH),
-        ({"num_local_experts": 3, "hidden_size": 36, "head_dim": 10, "intermediate_size": 7, "num_hidden_layers": 3}, []),
+        ({"num_local_experts": 3, "hidden_size": 36, "head_dim": 10, "intermediate_size": 7, "num_hidden_layers": 3},
+         []),
         ({"num_local_experts": 2}, ["--ckpt-format", "torch", "--tensor-model-parallel-size", 4,
                                     "--expert-tensor-parallel-size", 1, "--moe-grouped-gemm"]),
     ],
