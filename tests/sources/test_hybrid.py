@@ -101,3 +101,101 @@ def test_what_is_refused(changes: Any, words: Any, to_hf, tmp_path: Path) -> Non
 def test_a_scaling_that_hybrid_models_ignore_is_warned_of(to_hf, tmp_path: Path) -> None:
     said = export(to_hf, with_args(tmp_path, use_rope_scaling=True), tmp_path).succeeded()
     assert "HybridModel ignores it" in said.text
+
+
+def made(family: str, folder: Path) -> tuple[Path, str]:
+    """(a tiny model whose layers have attention and the rest each, its pattern)."""
+    import transformers
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}  # fmt: skip
+    if family == "llama3":
+        config: Any = transformers.LlamaConfig(**sizes, rope_theta=5e5)
+        model: Any = transformers.LlamaForCausalLM(config)
+    else:
+        config = transformers.Qwen3MoeConfig(
+            **sizes, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0],
+            norm_topk_prob=True,
+        )  # fmt: skip
+        model = transformers.Qwen3MoeForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder, "*-*-*-" if family == "llama3" else "*-*E*E"
+
+
+CUTS = {
+    "even": ((), 2),
+    "within a layer": ((0, 1, 4), 2),
+    "in three": ((0, 3, 4), 3),
+    "virtual": ((0, 1, 3, 4), 2),
+    "uneven": ((0, 5), 2),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("family", ["llama3", "qwen3-moe"])
+def test_rank_files_are_written_and_read(family: str, cut: str, to_hf, to_megatron, tmp_path: Path) -> None:
+    """Stages are cut between sub-blocks, where the pattern says it: also within a layer."""
+    source, pattern = made(family, tmp_path / "hf")
+    at, stages = CUTS[cut]
+    if at:
+        pattern = "|".join(pattern[one:two] for one, two in zip(at, (*at[1:], 6), strict=True))
+    if (pattern.count("|") + 1) % stages:
+        stages = pattern.count("|") + 1
+    sizes = ["--ckpt-format", "torch", "--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", stages]
+    sizes += ["--expert-model-parallel-size", 2, "--moe-grouped-gemm"] if family == "qwen3-moe" else []
+    to_megatron(family, "--model-path", source, "--out", tmp_path / "m", "--target", "megatron-core", "--verify",
+                "--hybrid-layer-pattern", pattern, *sizes).succeeded()  # fmt: skip
+    contents = [unpickle(path) for path in sorted(root_of(tmp_path / "m").glob("mp_rank_*/model_optim_rng.pt"))]
+    args = vars(contents[0]["args"])
+    assert (args["hybrid_layer_pattern"], args["num_layers"], args["moe_layer_freq"]) == (pattern, 6, 1)
+    assert args["spec"] == ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
+    names = {name for each in contents for key, model in each.items() if key.startswith("model") for name in model}
+    assert "decoder.final_norm.weight" in names
+    assert "decoder.final_layernorm.weight" not in names
+    to_hf("--input_dir", tmp_path / "m", "--output_dir", tmp_path / "out", "--no_tokenizer", "--verify").succeeded()
+    found, wanted = tm.read_huggingface(tmp_path / "out"), tm.read_huggingface(source)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_local_numbers_of_a_stage(to_megatron, tmp_path: Path) -> None:
+    """By hand: the second stage begins with the first layer's MLP, its own layer 0."""
+    source, _ = made("llama3", tmp_path / "hf")
+    to_megatron("llama3", "--model-path", source, "--out", tmp_path / "m", "--ckpt-format", "torch",
+                "--hybrid-layer-pattern", "*|-*-*-", "--pipeline-model-parallel-size", 2).succeeded()  # fmt: skip
+    hf = tm.read_huggingface(source)
+    one, two = (unpickle(root_of(tmp_path / "m") / f"mp_rank_00_00{n}" / "model_optim_rng.pt")["model"] for n in (0, 1))
+    assert torch.equal(two["decoder.layers.0.mlp.linear_fc2.weight"], hf["model.layers.0.mlp.down_proj.weight"])
+    assert torch.equal(two["decoder.layers.1.self_attention.linear_proj.weight"],
+                       hf["model.layers.1.self_attn.o_proj.weight"])  # fmt: skip
+    assert {name.split(".")[2] for name in one if ".layers." in name} == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("*-|*-|*-", ("3 stages", "--pipeline-model-parallel-size 2")),
+        ("||*-*-*-", ("a stage without a layer",)),
+        ("*-*E*-", ("is not this model's", "*-*-*-")),
+        ("*-*-", ("is not this model's",)),
+    ],
+)
+def test_patterns_that_are_refused(pattern: str, words: Any, to_megatron, tmp_path: Path) -> None:
+    source, _ = made("llama3", tmp_path / "hf")
+    to_megatron("llama3", "--model-path", source, "--out", tmp_path / "m", "--ckpt-format", "torch",
+                "--hybrid-layer-pattern", pattern, "--pipeline-model-parallel-size", 2).refused(*words)  # fmt: skip
+    assert not (tmp_path / "m").exists()
+
+
+def test_experts_of_torch_dist(to_hf, to_megatron, tmp_path: Path) -> None:
+    source, pattern = made("qwen3-moe", tmp_path / "hf")
+    to_megatron("qwen3-moe", "--model-path", source, "--out", tmp_path / "m", "--hybrid-layer-pattern", pattern,
+                "--verify").succeeded()  # fmt: skip
+    tensors, args = read_torch_dist(tmp_path / "m")
+    assert args["moe_layer_freq"] == 1
+    assert tensors["decoder.layers.3.mlp.experts.experts.linear_fc1.weight"].shape == (4, 32, 32)
+    assert "decoder.layers.1.mlp.linear_fc1.weight" in tensors
+    to_hf("--input_dir", tmp_path / "m", "--output_dir", tmp_path / "out", "--no_tokenizer", "--verify").succeeded()
+    found, wanted = tm.read_huggingface(tmp_path / "out"), tm.read_huggingface(source)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

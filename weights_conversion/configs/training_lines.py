@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def training_flags(config: ModelConfig, shape: Shape, out: Path, dtype: torch.dt
         return [f"{load} --use_checkpoint_args", *flags]
     form = f"{load} --ckpt-format {shape.ckpt_format} --use-checkpoint-args --no-load-optim --no-load-rng"
     # Without it a run of other sizes cannot find its rank files, says so in one line, and trains from nothing.
-    sizes = ["--use-mp-args-from-checkpoint-args"] if shape.parallel != Parallelism() else []
+    sizes = ["--use-mp-args-from-checkpoint-args"] if replace(shape.parallel, hybrid=False) != Parallelism() else []
     if shape.parallel.experts_tensor != shape.parallel.tensor:  # which it does not restore
         sizes.append(f"--expert-tensor-parallel-size {shape.parallel.experts_tensor}")
     sizes += ["--mla-down-proj-fusion"] if shape.fused else []

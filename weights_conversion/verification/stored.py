@@ -133,12 +133,16 @@ class RankReader:
         if name.startswith("mtp."):  # the last stage has all prediction layers
             chunk, stage = chunks - 1, stages - 1
         elif match:
-            chunk, stage, local = self._dealt[int(match[2])]
+            layer = int(match[2])
+            if parallel.hybrid:  # attention and the rest of a layer are layers of their own
+                layer = 2 * layer + (not match[3].startswith((".self_attention.", ".input_layernorm.")))
+            chunk, stage, local = self._dealt[layer]
             name = f"{match[1]}{local}{match[3]}"
         elif "embedding.word_embeddings" in name:
             chunk, stage = 0, 0
         else:
             chunk, stage = chunks - 1, stages - 1
+            name = name.replace("decoder.final_layernorm.", "decoder.final_norm.") if parallel.hybrid else name
         key = f"model{chunk}" if chunks > 1 else "model"
         found = []
         holders, name = self._holders(name, stage)
