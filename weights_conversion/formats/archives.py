@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,9 +60,9 @@ class Window(io.RawIOBase):
 
 
 def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
-    """The records of a zip archive of `size` bytes: stored, named once, and none in another's bytes.
+    """The records of a zip archive of `size` bytes: `zipfile` reads them, and rules refuse what it lets pass.
 
-    Nothing is read, and no memory taken, on the word of a size that the file does not have.
+    That is what torch would read otherwise. No memory is taken on the word of a size that the file does not have.
     """
 
     def damaged(why: str) -> ConversionError:
@@ -69,44 +70,73 @@ def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
             f"{path} is not a complete torch.save file: {why}; it is cut off, damaged or still being copied"
         )
 
-    count, length, first = _end(file, size, damaged)
-    file.seek(first)
-    entries, position, found = file.read(length), 0, []
-    if len(entries) != length:
-        raise damaged("its directory is cut off")
-    for _ in range(count):
-        if entries[position : position + 4] != CENTRAL or position + 46 > length:
-            raise damaged("its directory is cut off")
-        fields = struct.unpack_from("<HH4xIIIHHHH", entries, position + 8)
-        flags, method, crc, stored, plain, name, extra, note, disk = fields
-        if stored == 0xFFFFFFFF or plain == 0xFFFFFFFF:
-            stored, plain = _sizes64(entries, position, name, extra, stored, plain)
-        header_at = _header_offset(entries, position, name, extra)
-        label = entries[position + 46 : position + 46 + name].decode("utf-8", "replace")
-        if label.endswith("/") and not plain:  # a folder's own entry, as zip makes them
-            position += 46 + name + extra + note
-            continue
-        if method or flags & 1 or stored != plain:
-            raise damaged(f"record {label} is compressed, which torch.save never does")
-        if disk:
-            raise damaged(f"record {label} claims to be in another of several files")
-        if entries[position + 38] & 0x10:  # torch would take it for empty, and leave the tensor uninitialised
-            raise damaged(f"record {label} is marked as a folder")
-        file.seek(min(header_at, size))
-        header = file.read(30)
-        if len(header) != 30 or header[:4] != LOCAL:
-            raise damaged(f"record {label} does not begin where the directory says")
-        local_name, local_extra = struct.unpack_from("<HH", header, 26)
-        found.append(Record(label, header_at + 30 + local_name + local_extra, plain, crc))
-        position += 46 + name + extra + note
+    count, _, first = _end(file, size, damaged)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if (archive.start_dir, len(entries)) != (first, count):
+                raise damaged("its two directories disagree")
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise damaged(f"its directory is cut off or damaged ({error})") from error
+    entries = [entry for entry in entries if not _is_folder(entry)]
+    for why, breaks in RULES.items():
+        if broken := next(filter(breaks, entries), None):
+            raise damaged(f"record {broken.orig_filename} {why}")
+    found = [
+        Record(entry.orig_filename, _data_at(file, size, entry, damaged), entry.file_size, entry.CRC)
+        for entry in entries
+    ]
     if len({record.name for record in found}) != len(found):
         raise damaged("it names a record twice")
+    _check_apart(found, first, damaged)
+    return found
+
+
+def _is_folder(entry: zipfile.ZipInfo) -> bool:
+    """A folder's own entry, as zip makes them; torch has none, and passes it over."""
+    return entry.orig_filename.endswith("/") and not entry.file_size
+
+
+def _is_compressed(entry: zipfile.ZipInfo) -> bool:
+    """Or encrypted, or of two sizes."""
+    return bool(entry.compress_type or entry.flag_bits & 1 or entry.compress_size != entry.file_size)
+
+
+def _is_elsewhere(entry: zipfile.ZipInfo) -> bool:
+    return bool(entry.volume)
+
+
+def _is_marked_as_folder(entry: zipfile.ZipInfo) -> bool:
+    """Which torch would take for empty, and leave the tensor uninitialised."""
+    return bool(entry.external_attr & 0x10)
+
+
+RULES: dict[str, Callable[[zipfile.ZipInfo], bool]] = {
+    "is compressed, which torch.save never does": _is_compressed,
+    "claims to be in another of several files": _is_elsewhere,
+    "is marked as a folder": _is_marked_as_folder,
+}
+
+
+def _data_at(
+    file: BinaryIO, size: int, entry: zipfile.ZipInfo, damaged: Callable[[str], ConversionError]
+) -> int:  # fmt: skip
+    """The first byte of a record's data, by the header in front of it."""
+    file.seek(min(entry.header_offset, size))
+    header = file.read(30)
+    if len(header) != 30 or header[:4] != LOCAL:
+        raise damaged(f"record {entry.orig_filename} does not begin where the directory says")
+    name, extra = struct.unpack_from("<HH", header, 26)
+    return entry.header_offset + 30 + name + extra
+
+
+def _check_apart(records: Sequence[Record], end: int, damaged: Callable[[str], ConversionError]) -> None:
+    """No record's data may reach into another's, or to the directory at `end`."""
     previous = 0
-    for record in sorted(found, key=lambda record: record.offset):
-        if record.offset < previous or record.offset + record.size > first:
+    for record in sorted(records, key=lambda record: record.offset):
+        if record.offset < previous or record.offset + record.size > end:
             raise damaged(f"record {record.name} reaches into others, or beyond the end")
         previous = record.offset + record.size
-    return found
 
 
 def _end(file: BinaryIO, size: int, damaged: Callable[[str], ConversionError]) -> tuple[int, int, int]:
@@ -177,17 +207,6 @@ def _header_offset(entries: bytes, position: int, name: int, extra: int) -> int:
     stored, plain = struct.unpack_from("<II", entries, position + 20)
     wide = _zip64(entries, position, name, extra)
     return struct.unpack_from("<Q", wide, 8 * ((stored == 0xFFFFFFFF) + (plain == 0xFFFFFFFF)))[0]
-
-
-def _sizes64(entries: bytes, position: int, name: int, extra: int, stored: int, plain: int) -> tuple[int, int]:
-    """(stored, plain) size of a record, each from the zip64 extra field where 32 bits do not hold it."""
-    wide, at = _zip64(entries, position, name, extra), 0
-    if plain == 0xFFFFFFFF:
-        (plain,) = struct.unpack_from("<Q", wide, at)
-        at += 8
-    if stored == 0xFFFFFFFF:
-        (stored,) = struct.unpack_from("<Q", wide, at)
-    return stored, plain
 
 
 def _zip64(entries: bytes, position: int, name: int, extra: int) -> bytes:

@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio
@@ -51,48 +51,51 @@ WEIGHT_FILES = (
 
 
 def read_safetensors(path: Path) -> dict[str, TensorRef]:
-    """The tensors of a safetensors file, from its header alone. A header that lies is refused."""
+    """The tensors of a safetensors file, from its header alone. A header that lies is refused, by safe_open."""
+    header, length = _header(path)
+    unknown = {name: entry.get("dtype") for name, entry in header.items() if isinstance(entry, dict)}
+    for name, dtype in unknown.items():
+        if isinstance(dtype, str) and dtype not in DTYPES:
+            raise ConversionError(
+                f"{name} in {path} is stored as {dtype}, which is a quantised or unknown type; "
+                "convert the unquantised checkpoint"
+            )
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror or error})") from error
+    return {
+        name: TensorRef(
+            str(path), name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+    }
 
-    def damaged(why: str) -> ConversionError:
-        return ConversionError(f"{path} is not a complete safetensors file: {why}; download or copy it again")
 
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header's JSON, in which safe_open does not say where data begin, and its bytes."""
     try:
         with fileio.open_file(path) as file, fileio.named("reading", path):
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise damaged(f"its header claims {length} bytes, the file has {size}")
+                raise _damaged(path, f"its header claims {length} bytes, the file has {size}")
             header = json.loads(file.read(length), object_pairs_hook=_once)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise damaged(f"its header is not JSON ({error})") from error
+        raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise damaged("its header is not a JSON object")
+        raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    refs, end = [], 8 + length
-    for name, entry in header.items():
-        try:
-            dtype, shape, (start, stop) = DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-                raise ValueError(entry)
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(f"its entry for {name!r} is malformed") from error
-        if dtype is None:
-            raise ConversionError(
-                f"{name} in {path} is stored as {entry['dtype']}, which is a quantised or unknown type; "
-                "convert the unquantised checkpoint"
-            )
-        if prod(shape) * dtype.itemsize != stop - start:
-            raise damaged(f"{name!r} of shape {list(shape)} and type {entry['dtype']} has {stop - start} bytes")
-        refs.append(TensorRef(str(path), name, dtype, shape, 8 + length + start))
-    for ref in sorted(refs, key=lambda ref: (ref.offset, ref.nbytes)):
-        if ref.offset != end:
-            raise damaged(f"{ref.name!r} begins at byte {ref.offset}, where byte {end} was due (a gap or an overlap)")
-        end += ref.nbytes
-    if end != size:
-        raise damaged(f"its tensors end at byte {end}, the file has {size}")
-    return {ref.name: ref for ref in refs}
+    return header, length
+
+
+def _damaged(path: Path, why: str) -> ConversionError:
+    return ConversionError(f"{path} is not a complete safetensors file: {why}; download or copy it again")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
