@@ -18,7 +18,7 @@ from weights_conversion.errors import ConversionError
 # Features of layers (ModelConfig.layer_features) that the fields below say.
 _SAID = {
     *("untied", "shared_norm", "qkv_bias", "qk_norms", "attention", "mla", "q_lora", "q_whole", "dense", "moe"),
-    *("expert_bias", "shared_experts", "shared_gate", "biased", "clamped", "mixed_windows"),
+    *("full_attention", "expert_bias", "shared_experts", "shared_gate", "biased", "clamped", "mixed_windows"),
 }
 # Args of Megatron-LM that are fields by the same name, where they are set.
 _SAME = ("softmax_type", "glu_linear_offset", "activation_func_clamp_value", "window_attn_skip_freq")
