@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+)
 
 YARN = {
     "type": "yarn", "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32,
@@ -26,7 +33,8 @@ BASE: dict[str, Any] = {
     "max_position_embeddings": 163840, "rope_theta": 10000.0, "rope_scaling": YARN, "tie_word_embeddings": False,
     "routed_scaling_factor": 2.5, "norm_topk_prob": True,
 }  # fmt: skip
-CLASSES = {
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "glm4-moe-lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
     "deepseek-v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek-v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }

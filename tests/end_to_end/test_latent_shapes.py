@@ -37,6 +37,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                                                                                "mscale_all_dim": 0.9}},
     ),
     "v2, q whole": ("deepseek-v2", {**V2, "q_lora_rank": None, "rope_scaling": None, "first_k_dense_replace": 0}),
+    "glm 4.7 flash": (
+        "glm4-moe-lite",
+        {"mtp": 1, "n_group": 1, "topk_group": 1, "rope_scaling": None, "rope_theta": 1e6},
+    ),
+    "glm 4.7 flash, two dense": (
+        "glm4-moe-lite",
+        {"mlp_layer_types": ["dense", "dense", "sparse"], "first_k_dense_replace": 2, "rope_scaling": None,
+         "rope_theta": 1e6},
+    ),
     "v2, groups": ("deepseek-v2", {**GROUPED, "num_experts_per_tok": 4}),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from weights_conversion.configs.config_class import ConfigClass
 from weights_conversion.configs.hf_delta_keys import DELTA_CLASSES
 from weights_conversion.configs.hf_hybrid_keys import HYBRID_CLASSES
+from weights_conversion.configs.hf_latent_keys import LATENT_CLASSES
 from weights_conversion.configs.hf_moe_keys import MOE_CLASSES
 
 _LLAMA_FIELDS: dict[str, tuple[str, ...]] = {
@@ -97,6 +98,7 @@ CONFIG_CLASSES: dict[str, ConfigClass] = {
         {"activation": ("gelu",), "hidden_act": ("gelu", None), "alibi": (False, None), "bias": (False, None)},
     ),
     **MOE_CLASSES,
+    **LATENT_CLASSES,
     **HYBRID_CLASSES,
     **DELTA_CLASSES,
 }

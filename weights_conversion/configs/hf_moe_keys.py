@@ -1,4 +1,4 @@
-"""Config classes of transformers for models with experts and with latent attention: keys, defaults, plain values.
+"""Config classes of transformers for models with experts: keys, defaults, plain values.
 
 Sources: configuration_*.py of transformers 4.57 and 5.24, and the configs on the hub, which have keys for code of their
 own. Data only.
@@ -21,7 +21,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 SILU = ("silu", "swish")  # two names of one function
 OFF = (False, None)
-_ALL: dict[str, Any] = {
+ALL: dict[str, Any] = {
     "hidden_act": "silu",
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
@@ -29,7 +29,7 @@ _ALL: dict[str, Any] = {
 }
 IDLE = frozenset({"aux_loss_alpha", "seq_aux", "ep_size", "max_window_layers", "router_aux_loss_coef"})
 _QWEN = {
-    **_ALL,
+    **ALL,
     "vocab_size": 151936,
     "hidden_size": 2048,
     "num_hidden_layers": 24,
@@ -42,21 +42,11 @@ _QWEN = {
     "router_aux_loss_coef": 0.001,
     "mlp_only_layers": None,
 }
-_DEEPSEEK = {
-    **_ALL,
-    "rms_norm_eps": 1e-6,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "attention_bias": False,
-}
 
 MIXTRAL = ConfigClass(
     FIELDS,
     {
-        **_ALL,
+        **ALL,
         "vocab_size": 32000,
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -114,12 +104,12 @@ QWEN3_MOE = ConfigClass(
     idle=IDLE,
     experts=ExpertKeys(("num_experts", "num_local_experts"), layers="step"),
 )
-_SIGMOID = {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)}
-_COUNTED = (("n_routed_experts", "num_local_experts"), ("num_nextn_predict_layers", "num_mtp_layers"))
+SIGMOID = {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)}
+COUNTED = (("n_routed_experts", "num_local_experts"), ("num_nextn_predict_layers", "num_mtp_layers"))
 GLM4_MOE = ConfigClass(
     FIELDS,
     {
-        **_ALL,
+        **ALL,
         "vocab_size": 151552,
         "hidden_size": 4096,
         "intermediate_size": 10944,
@@ -140,9 +130,9 @@ GLM4_MOE = ConfigClass(
         "norm_topk_prob": True,
         "use_qk_norm": False,
     },
-    {"hidden_act": SILU, **_SIGMOID},
+    {"hidden_act": SILU, **SIGMOID},
     flags={"add_qkv_bias": "attention_bias", "qk_layernorm": "use_qk_norm"},
-    aliases=_COUNTED,
+    aliases=COUNTED,
     idle=IDLE,
     experts=ExpertKeys(
         ("n_routed_experts",), layers="first", score="sigmoid", scaled=True, groups="always", shared="n_shared_experts",
@@ -150,89 +140,10 @@ GLM4_MOE = ConfigClass(
     ),
     rotary_percent=0.5,
 )  # fmt: skip
-DEEPSEEK_V2 = ConfigClass(
-    FIELDS,
-    {
-        **_DEEPSEEK,
-        "vocab_size": 102400,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,  # as many as heads
-        "max_position_embeddings": 2048,
-        "mlp_bias": False,
-        "head_dim": None,  # qk_rope_head_dim
-        "first_k_dense_replace": 0,
-        "n_group": None,
-        "n_routed_experts": 64,
-        "n_shared_experts": 2,
-        "routed_scaling_factor": 1.0,
-        "topk_group": None,
-        "topk_method": "greedy",
-        "norm_topk_prob": False,
-        "num_experts_per_tok": None,
-        "moe_intermediate_size": 1407,
-    },
-    {
-        "hidden_act": SILU,
-        "attention_bias": OFF,
-        "mlp_bias": OFF,
-        "norm_topk_prob": OFF,  # not read by transformers, and by the source's own code
-        "scoring_func": ("softmax", None),
-        "topk_method": ("greedy", "group_limited_greedy"),
-        "moe_layer_freq": (1, None),
-    },
-    aliases=(("n_routed_experts", "num_experts"),),
-    idle=IDLE | {"qk_head_dim"},
-    written={"scoring_func": "softmax", "moe_layer_freq": 1},
-    experts=ExpertKeys(
-        ("n_routed_experts",), layers="first", norm=False, scaled=True, groups="method", shared="n_shared_experts",
-    ),
-    latent=True,
-)  # fmt: skip
-DEEPSEEK_V3 = ConfigClass(
-    FIELDS,
-    {
-        **_DEEPSEEK,
-        "vocab_size": 129280,
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "num_hidden_layers": 61,
-        "num_attention_heads": 128,
-        "num_key_value_heads": 128,
-        "max_position_embeddings": 4096,
-        "moe_intermediate_size": 2048,
-        "n_shared_experts": 1,
-        "n_routed_experts": 256,
-        "routed_scaling_factor": 2.5,
-        "n_group": 8,
-        "topk_group": 4,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 3,
-        "norm_topk_prob": True,
-        "rope_interleave": True,
-    },
-    {
-        "hidden_act": SILU,
-        "attention_bias": OFF,
-        "rope_interleave": (True, None),
-        "moe_layer_freq": (1, None),
-        **_SIGMOID,
-    },
-    aliases=_COUNTED,
-    idle=IDLE | {"qk_head_dim", "head_dim"},
-    written={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
-    experts=ExpertKeys(
-        ("n_routed_experts",), layers="first", score="sigmoid", scaled=True, groups="always", shared="n_shared_experts",
-        bias=True,
-    ),
-    latent=True,
-)  # fmt: skip
 GPT_OSS = ConfigClass(
     FIELDS,
     {
-        **_ALL,
+        **ALL,
         "vocab_size": 201088,
         "hidden_size": 2880,
         "intermediate_size": 2880,
@@ -268,6 +179,4 @@ MOE_CLASSES = {
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "Glm4MoeForCausalLM": GLM4_MOE,
     "GptOssForCausalLM": GPT_OSS,
-    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
-    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
 }

@@ -36,6 +36,8 @@ def read_hf(keys: ExpertKeys, full: Mapping[str, Any], num_layers: int) -> tuple
         if type(dense) is not int or dense < 0:
             return f"first_k_dense_replace {dense!r}, where a number of layers was expected"
         return tuple(layer >= dense for layer in range(num_layers))
+    if keys.layers == "types":
+        return _read_types(full, num_layers)
     if keys.layers != "step":
         return (True,) * num_layers
     step, plain = full.get("decoder_sparse_step"), full.get("mlp_only_layers") or []
@@ -46,10 +48,25 @@ def read_hf(keys: ExpertKeys, full: Mapping[str, Any], num_layers: int) -> tuple
     return tuple(layer not in plain and (layer + 1) % step == 0 for layer in range(num_layers))
 
 
+def _read_types(full: Mapping[str, Any], num_layers: int) -> tuple[bool, ...] | str:
+    """By mlp_layer_types; first_k_dense_replace, which the hub's files have and transformers does not read, agrees."""
+    kinds = full.get("mlp_layer_types")
+    if kinds is None:
+        kinds = ["dense", *["sparse"] * (num_layers - 1)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= {"dense", "sparse"}:
+        return f"mlp_layer_types {str(kinds)[:80]}, where dense or sparse was expected for each of {num_layers} layers"
+    layers, first = tuple(kind == "sparse" for kind in kinds), full.get("first_k_dense_replace")
+    if first is not None and layers != tuple(layer >= first for layer in range(num_layers)):
+        return f"first_k_dense_replace {first!r}, while transformers goes by mlp_layer_types, which says otherwise"
+    return layers
+
+
 def write_hf(keys: ExpertKeys, layers: tuple[bool, ...]) -> dict[str, Any]:
     """The keys that say so in a config made from nothing. `misfit` has been asked before."""
     if keys.layers == "first":
         return {"first_k_dense_replace": layers.index(True)}
+    if keys.layers == "types":
+        return {"mlp_layer_types": ["sparse" if has else "dense" for has in layers]}
     if keys.layers != "step":
         return {}
     return {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer, has in enumerate(layers) if not has]}

@@ -117,6 +117,8 @@ def _router_problems(stated: Any, moe: Moe) -> list[str]:
 def _layers(stated: Any, count: int) -> tuple[bool, ...]:
     if kinds := getattr(stated, "layers_block_type", None):
         return tuple(kind == "moe" for kind in kinds)
+    if (kinds := getattr(stated, "mlp_layer_types", None)) is not None:
+        return tuple(kind == "sparse" for kind in kinds)
     first, step = getattr(stated, "first_k_dense_replace", 0), getattr(stated, "decoder_sparse_step", 1)
     dense = getattr(stated, "mlp_only_layers", None) or ()
     return tuple(layer >= first and layer not in dense and (layer + 1) % step == 0 for layer in range(count))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from weights_conversion.config import ModelConfig
 
 # Families whose prediction layers are like their last layer, with two norms and a projection in front of it.
-_FAMILIES = frozenset({"deepseek-v3", "glm4-moe"})
+_FAMILIES = frozenset({"deepseek-v3", "glm4-moe", "glm4-moe-lite"})
 
 
 @dataclass(frozen=True)
