@@ -111,20 +111,20 @@ def _explain(examiner: Examiner, group: list[Difference]) -> None:
         for d in group:
             d.cause = _single(d)
         return
-    ours, theirs = examiner.both(instance)
+    of_source, of_checkpoint = examiner.both(instance)
     for d in group:
-        a, b = ours[d.index], theirs[d.index]
+        a, b = of_source[d.index], of_checkpoint[d.index]
         if len(row.shape) == 1 and len(row.hf) == 1:  # a norm; the biases of q, k and v have rows as their weights do
             d.cause = _norm(examiner, instance, d)
         else:
             d.cause = _order(examiner, d, a, b) or (_bias(examiner, d, b) if len(row.shape) == 1 else None)
     if len(row.hf) > 1 and not all(d.cause for d in group):
-        cause = _across(row, ours, theirs)
+        cause = _across(row, of_source, of_checkpoint)
         for d in group:
             d.cause = d.cause or cause
     if row.role is Role.HEAD and group[0].cause is None:
         embedding = next(each for each in examiner.pair.parameters if each.row.role is Role.EMBEDDING)
-        if torch.equal(theirs[0].rows, examiner.prints(examiner.pair.source, embedding)[0].rows):
+        if torch.equal(of_checkpoint[0].rows, examiner.prints(examiner.pair.source, embedding)[0].rows):
             group[0].cause = "it is the embedding: a head tied by mistake"
     for d in group:
         if d.cause is None and d.broken == d.values:
@@ -148,8 +148,8 @@ def _norm(examiner: Examiner, instance: Instance, d: Difference) -> str | None:
     for other in pair.parameters:
         alike = len(other.row.shape) == 1 and other.row.megatron[-4:] == row.megatron[-4:]
         if alike and other.key != instance.key:
-            theirs = examiner.prints(pair.source, other)[0]
-            if torch.equal(mine.rows, theirs.rows):
+            of_checkpoint = examiner.prints(pair.source, other)[0]
+            if torch.equal(mine.rows, of_checkpoint.rows):
                 return f"it holds the source's {other.hf_names[0]}"
     return None
 
@@ -196,9 +196,9 @@ def _padded_blocks(pair: Pair, d: Difference, a: Prints, b: Prints) -> str | Non
         for place in range(count):
             mine = b.rows[place * size : min((place + 1) * size, common)]
             for other in range(count):
-                theirs = a.rows[other * size : min((other + 1) * size, common)]
-                shared = min(len(mine), len(theirs))
-                if other != place and shared and torch.equal(mine[:shared], theirs[:shared]):
+                of_checkpoint = a.rows[other * size : min((other + 1) * size, common)]
+                shared = min(len(mine), len(of_checkpoint))
+                if other != place and shared and torch.equal(mine[:shared], of_checkpoint[:shared]):
                     moved.append(place)
                     break
         if moved:
@@ -212,10 +212,11 @@ def _rank_counts(pair: Pair) -> list[int]:
     return [count for count in dict.fromkeys(counts) if count > 1]
 
 
-def _across(row: ParamMapping, ours: list[Prints], theirs: list[Prints]) -> str | None:
+def _across(row: ParamMapping, of_source: list[Prints], of_checkpoint: list[Prints]) -> str | None:
     """Rows that moved between the HF tensors of one Megatron tensor."""
-    a, b = torch.cat([p.rows for p in ours]), torch.cat([p.rows for p in theirs])
-    if len(row.hf) == 2 and torch.equal(ours[0].rows, theirs[1].rows) and torch.equal(ours[1].rows, theirs[0].rows):
+    a, b = torch.cat([p.rows for p in of_source]), torch.cat([p.rows for p in of_checkpoint])
+    crossed = zip(of_source, reversed(of_checkpoint), strict=False)
+    if len(row.hf) == 2 and all(torch.equal(one.rows, other.rows) for one, other in crossed):
         return "gate and up are swapped"
     if orders.permutation(a, b) is None:
         return None

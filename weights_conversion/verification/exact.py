@@ -193,11 +193,11 @@ def _compare_chunk(
     row = instance.row
     for scratch in scratches:
         scratch.reset()
-    ours = read_hf(pair.source, instance, units, pair.config, files, scratches[0])
-    theirs = read_hf(pair.checkpoint, instance, units, pair.config, files, scratches[1])
+    of_source = read_hf(pair.source, instance, units, pair.config, files, scratches[0])
+    of_checkpoint = read_hf(pair.checkpoint, instance, units, pair.config, files, scratches[1])
     starts = [start for start, _ in row.op.hf_rows(*units, pair.config)]
     where: list[Tensor] | None = None
-    for index, (a, b, start) in enumerate(zip(ours, theirs, starts, strict=True)):
+    for index, (a, b, start) in enumerate(zip(of_source, of_checkpoint, starts, strict=True)):
         shape = (a.shape[0], a.shape[1])
         found = Difference(instance.hf_names[index], instance, index, (a.dtype, b.dtype), shape)
         if same_bits(a, b):

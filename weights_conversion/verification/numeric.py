@@ -100,28 +100,30 @@ def _runner(model: Model, other: Model, vocabulary: int, files: Source) -> Runne
 
 
 def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -> Numeric:
-    ours = _runner(source, checkpoint, vocabulary, files)
-    theirs = _runner(checkpoint, source, vocabulary, files)
-    tokens = forward.default_prompts(_prompts_config(ours.config, theirs.config))
+    of_source = _runner(source, checkpoint, vocabulary, files)
+    of_checkpoint = _runner(checkpoint, source, vocabulary, files)
+    tokens = forward.default_prompts(_prompts_config(of_source.config, of_checkpoint.config))
     shape = (tokens.shape[0], tokens.shape[1])
-    read = Read(ours.weights)
+    read = Read(of_source.weights)
     # One side's scaling suffices: where the other lost it, the sides part at far positions.
-    positions = max((forward.default_positions(run.config, shape[1]) for run in (ours, theirs)), key=lambda at: at[-1])
-    ours, theirs = replace(ours, positions=positions, weights=read), replace(theirs, positions=positions)
+    sides = of_source, of_checkpoint
+    positions = max((forward.default_positions(run.config, shape[1]) for run in sides), key=lambda at: at[-1])
+    of_source = replace(of_source, positions=positions, weights=read)
+    of_checkpoint = replace(of_checkpoint, positions=positions)
     largest: tuple[float, str, int | None] = (0.0, "embedding", None)
     hidden, error, parted = torch.empty(0), 0.0, None
     state = hidden  # what a prediction layer begins with
-    trunk = ours.config.num_layers
-    layers = trunk + len(predicting.numbers(ours.convention.title, ours.config))
+    trunk = of_source.config.num_layers
+    layers = trunk + len(predicting.numbers(of_source.convention.title, of_source.config))
     errors = [0.0] * (layers + 2)
     with progress.bar(layers + 2, doing="running both models", unit="step") as advance:
-        for (stage, layer, a), (_, _, b) in zip(ours.trace(tokens), theirs.trace(tokens), strict=True):
+        for (stage, layer, a), (_, _, b) in zip(of_source.trace(tokens), of_checkpoint.trace(tokens), strict=True):
             error = error_of(a, b)
             place = layer + 1 if layer is not None else 0 if stage == "embedding" else layers + 1
             errors[place] = max(errors[place], error)
             if error > BOUND and parted is None:  # what follows shows how it goes on
-                again = replace(ours, weights=read.weights)  # what a hypothesis reads, no token reached
-                causes = Causes(source, checkpoint, again, theirs, files)
+                again = replace(of_source, weights=read.weights)  # what a hypothesis reads, no token reached
+                causes = Causes(source, checkpoint, again, of_checkpoint, files)
                 cause = causes.find(stage, layer, tokens, hidden if layer is None or layer < trunk else state, b)
                 parted = Numeric(False, stage, layer, error, None, cause, shape)
             largest = max(largest, (error, stage, layer), key=lambda entry: entry[0])
@@ -132,7 +134,7 @@ def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -
             if stage in ("embedding", "layer", "logits"):
                 advance(1)
     found = parted or Numeric(True, largest[1], largest[2], largest[0], error, None, shape)
-    return replace(found, errors=tuple(errors), experts=read.experts(ours.config, ours.convention))
+    return replace(found, errors=tuple(errors), experts=read.experts(of_source.config, of_source.convention))
 
 
 def _prompts_config(a: ModelConfig, b: ModelConfig) -> ModelConfig:
@@ -147,8 +149,8 @@ class Causes:
 
     source: Model
     checkpoint: Model
-    ours: Runner
-    theirs: Runner
+    of_source: Runner
+    of_checkpoint: Runner
     files: Source
 
     def find(self, stage: str, layer: int | None, tokens: Tensor, hidden: Tensor, found: Tensor) -> str | None:
@@ -161,17 +163,17 @@ class Causes:
         return self._end(stage, hidden, found)
 
     def _layer(self, stage: str, layer: int, hidden: Tensor) -> str | None:
-        wanted = self.ours.layer(layer, hidden)
+        wanted = self.of_source.layer(layer, hidden)
         for sentence, runner, index in self._hypotheses(layer):
             if self._agrees(runner, index, hidden, wanted, stage):
                 return sentence
         # The mistake may as well be the source's.
-        wanted = self.theirs.layer(layer, hidden)
-        for sentence, runner in _conventions(self.ours):
+        wanted = self.of_checkpoint.layer(layer, hidden)
+        for sentence, runner in _conventions(self.of_source):
             if self._agrees(runner, layer, hidden, wanted, stage):
                 return f"{sentence} (in the source)"
-        name = _norm_name(self.theirs, stage)
-        if name and bool((self.theirs.weights(name.format(layer), None) == 1).all()):
+        name = _norm_name(self.of_checkpoint, stage)
+        if name and bool((self.of_checkpoint.weights(name.format(layer), None) == 1).all()):
             return "the norm's weights are all ones, as they are before a model is loaded"
         return None
 
@@ -187,20 +189,20 @@ class Causes:
 
     def _hypotheses(self, layer: int) -> Iterator[tuple[str, Runner, int]]:
         yield from ((sentence, runner, layer) for sentence, runner in self._configs())
-        yield from ((sentence, runner, layer) for sentence, runner in _conventions(self.theirs))
+        yield from ((sentence, runner, layer) for sentence, runner in _conventions(self.of_checkpoint))
         yield from ((sentence, runner, layer) for sentence, runner in self._ranks())
-        for other in range(self.theirs.config.num_layers):
+        for other in range(self.of_checkpoint.config.num_layers):
             if other != layer:
-                yield f"layer {layer}'s weights stand at layer {other} of the checkpoint", self.theirs, other
+                yield f"layer {layer}'s weights stand at layer {other} of the checkpoint", self.of_checkpoint, other
 
     def _configs(self) -> Iterator[tuple[str, Runner]]:
         for name in NUMBER_FIELDS:
-            ours, theirs = getattr(self.ours.config, name), getattr(self.theirs.config, name)
-            if ours != theirs:
-                config = replace(self.theirs.config, **{name: ours})
+            of_source, of_checkpoint = getattr(self.of_source.config, name), getattr(self.of_checkpoint.config, name)
+            if of_source != of_checkpoint:
+                config = replace(self.of_checkpoint.config, **{name: of_source})
                 yield (
-                    f"{name} is {shown(ours)} in the source and {shown(theirs)} in the checkpoint",
-                    replace(self.theirs, config=config),
+                    f"{name} is {shown(of_source)} in the source and {shown(of_checkpoint)} in the checkpoint",
+                    replace(self.of_checkpoint, config=config),
                 )
 
     def _ranks(self) -> Iterator[tuple[str, Runner]]:
@@ -208,27 +210,27 @@ class Causes:
         if model.files is None or model.files.parallel.tensor == 1:
             return
         count = model.files.parallel.tensor
-        if block_of(self.theirs.config).gated:
+        if block_of(self.of_checkpoint.config).gated:
             weights = rounded(weights_of(model, self.files, halves=False), model, self.source)
-            yield "gate and up were cut among the ranks as one block", replace(self.theirs, weights=weights)
+            yield "gate and up were cut among the ranks as one block", replace(self.of_checkpoint, weights=weights)
         for one, two in list(combinations(range(count), 2))[:MAX_EXCHANGES]:
             order = list(range(count))
             order[one], order[two] = two, one
-            for only in ("", *_layer_names(self.theirs)):
+            for only in ("", *_layer_names(self.of_checkpoint)):
                 weights = rounded(weights_of(model, self.files, order, only), model, self.source)
                 where = f" in {only}" if only else ""
-                yield f"tensor ranks {one} and {two} are exchanged{where}", replace(self.theirs, weights=weights)
+                yield f"tensor ranks {one} and {two} are exchanged{where}", replace(self.of_checkpoint, weights=weights)
 
     def _joined(self, layer: int, tokens: Tensor, hidden: Tensor, found: Tensor) -> str | None:
         """Of the first prediction layer, which takes the last hidden state."""
         tokens = tokens.roll(-1, dims=1)
         tokens[:, -1] = 0
-        run = replace(self.ours, convention=replace(self.ours.convention, embedding_first=False))
+        run = replace(self.of_source, convention=replace(self.of_source.convention, embedding_first=False))
         exchanged = forward.joined(run.config, run.convention, run.weights, layer, tokens, hidden)
         return "the halves of eh_proj are exchanged" if error_of(found, exchanged) <= BOUND else None
 
     def _embedding(self, tokens: Tensor) -> str | None:
-        wanted = forward.embed(self.ours.config, self.ours.convention, self.ours.weights, tokens)
+        wanted = forward.embed(self.of_source.config, self.of_source.convention, self.of_source.weights, tokens)
         for sentence, runner in self._ranks():
             found = forward.embed(runner.config, runner.convention, runner.weights, tokens)
             if error_of(wanted, found) <= BOUND:
@@ -238,15 +240,15 @@ class Causes:
     def _end(self, stage: str, hidden: Tensor, found: Tensor) -> str | None:
         """`hidden` is the last agreed state: the last layer's output, or the final norm's."""
         if stage == "final_norm":
-            name = self.theirs.convention.names_for(self.theirs.config).final_norm
-            ones = bool((self.theirs.weights(name, None) == 1).all())
+            name = self.of_checkpoint.convention.names_for(self.of_checkpoint.config).final_norm
+            ones = bool((self.of_checkpoint.weights(name, None) == 1).all())
             return "the norm's weights are all ones, as they are before a model is loaded" if ones else None
-        wanted = _logits(self.ours, hidden)
+        wanted = _logits(self.of_source, hidden)
         for sentence, runner in self._ranks():
             if error_of(wanted, _logits(runner, hidden)) <= BOUND:
                 return sentence
-        names = self.ours.convention.names_for(self.ours.config)
-        if error_of(found, _logits(replace(self.ours, head=names.embedding), hidden)) <= BOUND:
+        names = self.of_source.convention.names_for(self.of_source.config)
+        if error_of(found, _logits(replace(self.of_source, head=names.embedding), hidden)) <= BOUND:
             return "the checkpoint's head is the embedding: tied by mistake"
         return None
 

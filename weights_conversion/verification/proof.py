@@ -75,8 +75,8 @@ def _prove(
         ),
         open_model(checkpoint, family, checkpoint_iters, mtp=mtp),
     )
-    ours, theirs = adopt_assumed(one, two), adopt_assumed(two, one)
-    result = Verification(family, ours, theirs, ())
+    of_source, of_checkpoint = adopt_assumed(one, two), adopt_assumed(two, one)
+    result = Verification(family, of_source, of_checkpoint, ())
     _compare_configs(result, one, two)
     result.notes += _router_types(one, two)
     result.notes += [f"source: {note}" for note in (*one_side.notes, *one.contradicted, *one.notes)]
@@ -86,7 +86,7 @@ def _prove(
         problems, unknown = misread(side.path, side.config) if side.dialect.name == HF.name else ([], [])
         result.config_problems += [f"{name}: {sentence}" for sentence in problems]
         result.notes += [f"{name}: {sentence}" for sentence in unknown]
-    if same_shapes(ours.config, theirs.config):
+    if same_shapes(of_source.config, of_checkpoint.config):
         _compare_weights(result, workers, exact_only, allow_inconsistent)
     result.checksums = check_checksums(checkpoint, workers)
     stated = integrity.problems(two.files.folder, workers) if two.files is not None else None
@@ -120,7 +120,7 @@ def _compare_weights(result: Verification, workers: int, exact_only: bool, allow
             found.padding += problems
         else:  # training moves these rows, and a source is taken as it is
             result.notes += [f"{name}: {sentence}" for sentence in problems]
-    if any(ours and theirs for ours, theirs in found.nonfinite.values()):
+    if any(of_source and of_checkpoint for of_source, of_checkpoint in found.nonfinite.values()):
         result.notes.append("both sides hold NaN or infinities; the models may be broken alike")
     result.causes, places = causes.explain(pair, found)
     result.notes += places
@@ -132,14 +132,15 @@ def _compare_configs(result: Verification, one: Model, two: Model) -> None:
     """`one` and `two` as their files say it; a value that only one side states is no disagreement, but noted."""
     fields = []
     for name in (*SHAPE_FIELDS, *NUMBER_FIELDS, "vocab_size"):
-        ours, theirs = getattr(one.config, name), getattr(two.config, name)
+        of_source, of_checkpoint = getattr(one.config, name), getattr(two.config, name)
         assumed = tuple(side for side, model in (("source", one), ("checkpoint", two)) if name in model.assumed)
-        same = ours == theirs
+        same = of_source == of_checkpoint
         if name == "vocab_size" and not same:
             # Rows that an import added for new tokens: they are checked as padding is.
-            same = two.dialect.megatron and theirs > ours
+            same = two.dialect.megatron and of_checkpoint > of_source
             if same:
-                result.notes.append(f"checkpoint: {theirs} rows are tokens, {theirs - ours} more than the source has")
+                more = of_checkpoint - of_source
+                result.notes.append(f"checkpoint: {of_checkpoint} rows are tokens, {more} more than the source has")
         if not same and assumed and name != "vocab_size":
             stated = one if "checkpoint" in assumed else two
             silent = " and the ".join(assumed)
@@ -148,9 +149,10 @@ def _compare_configs(result: Verification, one: Model, two: Model) -> None:
             same = True
         if not same:
             result.config_problems.append(
-                f"{name} is {shown(ours, theirs)} in the source and {shown(theirs, ours)} in the checkpoint"
+                f"{name} is {shown(of_source, of_checkpoint)} in the source and "
+                f"{shown(of_checkpoint, of_source)} in the checkpoint"
             )
-        fields.append(ConfigField(name, ours, theirs, same, assumed))
+        fields.append(ConfigField(name, of_source, of_checkpoint, same, assumed))
     result.config = tuple(fields)
 
 

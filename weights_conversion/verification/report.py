@@ -193,8 +193,8 @@ def _exact_text(exact: Exact) -> list[str]:
         lines.append(f"            ... and {len(exact.differences) - SHOWN} more")
     lines += [f"copies      {sentence}" for sentence in exact.source_copies + exact.copies]
     lines += [f"padding     {sentence}" for sentence in exact.padding]
-    for name, (ours, theirs) in list(exact.nonfinite.items())[:SHOWN]:
-        lines.append(f"not finite  {name}: {ours} values in the source, {theirs} in the checkpoint")
+    for name, (of_source, of_checkpoint) in list(exact.nonfinite.items())[:SHOWN]:
+        lines.append(f"not finite  {name}: {of_source} values in the source, {of_checkpoint} in the checkpoint")
     return lines
 
 
