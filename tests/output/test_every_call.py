@@ -16,6 +16,7 @@ from tests.robustness import faults
 from tests.robustness import sources as samples
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio, watch
+from weights_conversion.formats import huggingface
 from weights_conversion.launch import line
 from weights_conversion.output import beginning, descriptors
 from weights_conversion.output.partial import Partial
@@ -197,3 +198,16 @@ def test_what_a_library_says_of_the_system_is_trouble(said: str, tmp_path: Path)
     with pytest.raises(OSError, match="Invalid argument") as error, whole._read_by("safetensors", tmp_path / "x"):
         raise RuntimeError(said)
     assert (error.value.errno, error.value.filename) == (errno.EINVAL, str(tmp_path / "x"))
+
+
+def test_a_weight_file_that_cannot_be_mapped_is_a_sentence(
+    sources, to_megatron: Script, tmp_path: Path, monkeypatch
+) -> None:
+    """torch opens it once more for safetensors, and says what the system said in words of its own."""
+
+    def refuses(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to open file <model.safetensors> in read-only mode: Operation not supported (95)")
+
+    monkeypatch.setattr(huggingface, "safe_open", refuses)
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
+    to_megatron(*line).refused("model.safetensors cannot be read", "Operation not supported")

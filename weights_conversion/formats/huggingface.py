@@ -65,8 +65,8 @@ def read_safetensors(path: Path) -> dict[str, TensorRef]:
             pass
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (OSError, RuntimeError) as error:  # the latter is torch's, when it opens the file once more
+        raise ConversionError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     return {
         name: TensorRef(
             str(path), name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
