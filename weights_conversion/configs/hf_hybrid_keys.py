@@ -12,6 +12,7 @@ from typing import Any
 from weights_conversion.configs.config_class import ConfigClass, ExpertKeys
 
 _OFF = (False, None)
+_INFINITE = {"__float__": "Infinity"}  # as transformers 5 writes it
 # What the hub's configs say and no weight shows; the source's own code reads some of it.
 _WRITTEN: dict[str, Any] = {
     "chunk_size": 128,
@@ -92,7 +93,7 @@ NEMOTRON_H = ConfigClass(
         "conv_kernel": (4,),
         "sliding_window": (None,),
         # by transformers' own rule time_step_min is the least, whatever stands here
-        "time_step_limit": ([0.0, math.inf], (0.0, math.inf), [0.001, math.inf], None),
+        "time_step_limit": ([0.0, math.inf], (0.0, math.inf), [0.001, math.inf], [0.0, _INFINITE], None),
     },
     aliases=(
         ("n_routed_experts", "num_local_experts"),

@@ -29,6 +29,7 @@ def in_huggingface(
             search.join(copy, instance, found)
     unexpected = {
         name: f"the source has a tensor {name} that a {architecture.family} model does not have"
+        + (", of a layer that predicts further tokens; --mtp drop leaves those out" if name.startswith("mtp.") else "")
         for name in sorted(tensors)
         if name not in search.used and not is_buffer(name)
     }
