@@ -9,6 +9,7 @@ from typing import Any
 import hybrid_models as hm
 import pytest
 import torch
+from conftest import REPOSITORY
 from golden_core import read_ranks, read_torch_dist
 from safetensors.torch import load_file, save_file
 
