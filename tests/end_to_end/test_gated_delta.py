@@ -59,7 +59,7 @@ def test_import_is_what_training_wrote(layout: str, to_megatron, tmp_path: Path)
             key = "expert_tensor_parallel_size" if size == "expert_tensor" else f"{size}_model_parallel_size"
             options += [f"--{key.replace('_', '-')}", stated[key]]
     to_megatron(
-        content["family"], "--model-path", case / "hf", "--out", tmp_path / "out", *options
+        content["family"], "--model-path", case / "hf", "--out", tmp_path / "out", *options, "--verify"
     ).succeeded()  # fmt: skip
     wanted, found = read(SHARED / layout), read(tmp_path / "out")
     assert set(found) == set(wanted)
@@ -78,7 +78,7 @@ def test_export_is_what_it_came_from(layout: str, to_hf, tmp_path: Path) -> None
     case, content, _ = layout_of(layout)
     to_hf(
         "--model", content["family"], "--input_dir", SHARED / layout, "--output_dir", tmp_path / "out",
-        "--no_tokenizer", "--true_vocab_size", content["vocab"],
+        "--no_tokenizer", "--true_vocab_size", content["vocab"], "--verify",
     ).succeeded()  # fmt: skip
     same(hf(case / "hf"), hf(tmp_path / "out"))
 

@@ -115,5 +115,5 @@ def _of_reference(config: ModelConfig, reference: Reference, dialect: Dialect) -
     note = f"vision     {len(others)} tensors that are not the text model's, of {reference.name}"
     return HFForm(
         packed_names(family, config, set(part.tensors), part.dialect), frozenset(own), dialect, others, files,
-        notes=(note,) if others else (), warnings=() if others else _alone(config.family, dialect, reference),
+        notes=(note,) if others else (),
     )  # fmt: skip

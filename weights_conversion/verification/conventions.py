@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
-from weights_conversion.verification.names import ExpertNames, LatentNames, MambaNames, Names
+from weights_conversion.verification import delta_names
+from weights_conversion.verification.names import DeltaNames, ExpertNames, LatentNames, MambaNames, Names
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Convention:
     hybrid: Names | None = None  # of models whose layers are one sub-block each
     # Of families that spell them in their own way.
     experts: Mapping[str, ExpertNames] = field(default_factory=dict, hash=False)
+    delta: Mapping[str, DeltaNames] = field(default_factory=dict, hash=False)
 
     def names_for(self, config: ModelConfig) -> Names:
         """Raises ConversionError for a model that this side cannot store."""
@@ -66,7 +68,9 @@ class Convention:
         if not block_of(config).parallel:
             self._check(config)
             own = self.experts.get(config.family)
-            return self.names if own is None else replace(self.names, experts=own)
+            names = self.names if own is None else replace(self.names, experts=own)
+            delta = self.delta.get(config.family)
+            return names if delta is None else replace(names, delta=delta)
         if not self.parallel:
             raise ConversionError(
                 f"{self.title} checkpoints cannot hold a {config.family} model, whose attention and MLP are parallel; "
@@ -80,6 +84,7 @@ class Convention:
             (config.qk_layernorm, self.names.q_norm, "norms of q and k"),
             (config.moe is not None, self.names.experts, "experts"),
             (config.mla is not None, self.names.latent, "latent attention"),
+            (config.gated_delta is not None, self.delta.get(config.family), "layers of gated delta"),
         ):
             if has and not name:
                 raise ConversionError(
@@ -132,6 +137,7 @@ _HF_OF_FAMILIES = {
         shared_gate="mlp.shared_expert_gate.weight",
     ),
 }
+_HF_OF_FAMILIES |= dict.fromkeys(("qwen3-next", "qwen3.5-moe"), _HF_OF_FAMILIES["qwen2-moe"])
 _HF_HYBRID = Names(
     embedding="backbone.embeddings.weight",
     layer="backbone.layers.{}.",
@@ -191,6 +197,7 @@ HF = Convention(
     joins_parts=True,
     hybrid=_HF_HYBRID,
     experts=_HF_OF_FAMILIES,
+    delta=delta_names.HF,
     parallel=(_HF_FALCON, replace(_HF_FALCON, attention_norm="ln_attn.weight", mlp_norm="ln_mlp.weight")),
 )
 META = Convention(
@@ -279,6 +286,7 @@ MEGATRON_CORE = Convention(
     _MEGATRON_CORE,
     interleaved_rotary=False,
     gate_first=True,
+    delta=delta_names.CORE,
     hybrid=replace(
         _MEGATRON_CORE,
         final_norm="decoder.final_norm.weight",

@@ -16,6 +16,7 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.engine import progress
 from weights_conversion.engine.copies import inconsistencies
 from weights_conversion.engine.execute import as_hf, as_megatron, read_rows
+from weights_conversion.engine.recentring import recentred
 from weights_conversion.engine.streams import Scratch, Source
 from weights_conversion.layouts.plan import Plan, Step
 from weights_conversion.mapping.dialects import HF, MEGATRON_LLM, META
@@ -68,6 +69,18 @@ def pair(source: Model, checkpoint: Model) -> Pair:
     rows = min(source.config.vocab_size, checkpoint.config.vocab_size)
     tied = source.config.tie_word_embeddings and checkpoint.config.tie_word_embeddings
     return Pair(source, checkpoint, replace(source.config, vocab_size=rows, tie_word_embeddings=tied))
+
+
+def as_stored(
+    pair: Pair, instance: Instance, tensors: list[Tensor], there: torch.dtype, scratch: Scratch
+) -> list[Tensor]:
+    """The source's tensors of a row that Megatron stores less one, as the checkpoint's side has it: of type `there`
+    where the source's own is the same, else in float32."""
+    less = pair.checkpoint.dialect.megatron
+    if not instance.row.centred or pair.source.dialect.megatron == less:
+        return tensors
+    moved = recentred(tensors, -1.0 if less else 1.0, scratch)
+    return [m.to(there) if t.dtype == there else m for m, t in zip(moved, tensors, strict=True)]
 
 
 def read_hf(
@@ -195,6 +208,7 @@ def _compare_chunk(
         scratch.reset()
     of_source = read_hf(pair.source, instance, units, pair.config, files, scratches[0])
     of_checkpoint = read_hf(pair.checkpoint, instance, units, pair.config, files, scratches[1])
+    of_source = as_stored(pair, instance, of_source, of_checkpoint[0].dtype, scratches[0])
     starts = [start for start, _ in row.op.hf_rows(*units, pair.config)]
     where: list[Tensor] | None = None
     for index, (a, b, start) in enumerate(zip(of_source, of_checkpoint, starts, strict=True)):

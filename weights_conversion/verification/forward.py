@@ -6,7 +6,7 @@ their traces agree. Weights are asked for one block of rows at a time; only the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from weights_conversion.config import ModelConfig
 from weights_conversion.verification import predicting
 from weights_conversion.verification.conventions import Convention, block_of
+from weights_conversion.verification.gated_delta import gated_delta
 from weights_conversion.verification.linear import Weights, linear, mlp, norm, rms, rows_of, vector
+from weights_conversion.verification.projected import gated, qkv
 from weights_conversion.verification.rope import frequencies, softmax_scale
 from weights_conversion.verification.routed import experts
 from weights_conversion.verification.state_space import mamba
@@ -140,9 +142,11 @@ def layer(
         return
 
     in_front = names.attention_norm if config.mla is None or names.latent is None else names.latent.norm
+    attend = _attention if config.mla is None else _latent_attention
+    if names.delta is not None and config.gated_delta is not None and config.gated_delta.layers[own]:
+        in_front, attend = names.delta.before, _linear_attention
     normed = norm(config, weights, prefix + in_front, hidden)
     yield "attention_norm", index, normed
-    attend = _attention if config.mla is None else _latent_attention
     here = replace(config, sliding_window=config.window_of(own), window_layers=None)
     attended = attend(here, convention, weights, prefix, normed, positions)
     yield "attention", index, attended
@@ -184,7 +188,10 @@ def _attention(
     names = convention.names_for(config)
     groups, dim = config.num_query_groups, config.head_dim
     shape = (*x.shape[:2], groups, -1, dim)  # k and v: one head of a group
-    q, k, v = (part.reshape(shape) for part in _qkv(config, convention, weights, prefix, x))
+    q, k, v = (part.reshape(shape) for part in qkv(config, convention, weights, prefix, x))
+    gate = None
+    if config.attention_output_gate:
+        q, gate = gated(config, convention, q)
     if config.qk_layernorm:
         q = rms(config, weights, prefix + names.q_norm, q)
         k = rms(config, weights, prefix + names.k_norm, k)
@@ -196,9 +203,16 @@ def _attention(
     if block_of(config).sinks:
         sinks = vector(weights, prefix + names.sinks, config.num_attention_heads).view(groups, -1)
     out = _attend(config, q, k, v, dim**-0.5, sinks)
+    out = out if gate is None else out * gate.flatten(2).sigmoid()
     out = linear(weights, prefix + names.dense, out, 0, config.hidden_size)
     biased = config.moe is not None and config.moe.biased
     return out + vector(weights, prefix + names.dense_bias, config.hidden_size) if biased else out
+
+
+def _linear_attention(
+    config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor, positions: Tensor
+) -> Tensor:
+    return gated_delta(config, convention, weights, prefix, x)  # which has no positions
 
 
 def _attend(
@@ -257,32 +271,6 @@ def _latent_attention(
     k = torch.cat([k, k_turning.expand(*k.shape[:-1], turning)], dim=-1)
     scale = softmax_scale(rope_of(config)) * (plain + turning) ** -0.5
     return linear(weights, prefix + names.dense, _attend(config, q, k, v, scale), 0, config.hidden_size)
-
-
-def _qkv(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Sequence[Tensor]:
-    """q, k and v; the last axes hold their heads in order, by groups or flat."""
-    names, dim = convention.names_for(config), config.head_dim
-    sizes = [config.num_attention_heads * dim, config.num_query_groups * dim, config.num_query_groups * dim]
-    separate = len(names.qkv) == 3
-    biases: list[Tensor] = []
-    if config.add_qkv_bias:
-        lengths = sizes if separate else [sum(sizes)]
-        biases = [vector(weights, prefix + name, size) for name, size in zip(names.qkv_bias, lengths, strict=True)]
-    if separate:
-        parts = [linear(weights, prefix + name, x, 0, size) for name, size in zip(names.qkv, sizes, strict=True)]
-    else:
-        parts = _apart(config, linear(weights, prefix + names.qkv[0], x, 0, sum(sizes)), convention.grouped_qkv)
-        biases = [part for bias in biases for part in _apart(config, bias, convention.grouped_bias)]
-    return [part.flatten(2) + bias.flatten() for part, bias in zip(parts, biases, strict=True)] if biases else parts
-
-
-def _apart(config: ModelConfig, fused: Tensor, grouped: bool) -> Sequence[Tensor]:
-    """q, k and v of the last axis of `fused`."""
-    heads, groups, dim = config.num_attention_heads, config.num_query_groups, config.head_dim
-    if grouped:
-        # (.., groups, heads of a group + 2, dim)
-        return fused.unflatten(-1, (groups, -1, dim)).split([heads // groups, 1, 1], dim=-2)
-    return fused.split([heads * dim, groups * dim, groups * dim], dim=-1)
 
 
 def _angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

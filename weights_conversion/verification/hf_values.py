@@ -49,6 +49,13 @@ _MLA = {
     "qk_pos_emb_head_dim": ("qk_rope_head_dim",),
     "v_head_dim": ("v_head_dim",),
 }
+_DELTA = {
+    "num_key_heads": ("linear_num_key_heads",),
+    "num_value_heads": ("linear_num_value_heads",),
+    "key_head_dim": ("linear_key_head_dim",),
+    "value_head_dim": ("linear_value_head_dim",),
+    "conv_kernel_dim": ("linear_conv_kernel_dim",),
+}
 _SYMBOLS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
 _SWITCHES = {"add_qkv_bias": {"glm4_moe": "attention_bias"}, "qk_layernorm": {"glm4_moe": "use_qk_norm"}}
 
@@ -60,6 +67,7 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
     except Exception as error:  # transformers raises whatever its classes raise
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         return [], [f"transformers cannot read config.json ({reason}), so its values are as the converter reads them"]
+    stated = getattr(stated, "text_config", stated)  # of a repository around a text model
     problems = []
     names = _PLAIN if block_of(config).parallel else _PLAIN | _SEQUENTIAL
     for field, spellings in names.items():
@@ -69,8 +77,12 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
     there, here = (_windows(each, config.num_layers) for each in (stated, config))
     if there != here:
         problems.append(_sentence("sliding_window", there, here))
-    for part, names in ((config.moe, _MOE), (config.mla, _MLA), (config.mamba, _MAMBA)):
+    for part, names in ((config.moe, _MOE), (config.mla, _MLA), (config.mamba, _MAMBA), (config.gated_delta, _DELTA)):
         problems += _differing(stated, names, part) if part is not None else []
+    if config.gated_delta is not None:
+        linear = tuple(kind == "linear_attention" for kind in getattr(stated, "layer_types", None) or ())
+        if linear != config.gated_delta.layers:
+            problems.append(_sentence("layer_types", stated.layer_types, config.gated_delta.layers))
     for field, keys in _SWITCHES.items():
         key = keys.get(getattr(stated, "model_type", ""))
         if key is not None and bool(getattr(stated, key)) != getattr(config, field):
@@ -161,6 +173,7 @@ def rope_values(stated: Any) -> dict[str, Any]:
     values.pop("finetuned", None)  # a note of old configs of yarn, which no rope reads
     known = {name for name in values if name in _ROPE}
     said = {name: value for name, value in values.items() if (value is not None if name in known else value)}
+    said = {name: value for name, value in said.items() if not name.startswith("mrope_")}  # of text: all are the same
     return {"kind": kind, "theta": theta, **said}
 
 

@@ -68,7 +68,7 @@ def norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def rms(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
-    weight = vector(weights, name, x.shape[-1])
+    weight = vector(weights, name, x.shape[-1]) + float(config.layernorm_zero_centered_gamma)
     return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.layernorm_epsilon))
 
 

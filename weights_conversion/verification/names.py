@@ -40,6 +40,25 @@ class MambaNames:
 
 
 @dataclass(frozen=True)
+class DeltaNames:
+    """Stored names of a layer with linear attention by the gated delta rule.
+
+    `projections` have q, k, v, z, b and a: end to end, or (`by_head`) those of each key head together, or each apart.
+    `shifted`: what the norm behind it scales by is stored less one.
+    """
+
+    before: str  # the norm in front of it
+    projections: tuple[str, ...]
+    conv: str
+    norm: str
+    out_proj: str
+    a_log: str
+    dt_bias: str
+    by_head: bool = False
+    shifted: bool = False
+
+
+@dataclass(frozen=True)
 class LatentNames:
     """Stored names of multi-head latent attention."""
 
@@ -75,3 +94,4 @@ class Names:
     experts: ExpertNames | None = None  # None: this side's model has none
     latent: LatentNames | None = None
     mamba: MambaNames | None = None
+    delta: DeltaNames | None = None

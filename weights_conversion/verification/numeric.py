@@ -13,7 +13,7 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.engine import progress
 from weights_conversion.engine.streams import Source
 from weights_conversion.verification import forward, linear, predicting
-from weights_conversion.verification.conventions import CONVENTIONS, Convention, Names, block_of
+from weights_conversion.verification.conventions import CONVENTIONS, Convention, block_of
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.reached import Read
 from weights_conversion.verification.sides import NUMBER_FIELDS, Model, shown
@@ -172,8 +172,9 @@ class Causes:
         for sentence, runner in _conventions(self.of_source):
             if self._agrees(runner, layer, hidden, wanted, stage):
                 return f"{sentence} (in the source)"
-        name = _norm_name(self.of_checkpoint, stage)
-        if name and bool((self.of_checkpoint.weights(name.format(layer), None) == 1).all()):
+        name = _norm_name(self.of_checkpoint, stage, layer)
+        start = 0 if self.of_checkpoint.config.layernorm_zero_centered_gamma else 1  # before a model is loaded
+        if name and bool((self.of_checkpoint.weights(name.format(layer), None) == start).all()):
             return "the norm's weights are all ones, as they are before a model is loaded"
         return None
 
@@ -191,8 +192,10 @@ class Causes:
         yield from ((sentence, runner, layer) for sentence, runner in self._configs())
         yield from ((sentence, runner, layer) for sentence, runner in _conventions(self.of_checkpoint))
         yield from ((sentence, runner, layer) for sentence, runner in self._ranks())
+        delta = self.of_checkpoint.config.gated_delta
         for other in range(self.of_checkpoint.config.num_layers):
-            if other != layer:
+            alike = delta is None or layer >= len(delta.layers) or delta.layers[other] == delta.layers[layer]
+            if other != layer and alike:
                 yield f"layer {layer}'s weights stand at layer {other} of the checkpoint", self.of_checkpoint, other
 
     def _configs(self) -> Iterator[tuple[str, Runner]]:
@@ -262,13 +265,13 @@ def _logits(runner: Runner, hidden: Tensor) -> Tensor:
 
 
 def _conventions(runner: Runner) -> Iterator[tuple[str, Runner]]:
-    convention = runner.convention
+    convention, names = runner.convention, runner.convention.names
     flips = [
         ("the rotary order of q and k is the other one", {"interleaved_rotary": not convention.interleaved_rotary}),
         ("gate and up are swapped", {"gate_first": not convention.gate_first}),
         ("q, k and v are not grouped: all of q, then k, then v", {"grouped_qkv": not convention.grouped_qkv}),
         ("the biases of q, k and v are not grouped: all of q, then k, then v", {"grouped_bias": False}),
-        ("the norms of q and k are exchanged", {"names": _exchanged_norms(convention.names)}),
+        ("the norms of q and k are exchanged", {"names": replace(names, q_norm=names.k_norm, k_norm=names.q_norm)}),
         (
             "rotary order, and gate and up are swapped",
             {
@@ -281,16 +284,14 @@ def _conventions(runner: Runner) -> Iterator[tuple[str, Runner]]:
         yield sentence, replace(runner, convention=replace(convention, **change))
 
 
-def _exchanged_norms(names: Names) -> Names:
-    return replace(names, q_norm=names.k_norm, k_norm=names.q_norm)
-
-
 def _layer_names(runner: Runner) -> tuple[str, ...]:
     names = runner.convention.names_for(runner.config)
     return (*names.qkv, *names.qkv_bias, names.dense, *names.mlp_in, names.mlp_out)
 
 
-def _norm_name(runner: Runner, stage: str) -> str | None:
-    names = runner.convention.names_for(runner.config)
-    name = {"attention_norm": names.attention_norm, "mlp_norm": names.mlp_norm}.get(stage)
+def _norm_name(runner: Runner, stage: str, layer: int) -> str | None:
+    names, delta = runner.convention.names_for(runner.config), runner.config.gated_delta
+    linear_layer = delta is not None and layer < len(delta.layers) and delta.layers[layer]
+    before = names.delta.before if linear_layer and names.delta is not None else names.attention_norm
+    name = {"attention_norm": before, "mlp_norm": names.mlp_norm}.get(stage)
     return names.layer + name if name else None

@@ -15,6 +15,8 @@ _JOINED = {
     ".mixer.in_proj.weight": ("z", "x", "B", "C", "dt"),
     ".mixer.conv1d.weight": ("x", "B", "C"),
     ".mixer.conv1d.bias": ("x", "B", "C"),
+    ".self_attention.in_proj.weight": ("query", "key", "value", "z", "beta", "alpha"),
+    ".self_attention.conv1d.weight": ("query", "key", "value"),
 }
 _LIVE = {".mixer.conv1d.weight": ".mixer.conv1d_weight", ".mixer.conv1d.bias": ".mixer.conv1d_bias"}
 _PART = re.compile(r"(.*)\.(\w+)")
@@ -23,7 +25,11 @@ _PART = re.compile(r"(.*)\.(\w+)")
 def sizes_of(name: str, config: ModelConfig) -> dict[str, int]:
     """Part -> its rows, of a joined tensor; {}: `name` is none."""
     parts = next((parts for end, parts in _JOINED.items() if name.endswith(end)), ())
-    mamba = config.mamba
+    mamba, delta = config.mamba, config.gated_delta
+    if delta is not None:
+        keys, values = delta.num_key_heads * delta.key_head_dim, delta.num_value_heads * delta.value_head_dim
+        rows = {"query": keys, "key": keys, "value": values, "z": values}
+        return {part: rows.get(part, delta.num_value_heads) for part in parts}
     if mamba is None:
         return {}
     inner, states = mamba.num_heads * mamba.head_dim, mamba.num_groups * mamba.state_dim

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from weights_conversion.config import ModelConfig
 
 # Families whose prediction layers are like their last layer, with two norms and a projection in front of it.
-_FAMILIES = frozenset({"deepseek-v3", "glm4-moe", "glm4-moe-lite"})
+_FAMILIES = frozenset({"deepseek-v3", "glm4-moe", "glm4-moe-lite", "qwen3-next", "qwen3.5", "qwen3.5-moe"})
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,16 @@ _NAMES = {
 }  # fmt: skip
 
 
+# Of families that have them beside the model, with one projection for all of them.
+_BESIDE = PredictionNames(
+    "mtp.", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "fc.weight", "norm.weight", "layers.0."
+)
+
+
 def names_of(title: str, config: ModelConfig) -> PredictionNames | None:
     """Names by the convention's `title`; None: there are no such layers, or they are not run."""
+    if title == "Hugging Face" and config.mtp_num_layers and config.gated_delta is not None:
+        return _BESIDE
     return _NAMES.get(title) if config.mtp_num_layers and config.family in _FAMILIES else None
 
 

@@ -33,7 +33,12 @@ def huggingface_weights(folder: Path) -> Weights:
     names |= _dequantised(folder, names)
     dtype = _dtype(folder) if any(name.endswith("_blocks") for name in names) else torch.bfloat16
 
+    inner = "model.language_model."  # of a text model, in a repository around it
+    around = any(name.startswith(inner) for name in names)
+
     def read(name: str, rows: slice | None) -> Tensor:
+        if around and name.startswith("model."):
+            name = inner + name.removeprefix("model.")
         if name not in names:
             part = _packed(name, rows, names)
             part = _of_experts(name, rows, names, dtype) if part is None else part

@@ -82,7 +82,7 @@ def _rows(found: list[tuple[DistTensor | FlatTensor, tuple[int, ...]]], rows: sl
 
 def _unwrapped(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Wrappers put their own name in front: Megatron-FSDP both, torch FSDP2 the first, NeMo 2 the second."""
-    wrappers = ("model.module.", "model.", "module.")
+    wrappers = ("model.module.", "model.", "module.", "language_model.", "module.language_model.")
     lasts = ("decoder.final_layernorm.weight", "decoder.final_norm.weight")
     wrapper = next((name for name in wrappers if any(name + last in tensors for last in lasts)), "")
     return {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
