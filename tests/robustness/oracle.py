@@ -98,7 +98,7 @@ def _torch_dist(kind: str, folder: Path, out: Path) -> str | None:
         found = read_torch_dist(folder / "release")
     except Exception as error:
         raise Unreadable(f"{type(error).__name__}: {str(error)[:200]}") from error
-    expected = rank_tensors(hf, Sizes.from_hf(out / "config.json"), 1, 0)
+    expected = rank_tensors(hf, Sizes.from_hf(out / "config.json"), (0, 1))
     stacked = {
         name.replace("layers.0.", "layers."): torch.stack(
             [expected[name.replace("layers.0.", f"layers.{layer}.")] for layer in range(config["num_hidden_layers"])]

@@ -77,8 +77,8 @@ def stated_fields(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     if args.sliding_window_size is not None:
         if args.model is not None and not FAMILIES[args.model].windowed and args.sliding_window_size:
-            windowed = " and ".join(name for name, family in FAMILIES.items() if family.windowed)
-            parser.error(f"--sliding_window_size is {windowed}'s, {args.model} has none")
+            windowed = " and ".join(f"{name}'s" for name, family in FAMILIES.items() if family.windowed)
+            parser.error(f"--sliding_window_size is {windowed}, {args.model} has none")
         fields["sliding_window"] = args.sliding_window_size or None
     return fields
 
