@@ -1,8 +1,10 @@
-"""What opcodes of a pickle make, and how many bytes of memory that takes."""
+"""Takes a pickle apart into its opcodes; what they make, and how many bytes of memory that takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import pickletools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # What objects take, in bytes, by the opcode that makes them (with the reference to them); of all others COST.
@@ -28,3 +30,43 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_SET": set,
 }
+
+
+def _byte(stream: io.BytesIO) -> int:
+    data = stream.read(1)
+    if not data:
+        raise ValueError("not enough data in stream to read uint1")  # pickletools' words
+    return data[0]
+
+
+def _four_bytes(stream: io.BytesIO) -> int:
+    data = stream.read(4)
+    if len(data) != 4:
+        raise ValueError("not enough data in stream to read uint4")
+    return int.from_bytes(data, "little")
+
+
+_QUICK = {"uint1": _byte, "uint4": _four_bytes}
+_Reader = Callable[[Any], Any]
+_OPERATIONS: dict[bytes, tuple[str, _Reader | None]] = {
+    code.encode("latin-1"): (op.name, None if op.arg is None else _QUICK.get(op.arg.name, op.arg.reader))
+    for code, op in pickletools.code2op.items()  # pyright: ignore[reportAttributeAccessIssue]
+}
+
+
+def operations(data: bytes) -> Iterator[tuple[str, Any]]:
+    """(name of the opcode, its argument or None), up to STOP: pickletools.genops in half the time.
+
+    A checkpoint of 512 ranks has twenty million of them. Raises ValueError for what is no pickle.
+    """
+    stream = io.BytesIO(data)
+    read, known = stream.read, _OPERATIONS
+    while True:
+        code = read(1)
+        if code not in known:
+            where = f"at position {stream.tell() - 1}, opcode {code!r} unknown"
+            raise ValueError(where if code else "pickle exhausted before seeing STOP")
+        name, reader = known[code]
+        yield name, reader(stream) if reader is not None else None
+        if code == b".":
+            return

@@ -14,7 +14,6 @@ there, and the hash of a nested tuple that is shared takes twice as long with ea
 from __future__ import annotations
 
 import pickle
-import pickletools
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +27,7 @@ from weights_conversion.formats.pickle_opcodes import (
     COST,
     COSTS,
     LITERALS,
+    operations,
 )
 from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Foreign, Storage, storage_of
 
@@ -60,7 +60,7 @@ def load(
 
 
 class _Machine:
-    """One run over one pickle, whose opcodes pickletools takes apart; handlers are named after them."""
+    """One run over one pickle, whose opcodes `operations` takes apart; handlers are named after them."""
 
     def __init__(
         self, where: str, further: Mapping[tuple[str, str], Any], training: bool, storages: dict[str, Storage]
@@ -84,11 +84,12 @@ class _Machine:
 
     def run(self, data: bytes) -> Any:
         handlers = {name.removeprefix("_op_"): getattr(self, name) for name in dir(self) if name.startswith("_op_")}
-        stack = self._stack
+        stack, memo, costs = self._stack, self._memo, COSTS
         self._left = BYTES_AT_LEAST + BYTES_PER_BYTE * len(data)
-        for opcode, argument, _ in pickletools.genops(data):
-            name = opcode.name
-            self._spend(COSTS.get(name, COST))
+        for name, argument in operations(data):
+            self._left -= costs.get(name, COST)
+            if self._left < 0:
+                self._spend(0)
             if name in LITERALS:
                 stack.append(argument)
             elif name == "STOP":
@@ -96,9 +97,9 @@ class _Machine:
             elif name in CONSTANTS:
                 stack.append(CONSTANTS[name]())
             elif name in ("BINGET", "GET", "LONG_BINGET"):
-                stack.append(self._memo[int(argument or 0)])
+                stack.append(memo[int(argument or 0)])
             elif name in ("BINPUT", "PUT", "LONG_BINPUT"):
-                self._memo[int(argument or 0)] = stack[-1]
+                memo[int(argument or 0)] = stack[-1]
             elif name in handlers:
                 handlers[name](argument)
             elif name not in ("PROTO", "FRAME"):
