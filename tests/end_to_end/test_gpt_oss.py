@@ -26,6 +26,22 @@ FORMS: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+# Args that decide the model, or how it is computed.
+DECIDING = (
+    "add_bias_linear", "add_qkv_bias", "swiglu", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value",
+    "softmax_type", "window_size", "window_attn_skip_freq", "moe_router_dtype", "moe_router_pre_softmax",
+    "moe_router_score_function", "moe_router_topk", "position_embedding_type", "rotary_scaling_factor", "mscale",
+    "yarn_original_max_position_embeddings", "yarn_correction_range_round_to_int", "layernorm_epsilon",
+)  # fmt: skip
+
+
+def read(folder: Path, ckpt_format: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    if ckpt_format == "torch":
+        return read_ranks(folder)
+    tensors, args = read_torch_dist(folder)
+    return {"": tensors}, args
+
+
 def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A torch_dist checkpoint's tensors as oss.in_megatron names them."""
     found = {}
@@ -105,8 +121,9 @@ def test_golden(case: str, to_megatron, to_hf, tmp_path: Path) -> None:
             options += [f"--{size.replace('_', '-')}-parallel-size", layout[f"{size}_parallel_size"]]
         options += layout["import_flags"]
     to_megatron("gpt-oss", "--model-path", folder.parent / "hf", "--out", tmp_path / "mt", *options).succeeded()
-    read = read_ranks if layout["format"] == "torch" else lambda path: ({"": read_torch_dist(path)[0]}, {})
-    (wanted, _), (found, _) = read(folder), read(tmp_path / "mt")
+    (wanted, said), (found, args) = (read(path, layout["format"]) for path in (folder, tmp_path / "mt"))
+    for name in DECIDING:  # nothing else is said; what no run takes from a checkpoint may be left out
+        assert args.get(name) in (None, said[name], list(said[name]) if isinstance(said[name], tuple) else None), name
     assert found.keys() == wanted.keys()
     for rank, tensors in wanted.items():
         for name, tensor in tensors.items():

@@ -229,7 +229,6 @@ def write_core(config: ModelConfig, layer_freq: int | list[int] | None = None) -
         **{name: getattr(moe, field) for field, name in ARGS.items()},
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
         "moe_layer_freq": moe_layers.core_layer_freq(config, layer_freq),
-        ROUTER_DTYPE: "fp32",
         "moe_grouped_gemm": True,
     }
 
