@@ -83,11 +83,12 @@ def test_rank_files(to_hf, to_megatron, tmp_path: Path) -> None:
     [
         ({"hybrid_layer_pattern": "M-*-"}, ("mamba_num_heads", "mamba_num_groups")),
         ({"hybrid_layer_pattern": "M-*-", "mamba_num_groups": 1}, ("M-*-", "llama3 does not have")),
-        ({"hybrid_layer_pattern": "G-*-"}, ("gated delta",)),
+        ({"hybrid_layer_pattern": "G-*-"}, ("gated_delta_net", "llama3 does not have")),
+        ({"hybrid_layer_pattern": "GG--"}, ("gated delta", "GG--")),
         ({"hybrid_layer_pattern": "D-*-"}, ("sparse attention",)),
         ({"hybrid_layer_pattern": "*-*-/*-"}, ("multi-token prediction",)),
         ({"hybrid_layer_pattern": "**--"}, ("one sub-block each", "llama3 does not have")),
-        ({"hybrid_layer_pattern": "*-X-"}, ("*-X-", "symbols of M*-E")),
+        ({"hybrid_layer_pattern": "*-X-"}, ("*-X-", "symbols of M*-EG")),
         ({"spec": ["my.specs", "stack"]}, ("my.specs", "its own code")),
         ({"hybrid_layer_pattern": "*-*-*-"}, ("num_layers 4", "6 layers")),
         ({"hybrid_layer_pattern": "*-*-*-", "num_layers": 6, "encoder_num_layers": 6}, ("no tensor",)),
@@ -198,4 +199,35 @@ def test_experts_of_torch_dist(to_hf, to_megatron, tmp_path: Path) -> None:
     assert "decoder.layers.1.mlp.linear_fc1.weight" in tensors
     to_hf("--input_dir", tmp_path / "m", "--output_dir", tmp_path / "out", "--no_tokenizer", "--verify").succeeded()
     found, wanted = tm.read_huggingface(tmp_path / "out"), tm.read_huggingface(source)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("ranks", [(), ("--ckpt-format", "torch", "--tensor-model-parallel-size", 2,
+                                        "--pipeline-model-parallel-size", 2, "--moe-grouped-gemm")],
+                         ids=["torch_dist", "rank files"])  # fmt: skip
+def test_gated_delta(ranks: tuple[Any, ...], to_hf, to_megatron, tmp_path: Path) -> None:
+    """Qwen3-Next: G where its layers are linear."""
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.Qwen3NextConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, max_position_embeddings=128,
+    )  # fmt: skip
+    source = tmp_path / "hf"
+    transformers.Qwen3NextForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+    pattern = "GEGEGE*E"
+    result = to_megatron("qwen3-next", "--model-path", source, "--out", tmp_path / "m", "--hybrid-layer-pattern",
+                         pattern, *ranks).succeeded()  # fmt: skip
+    assert "--linear-attention-freq" not in result.text
+    args = read_torch_dist(tmp_path / "m")[1] if not ranks else {}
+    if args:
+        assert (args["hybrid_layer_pattern"], args["num_layers"], args["linear_attention_freq"]) == (pattern, 8, None)
+    (tmp_path / "m" / "conversion_manifest.json").unlink()
+    to_hf("--input_dir", tmp_path / "m", "--output_dir", tmp_path / "out", "--no_tokenizer", "--model", "qwen3-next",
+          "--true_vocab_size", 96).succeeded()  # fmt: skip
+    found, wanted = tm.read_huggingface(tmp_path / "out"), tm.read_huggingface(source)
+    assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -95,6 +95,10 @@ def stated(form: Form, config: ModelConfig, parallel: Parallelism) -> dict[str, 
     return said | {"num_layers_per_virtual_pipeline_stage": None}
 
 
+# Flags of a GPTModel that a HybridModel's pattern stands for.
+_SAID_BY_PATTERN = ("--experimental-attention-variant", "--linear-attention-freq")
+
+
 def training(form: Form, flags: list[str], out: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
     """(what training is to be started with, warnings), in place of `flags` for a GPTModel of Megatron-LM."""
     if form.bridge:
@@ -103,6 +107,7 @@ def training(form: Form, flags: list[str], out: Path, config: ModelConfig) -> tu
         return flags, []
     if config.hybrid_layer_pattern is not None:
         return [*flags, f"--hybrid-layer-pattern '{form.pattern}'"], []
+    flags = [flag for flag in flags if not flag.startswith(_SAID_BY_PATTERN)]
     own = [f"--hybrid-layer-pattern '{form.pattern}'", f"--spec {' '.join(hybrid.SPEC)}", "(pretrain_hybrid.py)"]
     scaling = config.rope_scaling
     if scaling is None or scaling.kind != "llama3":

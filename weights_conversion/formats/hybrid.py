@@ -17,8 +17,11 @@ from weights_conversion.mapping.hybrid import PATTERN, SPEC
 _OLD = "hybrid_override_pattern"
 _NAMES = (PATTERN, _OLD, "is_hybrid_model", "spec")
 IS_HYBRID = "_is_hybrid_model"  # in args, once they are a GPTModel's
-_OTHERS = {"G": "gated delta layers", "D": "sparse attention (DSA)", "+": "multi-latent attention"}
-_OWN = "M*-E"
+_OTHERS = {"D": "sparse attention (DSA)", "+": "multi-latent attention"}
+_OWN = "M*-EG"
+_GPT = re.compile(r"([*G][-E])+")
+# How a GPTModel's args say that layers are gated delta, where a pattern does not.
+_VARIANT, _FREQ = "experimental_attention_variant", "linear_attention_freq"
 _LAYER = re.compile(r"(?P<before>(?:.*\.)?decoder\.layers\.)(?P<layer>\d+)(?P<behind>\..+)")
 _LONGEST = 100_000
 # Where Megatron-Core's own layers of it are built, in this release and in older ones.
@@ -53,7 +56,7 @@ def symbols(pattern: str, where: str) -> str:
 
 def is_gpt(args: Mapping[str, Any], plain: str) -> bool:
     """Whether it is what a GPTModel holds: attention and the rest in turn, and positions by a rotary embedding."""
-    return re.fullmatch(r"(\*[-E])+", plain) is not None and args.get("position_embedding_type") != "none"
+    return _GPT.fullmatch(plain) is not None and args.get("position_embedding_type") != "none"
 
 
 def read_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -61,6 +64,11 @@ def read_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     plain = symbols(pattern_of(args) or "", where)
     _check_spec(args.get("spec"), where)
     gpt = is_gpt(args, plain)
+    if "G" in plain and not gpt:
+        raise ConversionError(
+            f"{where} holds a HybridModel with gated delta layers (G in its {PATTERN} {plain[:60]!r}) that are not all "
+            "followed by an MLP or experts, which no supported family has"
+        )
     changed = {name: value for name, value in args.items() if name not in _NAMES}
     for name in ("num_layers", "encoder_num_layers"):
         if changed.get(name) not in (None, len(plain)):
@@ -70,6 +78,8 @@ def read_args(args: Mapping[str, Any], where: str) -> dict[str, Any]:
             )
     kinds = plain[1::2] if gpt else plain
     changed |= {name: len(kinds) for name in ("num_layers", "encoder_num_layers") if name in (*changed, "num_layers")}
+    if gpt and "G" in plain:
+        changed |= {_VARIANT: "gated_delta_net", _FREQ: [int(symbol == "G") for symbol in plain[::2]]}
     if "E" in kinds:
         freq = [int(kind == "E") for kind in kinds]
         changed["moe_layer_freq"] = freq if 0 in freq else 1
@@ -88,8 +98,10 @@ def hybrid_args(pattern: str) -> dict[str, Any]:
     """What of a GPTModel's args another HybridModel's are: its layers are sub-blocks."""
     count = len(symbols(pattern, f"the {PATTERN}"))
     sizes = {"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_groups": 8}  # of no layer here: their defaults
+    delta = {_VARIANT: None, _FREQ: None} if "G" in pattern else {}  # the pattern says it
     return {
-        PATTERN: pattern, "spec": SPEC, "num_layers": count, "encoder_num_layers": count, "moe_layer_freq": 1, **sizes,
+        PATTERN: pattern, "spec": SPEC, "num_layers": count, "encoder_num_layers": count, "moe_layer_freq": 1,
+        **sizes, **delta,
     }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ def symbols(config: ModelConfig) -> str:
     if config.hybrid_layer_pattern is not None:
         return config.hybrid_layer_pattern
     layers = map(config.layer_features, range(config.num_layers))
-    return "".join(f"*{'E' if 'moe' in features else '-'}" for features in layers)
+    kinds = (("G" if "gated_delta" in features else "*", "E" if "moe" in features else "-") for features in layers)
+    return "".join(symbol for kind in kinds for symbol in kind)
 
 
 def sub_block(name: str) -> int:

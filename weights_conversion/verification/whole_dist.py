@@ -42,10 +42,6 @@ def dist_weights(
         ):
             name = name.replace(".mtp_model_layer.", ".transformer_layer.")
         match = re.fullmatch(r"(.*\blayers\.)(\d+)\.(.*)", name)
-        if hybrid and match:
-            name = f"{match[1]}{2 * int(match[2]) + (not match[3].startswith(_OF_ATTENTION))}.{match[3]}"
-        elif hybrid:
-            name = name.replace("final_layernorm", "final_norm")
         if name in tensors:
             return [(tensors[name], ())]
         if f"{name}_w" in tensors:  # the gate and up of a GLU
@@ -58,6 +54,7 @@ def dist_weights(
         return [(stacked, (int(match[2]),))]
 
     def read(name: str, rows: slice | None) -> Tensor:
+        name = _in_hybrid(name) if hybrid else name
         part = None if name in tensors or config is None else part_of(name, config)
         if part is not None:  # Megatron-FSDP joins them as a model that runs
             name, first, last = part
@@ -65,6 +62,13 @@ def dist_weights(
         return _rows(find(name), rows)
 
     return read
+
+
+def _in_hybrid(name: str) -> str:
+    """A GPTModel's name as a HybridModel has it."""
+    if match := re.fullmatch(r"(.*\blayers\.)(\d+)\.(.*)", name):
+        return f"{match[1]}{2 * int(match[2]) + (not match[3].startswith(_OF_ATTENTION))}.{match[3]}"
+    return name.replace("final_layernorm", "final_norm")
 
 
 def _rows(found: list[tuple[DistTensor | FlatTensor, tuple[int, ...]]], rows: slice | None) -> Tensor:
