@@ -263,3 +263,14 @@ def test_verify_sees_scales_that_are_one_block_off(bfloat16: Path, tmp_path: Pat
     monkeypatch.setattr(BlockScaled, "decode", shifted)
     said = to_megatron("deepseek-v3", "--model-path", source, "--out", tmp_path / "out", "--verify")
     said.refused("failed its proof")
+
+
+def test_a_scalar_that_no_model_has(bfloat16: Path, tmp_path: Path, to_megatron) -> None:
+    """Scales of activations alone, and more experts than are there: a sentence of each."""
+    lm.write_fp8(bfloat16, tmp_path / "fp8")
+    plain = tmp_path / "fp8-meaning"
+    lm.edit_tensors(plain, lambda tensors: tensors.update({"model.layers.0.mlp.down_proj.input_scale": torch.ones(())}))
+    arguments = ("deepseek-v3", "--model-path", plain, "--out", tmp_path / "out")
+    to_megatron(*arguments).refused("model.layers.0.mlp.down_proj.input_scale")
+    lm.edit(plain, n_routed_experts=100_000)
+    to_megatron(*arguments).refused("100000 experts")

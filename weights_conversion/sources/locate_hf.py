@@ -56,7 +56,9 @@ def _check_counts(config: ModelConfig, tensors: Mapping[str, Placed]) -> None:
     if config.num_layers > len(tensors):
         raise ConversionError(f"the config says {config.num_layers} layers, the source has {len(tensors)} tensors")
     if config.moe is not None:
-        most = max((each.copies[0][0].ref.shape[0] for each in tensors.values() if each.rows), default=0)
+        most = max(
+            (each.copies[0][0].ref.shape[0] for each in tensors.values() if each.copies[0][0].ref.shape), default=0
+        )
         if config.moe.num_experts > max(len(tensors), most):
             raise ConversionError(
                 f"the config says {config.moe.num_experts} experts, the source has {len(tensors)} tensors"
