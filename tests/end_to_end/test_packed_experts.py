@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import moe_models
 import pytest
+import tiny_models as tm
 import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
@@ -92,3 +94,23 @@ def test_no_packed_tensor_is_ever_whole(tmp_path: Path, monkeypatch: pytest.Monk
     )
     megatron_to_hf(tmp_path / "out", tmp_path / "back", no_tokenizer=True)
     assert longest["written"] == longest["read"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe-mixed", "qwen3-moe-mixed", "glm4-moe"])
+def test_what_transformers_itself_packs(name: str, tmp_path: Path, to_megatron, to_hf) -> None:
+    """Saved under its own names (save_original_format=False), where Mixtral's router has another name too."""
+    import transformers
+
+    model = moe_models.MODELS[name]
+    plain, source, back = tmp_path / "plain", tmp_path / "source", tmp_path / "back"
+    tm.write_huggingface(plain, model, tokenizer=False)
+    network = transformers.AutoModelForCausalLM.from_pretrained(plain)
+    network.save_pretrained(source, save_original_format=False)
+    to_megatron(model.family, "--model-path", source, "--out", tmp_path / "out", "--verify").succeeded()
+    to_hf("--input_dir", tmp_path / "out", "--output_dir", back, "--no_tokenizer", "--verify").succeeded()
+    found, wanted = load_file(back / "model.safetensors"), load_file(source / "model.safetensors")
+    assert "model.layers.1.mlp.experts.gate_up_proj" in wanted
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    prompt = torch.arange(1, 200, 5)
+    assert torch.equal(tm.folder_logits(back, prompt), tm.folder_logits(plain, prompt))

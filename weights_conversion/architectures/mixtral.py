@@ -1,5 +1,7 @@
 """Mixtral 8x7B and 8x22B: Mistral's attention; every layer has experts, under names of its own."""
 
+from dataclasses import replace
+
 from weights_conversion.architectures.experts import NORM, experts, router
 from weights_conversion.architectures.family import Family, Signs
 from weights_conversion.architectures.llama import ATTENTION, EMBEDDING, LAST
@@ -10,7 +12,10 @@ MIXTRAL = Family(
         EMBEDDING,
         *ATTENTION,
         NORM,
-        router("model.layers.{layer}.block_sparse_moe.gate.weight"),
+        replace(
+            router("model.layers.{layer}.block_sparse_moe.gate.weight"),
+            beside_packed="model.layers.{layer}.mlp.gate.weight",  # transformers 5's own names
+        ),
         *experts(
             gate="model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
             up="model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",

@@ -143,6 +143,8 @@ class _Form:
     own_types: frozenset[str]
 
     def name(self, instance: Instance, template: str) -> str:
+        if instance.row.beside_packed is not None and self.packed:
+            template = instance.row.beside_packed
         return instance.hf(self.target.spell(template))
 
     def packs(self, instance: Instance) -> bool:

@@ -87,6 +87,7 @@ class ParamMapping:
     centred: bool = False  # Megatron has what HF has minus one
     hf_dtype: str | None = None  # that hub files have it in, whatever the model's is
     within: tuple[Part, ...] = ()  # one for each name in `hf`
+    beside_packed: str | None = None  # its name in files whose experts are packed, where that is another
 
     @property
     def module(self) -> str:

@@ -80,7 +80,7 @@ class _Search:
     def find(self, instance: Instance) -> tuple[Placed, ...]:
         found = []
         for at, shape in enumerate(instance.row.hf_shapes(self.config)):
-            name = instance.hf(self.dialect.spell(instance.row.hf[at]))
+            name = self._name(instance, instance.row.hf[at])
             packed = instance.row.packed[at] if instance.row.packed else None
             if instance.row.within:
                 part = instance.row.within[at]
@@ -93,6 +93,14 @@ class _Search:
             if tensor is not None:
                 found.append(tensor)
         return tuple(found)
+
+    def _name(self, instance: Instance, template: str) -> str:
+        """What the source has of two names, where files with packed experts have another one."""
+        name, other = instance.hf(self.dialect.spell(template)), instance.row.beside_packed
+        if other is None or name in self.tensors:
+            return name
+        beside = instance.hf(self.dialect.spell(other))
+        return beside if beside in self.tensors else name
 
     def _packed(self, instance: Instance, packed: Packed) -> str:
         return instance.hf(self.dialect.spell(packed.name))

@@ -35,8 +35,10 @@ def huggingface_weights(folder: Path) -> Weights:
 
     inner = "model.language_model."  # of a text model, in a repository around it
     around = any(name.startswith(inner) for name in names)
+    respells = not any(_MIXTRAL in name for name in names)
 
     def read(name: str, rows: slice | None) -> Tensor:
+        name = _respelled(name) if respells else name
         if around and name.startswith("model."):
             name = inner + name.removeprefix("model.")
         if name not in names:
@@ -115,6 +117,18 @@ def _of_experts(name: str, rows: slice | None, names: Mapping[str, Stored], dtyp
 def _held(name: str, names: Iterable[str]) -> str | None:
     """`name`, or the one that a wrapper's stands in front of."""
     return name if name in names else next((each for each in names if each.endswith(f".{name}")), None)
+
+
+_MIXTRAL = ".block_sparse_moe."  # in names of its experts, but not where transformers 5 saves them under its own
+
+
+def _respelled(name: str) -> str:
+    """A name of Mixtral's as all other models with experts have it."""
+    if _MIXTRAL not in name:
+        return name
+    halves = {"w1": "gate", "w3": "up", "w2": "down"}
+    name = re.sub(r"\.(w[123])\.weight$", lambda match: f".{halves[match[1]]}_proj.weight", name)
+    return name.replace(_MIXTRAL, ".mlp.")
 
 
 def _packed(name: str, rows: slice | None, names: Mapping[str, Stored]) -> Tensor | None:
