@@ -48,9 +48,10 @@ def block_of(shape: Sequence[int], scales: Sequence[int], raw: Mapping[str, Any]
     """Rows and columns of a matrix of `shape` that share one of `scales`."""
     rows, columns = shape[-2:]
     stated = raw.get("quantization_config") or raw.get("compression_config") or {}
-    groups = stated.get("config_groups") or {}
-    found = [stated.get("weight_block_size"), *((each.get("weights") or {}).get("block_structure")
-                                                for each in groups.values())]  # fmt: skip
+    groups = stated.get("config_groups")
+    weights = [each.get("weights") for each in groups.values()] if isinstance(groups, Mapping) else []
+    blocks = [each.get("block_structure") for each in weights if isinstance(each, Mapping)]
+    found = [stated.get("weight_block_size"), *blocks]
     block = next((each for each in found if each), None)
     if all(size == 1 for size in scales) or len(scales) < 2:
         return (1, columns) if len(shape) == 2 and len(scales) == 1 and scales[0] == rows else (rows, columns)
