@@ -267,3 +267,34 @@ def test_the_family_is_known_by_what_it_shows(to_megatron, to_hf, tmp_path: Path
             to_hf(*asked).succeeded()
             continue
         to_hf(*asked).refused("qwen3-next", "qwen3.5-moe", "--model")  # which differ in how Hugging Face spells them
+
+
+def test_as_a_hybrid_model(to_megatron, to_hf, tmp_path: Path) -> None:
+    """G is linear attention; the pattern alone says which layers have it. Another pattern is refused."""
+    model = DELTAS["next-uneven"]
+    source = delta_models.write(tmp_path / "hf", model)
+    asked = [model.family, "--model-path", source, "--out", tmp_path / "mt"]
+    to_megatron(*asked, "--hybrid-layer-pattern", "*E*E*E*E").refused("*EGEGE*E")
+    said = to_megatron(*asked, "--hybrid-layer-pattern", "*EGEGE*E", "--verify").succeeded()
+    assert "--linear-attention-freq" not in said.text
+    tensors, args = read_torch_dist(tmp_path / "mt")
+    assert (args["hybrid_layer_pattern"], args["linear_attention_freq"]) == ("*EGEGE*E", None)
+    literal = {"decoder.layers.2.self_attention.in_proj.weight.z", "decoder.layers.3.mlp.router.weight"}
+    assert literal <= tensors.keys()
+    to_hf("--input_dir", tmp_path / "mt", "--output_dir", tmp_path / "out", "--no_tokenizer", "--verify").succeeded()
+    same(model.tensors(), hf(tmp_path / "out"))
+
+
+def test_flags_that_a_run_needs(to_megatron, tmp_path: Path) -> None:
+    """None of them is restored from the checkpoint; without most of them a run is silently another model."""
+    model = DELTAS["next"]
+    source = delta_models.write(tmp_path / "hf", model)
+    said = to_megatron(model.family, "--model-path", source, "--out", tmp_path / "mt").succeeded().text
+    for flag in (
+        "--experimental-attention-variant gated_delta_net", "--linear-attention-freq 3", "--linear-num-key-heads 2",
+        "--linear-num-value-heads 6", "--linear-key-head-dim 4", "--linear-value-head-dim 6",
+        "--linear-conv-kernel-dim 4", "--attention-output-gate", "--apply-layernorm-1p", "--qk-layernorm",
+        "--norm-epsilon 1e-06", "--rotary-percent 0.25", "--moe-shared-expert-gate", "--moe-router-dtype fp32",
+        "--mtp-num-layers 1",
+    ):  # fmt: skip
+        assert flag in said, flag
