@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -102,18 +101,13 @@ def warm(folder: Path) -> None:
 
 
 def cool(folder: Path) -> str:
-    """Takes the files out of the page cache, but not the programs that are measured; returns how it was done."""
+    """Takes the files below a folder, and nothing else, out of the page cache; returns how it was done."""
     os.sync()
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3\n")
-        run((sys.executable, "-c", "import torch"))
-        return "drop_caches, then `import torch` once"
-    except OSError:
-        for path in files(folder):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-        return "posix_fadvise(DONTNEED) on the files, drop_caches is not permitted"
+    for path in files(folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    return "posix_fadvise(DONTNEED) on the files"
 
 
 def takes_direct_writes(folder: Path) -> bool:

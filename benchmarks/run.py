@@ -141,16 +141,22 @@ def _chosen(args: argparse.Namespace, shape: shapes.Shape) -> list[tuple[Setting
     return pairs
 
 
-def _measure(bench: Bench, pairs: Sequence[tuple[Setting, Contender]], rounds: int) -> list[dict[str, Any]]:
-    """All of `pairs` in every round: begun at another one each time, and backwards in every second round."""
-    runs = []
+def _measure(
+    bench: Bench, pairs: Sequence[tuple[Setting, Contender]], rounds: int, result: dict[str, Any], path: Path
+) -> None:  # fmt: skip
+    """All of `pairs` in every round: begun at another one each time, and backwards in every second round.
+
+    Each run is added to `result`, which is then written to `path`.
+    """
+    result["runs"] = []
     for number in range(rounds):
         turned = [*pairs[number % len(pairs) :], *pairs[: number % len(pairs)]]
         for setting, contender in turned if number % 2 == 0 else turned[::-1]:
             cost = bench.run(contender, setting)
-            runs.append({"round": number, "setting": setting.name, "name": contender.name, **cost})
+            result["runs"].append({"round": number, "setting": setting.name, "name": contender.name, **cost})
+            result["cache_method"] = bench.cache_method
+            path.write_text(json.dumps(result, indent=1) + "\n")
             say(f"{number + 1} of {rounds}, {setting.name}, {contender.name}: {cost['seconds']:.2f} s")
-    return runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(folder, args.settle, slow.Library(Path(built)) if needs else None)
         try:
             make_sources(folder, shape, args.layers)
-            result["runs"] = _measure(bench, pairs, args.rounds)
+            _measure(bench, pairs, args.rounds, result, args.json)
         except measure.Failed as error:
             say(f"error: {error}")
             return 1
@@ -184,8 +190,6 @@ def main(argv: list[str] | None = None) -> int:
             if not args.keep:
                 for name in ("model", "checkpoint"):
                     shutil.rmtree(folder / name, ignore_errors=True)
-    result["cache_method"] = bench.cache_method
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(report.text(result))
     if args.plot:
         report.plot(result, args.plot)
