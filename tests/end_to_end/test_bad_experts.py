@@ -190,6 +190,26 @@ def of_ep4(root: Path) -> None:
     shutil.copytree(root.parent / "ep4" / "release" / "mp_rank_00_001", root / "release" / "mp_rank_00_001")
 
 
+def swapped(one: str, other: str) -> Edit:
+    """Two ranks' files, each in the other's folder: names and shapes are the same."""
+
+    def apply(root: Path) -> None:
+        first, second = (root / "release" / f"mp_rank_{rank}" / "model_optim_rng.pt" for rank in (one, other))
+        first.rename(root / "kept")
+        second.rename(first)
+        (root / "kept").rename(second)
+
+    return apply
+
+
+def copied(one: str, other: str) -> Edit:
+    def apply(root: Path) -> None:
+        first, second = (root / "release" / f"mp_rank_{rank}" / "model_optim_rng.pt" for rank in (one, other))
+        shutil.copy(first, second)
+
+    return apply
+
+
 def then(*edits: Edit) -> Edit:
     def apply(root: Path) -> None:
         for edit in edits:
@@ -236,6 +256,10 @@ RANKS: dict[str, tuple[str, Edit, str]] = {
         lambda root: shutil.copytree(root / "release/mp_rank_00_001", root / "release/mp_rank_00_002") and None,
         "release/mp_rank_00_002 is too many: its args say TP 1 PP 1 EP 2",
     ),
+    "experts of two ranks swapped": ("ep2", swapped("00_000", "00_001"), "was written by process 0, "),
+    "experts of two ranks swapped, of one half": ("tp2ep2-grouped", swapped("01_000", "01_001"), "they are swapped"),
+    "halves of experts swapped, of the later rank": ("tp2ep2", swapped("00_001", "01_001"), "they are swapped"),
+    "a rank's experts twice": ("ep4", copied("00_002", "00_003"), "or one is a copy of another"),
     "another layout mixed in": (
         "ep2",
         of_ep4,

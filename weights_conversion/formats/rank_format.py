@@ -10,7 +10,7 @@ from weights_conversion.config import Parallelism
 from weights_conversion.formats import megatron, torch_files
 from weights_conversion.formats.format import Content, Output
 from weights_conversion.layouts.planners import plan_to_megatron
-from weights_conversion.layouts.rank_files import Rank, rank_folder
+from weights_conversion.layouts.rank_files import Rank, rank_folder, stage_ranks
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_CORE_EACH
 
 
@@ -38,11 +38,25 @@ class RankFormat:
             rank_file("release", self.parallel), content.new_rows,
         )  # fmt: skip
         iteration = 0 if core else "release"
+        writers = _writers("release", self.parallel)
         targets = [
-            torch_files.TorchFileTarget(file, megatron.rank_content(refs, content.args, iteration, flat=core), refs)
+            torch_files.TorchFileTarget(
+                file,
+                megatron.rank_content(refs, {**content.args, "rank": writers[file]}, iteration, flat=core),
+                refs,
+            )
             for file, refs in plan.targets.items()
         ]
         return Output(replace(plan, keeps_crcs=self.keeps_crcs), targets)
+
+
+def _writers(folder: str, parallel: Parallelism) -> dict[str, int]:
+    """Each rank file's number, as training leaves it in args.rank: a file in another's folder is told by it alone.
+
+    Of the experts' two halves, or of two halves of any matrix, shapes and names are the same.
+    """
+    ranks = (Rank(tp, pp, ep) for pp in range(parallel.pipeline) for tp, ep in stage_ranks(parallel))
+    return {rank_file(folder, parallel)(rank): number for number, rank in enumerate(ranks)}
 
 
 def rank_file(folder: str, parallel: Parallelism) -> Callable[[Rank], str]:

@@ -149,7 +149,7 @@ def strays(args: Mapping, files: Mapping[Rank, Path], parallel: Parallelism) -> 
     """Rank files that stand in each other's folders, by the process that each says it was written by.
 
     Training numbers its processes tensor ranks first and stages last, whatever lies between, and each leaves its number
-    in its args; converters leave the same in all files, or none. Every rank's file must be there.
+    in its args, as this converter does; others leave the same in all files, or none. Every rank's file must be there.
     """
     order = [Rank(tp, pp, ep) for pp in range(parallel.pipeline) for tp, ep in stage_ranks(parallel)]
     writers = [args[rank].get("rank") for rank in order]
