@@ -132,3 +132,18 @@ def test_what_others_made_at_a_path_that_args_name(
     said = to_hf(*back, "--vocab_file", named / "tokenizer.model").succeeded()
     assert ("another user (2002)" in said.text) == (owned != "file")
     assert tm.read_json(tmp_path / "out" / "config.json")["rope_theta"] == 10000.0
+
+
+def test_added_rows_that_nobody_names(to_megatron: Script, to_hf: Script, tmp_path: Path) -> None:
+    """They are told: the run may have had names for them. Rows that the source had already say nothing."""
+    folder = tm.write_huggingface(tmp_path / "hf", tm.MODELS["llama2"])
+    to_megatron("llama2", "--model-path", folder, "--out", tmp_path / "m", "--true-vocab-size", 323).succeeded()
+    back = ("--input_dir", tmp_path / "m", "--output_dir")
+    told = "have no token: the source's embedding had 320 rows"
+    assert f"rows 320 to 322 {told}" in to_hf(*back, tmp_path / "none").succeeded().err
+    assert "row 322 has no token" in to_hf(*back, tmp_path / "two", "--vocab_extra_ids_list", "<a>,<b>").succeeded().err
+    said = to_hf(*back, tmp_path / "all", "--vocab_extra_ids_list", "<a>,<b>,<c>").succeeded()
+    assert "no token" not in said.text
+    to_megatron("llama2", "--model-path", folder, "--out", tmp_path / "same").succeeded()
+    said = to_hf("--input_dir", tmp_path / "same", "--output_dir", tmp_path / "back").succeeded()
+    assert "no token" not in said.text

@@ -148,3 +148,18 @@ def check_rows(
     if source.default:
         check_default(source, max(ids.values()) + 1, *rows, args)
     return rowless({token: index for token, index in ids.items() if token not in needed}, rows[0])
+
+
+def nameless(ids: int, source_rows: Any, rows: int) -> list[str]:
+    """A warning where rows were added to the source's embedding and no token is known for them.
+
+    `ids` is the tokenizer's last id plus one; a source may have rows behind its own tokens, which say nothing.
+    """
+    first = max(ids, source_rows) if type(source_rows) is int else rows
+    if first >= rows:
+        return []
+    which = f"rows {first} to {rows - 1} have" if rows - first > 1 else f"row {first} has"
+    return [
+        f"{which} no token: the source's embedding had {source_rows} rows, the tokenizer has {ids} tokens; if training "
+        "named them, --vocab_extra_ids_list A,B says how (and --new_tokens, that Megatron-LLM's five come first)"
+    ]

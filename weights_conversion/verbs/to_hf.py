@@ -48,6 +48,7 @@ from weights_conversion.sources.reference import (
     stated,
 )
 from weights_conversion.tokenizer import TokenizerOptions, TokenizerPlan, plan_tokenizer, source_tokenizer_files
+from weights_conversion.tokenizer.checks import nameless
 from weights_conversion.tokenizer.files import TOKENIZER_FILES
 from weights_conversion.verbs.to_peft import config_of, write_peft
 from weights_conversion.verify import proof
@@ -190,7 +191,9 @@ def _report(options: ExportOptions, source: _Read, stored: torch.dtype, dtype: t
         report.warnings += disagreements(reference, opened.config)
         report.notes.append(f"reference  {reference.name} gives what the checkpoint does not state")
     report.notes += ["tokenizer  left out (--no_tokenizer)"] if tokenizer is None else tokenizer.report
-    report.warnings += [] if tokenizer is None else tokenizer.warnings
+    if tokenizer is not None:
+        report.warnings += tokenizer.warnings
+        report.warnings += nameless(tokenizer.ids, source.said.config.get("vocab_size"), opened.config.vocab_size)
     return report
 
 
