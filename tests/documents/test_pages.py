@@ -19,8 +19,8 @@ OPTIONS = ROOT / "docs" / "options.md"
 # Options of other programs that the pages name.
 FOREIGN = {
     "--cpus-per-task", "--signal", "--nodes", "--ntasks", "--ntasks-per-node", "--mem", "--mem-per-cpu", "--time",
-    "--dependency", "--job-name", "--output", "--kill-on-bad-exit", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr",
-    "--master-port", "--rdzv-conf", "--load", "--save", "--rope-scaling-factor",
+    "--job-name", "--output", "--kill-on-bad-exit", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr",
+    "--dependency", "--master-port", "--rdzv-conf", "--load", "--save", "--rope-scaling-factor",
     "--rotary-seq-len-interpolation-factor", "--shape", "--folder", "--settings", "--layers", "--only",
 }  # fmt: skip
 
