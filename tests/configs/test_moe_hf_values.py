@@ -83,3 +83,16 @@ def test_other_values_that_are_read_otherwise(tmp_path: Path) -> None:
     ):
         problems, _ = misread(folder(family, tmp_path), dataclasses.replace(read(family), **wrong))
         assert [problem.split()[0] for problem in problems] == [word]
+
+
+@pytest.mark.parametrize(
+    ("family", "further"),
+    [
+        ("mixtral", {"norm_topk_prob": False, "mlp_only_layers": [1], "moe_intermediate_size": 7, "swiglu_limit": 3.0}),
+        ("qwen3-moe", {"first_k_dense_replace": 1, "routed_scaling_factor": 9.0, "swiglu_limit": 3.0}),
+        ("deepseek-v3", {"mlp_only_layers": [1], "decoder_sparse_step": 2, "swiglu_limit": 3.0}),
+    ],
+)
+def test_keys_of_other_families_are_nothing_to_a_class(family: str, further: dict[str, Any], tmp_path: Path) -> None:
+    """A config.json may hold any key: transformers carries those that its class does not have, and ignores them."""
+    assert misread(folder(family, tmp_path, **further), read(family)) == ([], [])

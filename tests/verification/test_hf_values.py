@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import delta_models
 import pytest
 import tiny_models as tm
 from conftest import run
@@ -84,3 +85,16 @@ def test_a_model_type_that_transformers_does_not_know_is_a_note(tmp_path: Path, 
     problems, (note,) = misread(tmp_path, config)
     assert problems == []
     assert note.startswith("transformers cannot read config.json (")
+
+
+def test_a_width_that_a_class_does_not_have_is_not_compared(tmp_path: Path) -> None:
+    """Qwen3.5's class with experts has no intermediate_size: a file that states one is read as if it did not."""
+    folder = delta_models.write(tmp_path / "hf", delta_models.DELTAS["3.5-moe"])
+    raw = tm.read_json(folder / "config.json")
+    raw.get("text_config", raw)["intermediate_size"] = 40
+    (folder / "config.json").write_text(json.dumps(raw))
+    config = sides.open_model(folder, "qwen3.5-moe").config
+    assert misread(folder, config) == ([], [])
+    assert config.moe is not None
+    wrong = replace(config, moe=replace(config.moe, ffn_hidden_size=40))
+    assert [problem.split()[0] for problem in misread(folder, wrong)[0]] == ["ffn_hidden_size"]

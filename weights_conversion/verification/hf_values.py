@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -68,17 +69,18 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         return [], [f"transformers cannot read config.json ({reason}), so its values are as the converter reads them"]
     stated = getattr(stated, "text_config", stated)  # of a repository around a text model
-    problems = []
+    problems, known = [], _Known(stated)
     names = _PLAIN if block_of(config).parallel else _PLAIN | _SEQUENTIAL
     for field, spellings in names.items():
-        values = [getattr(stated, name) for name in spellings if hasattr(stated, name)]
+        said = known if config.moe is not None else stated
+        values = [getattr(said, name) for name in spellings if hasattr(said, name)]
         if values and values[0] is not None and values[0] != getattr(config, field):
             problems.append(_sentence(field, values[0], getattr(config, field)))
     there, here = (_windows(each, config.num_layers) for each in (stated, config))
     if there != here:
         problems.append(_sentence("sliding_window", there, here))
     for part, names in ((config.moe, _MOE), (config.mla, _MLA), (config.mamba, _MAMBA), (config.gated_delta, _DELTA)):
-        problems += _differing(stated, names, part) if part is not None else []
+        problems += _differing(known, names, part) if part is not None else []
     if config.gated_delta is not None:
         linear = tuple(kind == "linear_attention" for kind in getattr(stated, "layer_types", None) or ())
         if linear != config.gated_delta.layers:
@@ -91,9 +93,33 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
     if pattern is not None and kinds is not None and pattern != "".join(_SYMBOLS.get(kind, "?") for kind in kinds):
         problems.append(_sentence("hybrid_layer_pattern", kinds, pattern))
     if config.moe is not None:
-        problems += _router_problems(stated, config.moe)
+        problems += _router_problems(known, config.moe)
     problems += _rope_problems(stated, config) if block_of(config).rotary else []
     return problems, []
+
+
+class _Known:
+    """transformers' config without the keys that its class does not have: it carries them, and ignores them.
+
+    Qwen3.5's class with experts has no intermediate_size, GPT-OSS's no norm_topk_prob; files have both now and then.
+    """
+
+    def __init__(self, stated: Any) -> None:
+        self._stated, self._default = stated, _default(type(stated))
+
+    def __getattr__(self, name: str) -> Any:
+        if self._default is not None and not hasattr(self._default, name):
+            raise AttributeError(name)
+        return getattr(self._stated, name)
+
+
+@functools.lru_cache(maxsize=8)
+def _default(kind: Any) -> Any:
+    """A class's own defaults; None where it cannot be made without values."""
+    try:
+        return kind()
+    except Exception:  # transformers raises whatever its classes raise
+        return None
 
 
 def _differing(stated: Any, names: Mapping[str, tuple[str, ...]], read: Any) -> list[str]:
