@@ -181,6 +181,43 @@ def test_another_method_is_named(bases: dict[str, Path], to_hf: Script, tmp_path
           "--no_tokenizer").refused("DoRA")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("alpha: 6", "alpha: .inf", ("alpha 'inf'",)),
+        ("alpha: 6", "alpha: .nan", ("alpha 'nan'",)),
+        ("alpha: 6", f"alpha: 1{'0' * 400}", ("alpha '1",)),
+        ("dim: 4", "dim: 8", ("run_config.yaml says rank 8", "has rank 4")),
+        ("alpha: 6", "beta: 6", ("what run_config.yaml says of them lacks alpha", "--adapter_alpha")),
+        ("peft:", "tfep:", ("no section peft", "--adapter_alpha")),
+        (None, None, ("holds no run_config.yaml", "--adapter_alpha")),
+    ],
+)
+def test_what_the_yaml_says_of_adapters(
+    before: str | None, after: str, words: Any, bases: dict[str, Path], to_hf: Script, tmp_path: Path
+) -> None:
+    """Each is refused for what it is: another scale makes another model, of the same shapes."""
+    adapter = rewritten(tmp_path / "a", lambda tensors: tensors)
+    path = adapter / "iter_0007301" / "run_config.yaml"
+    if before is None:
+        path.unlink()
+    else:
+        assert before in path.read_text()
+        path.write_text(path.read_text().replace(before, after))
+    to_hf("--input_dir", bases["bridge-lora"], "--adapter", adapter, "--output_dir", tmp_path / "out",
+          "--no_tokenizer").refused(*words)  # fmt: skip
+
+
+def test_an_alpha_that_the_file_contradicts_is_warned_of(bases: dict[str, Path], to_hf: Script, tmp_path: Path) -> None:
+    where = ("--input_dir", bases["bridge-lora"], "--adapter", GOLDEN / "bridge-lora" / "megatron-adapters")
+    plain = (*where, "--no_tokenizer")
+    said = to_hf(*plain, "--output_dir", tmp_path / "out", "--adapter_alpha", 5).succeeded()
+    assert "--adapter_alpha 5 is used, but" in said.text
+    assert "run_config.yaml says alpha 6" in said.text
+    said = to_hf(*plain, "--output_dir", tmp_path / "six", *ALPHA).succeeded()
+    assert "says alpha" not in said.text
+
+
 def test_folders_that_are_something_else(bases: dict[str, Path], to_hf: Script, to_megatron: Script, tmp_path) -> None:
     base, case, out = bases["bridge-lora"], GOLDEN / "bridge-lora", tmp_path / "out"
     plain = ("--output_dir", out, "--no_tokenizer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -36,4 +37,20 @@ def test_every_folder_around(inner: str, verl: Path, to_hf, tmp_path: Path) -> N
 
 def test_a_step_that_is_not_there(verl: Path, to_hf, tmp_path: Path) -> None:
     (verl / "latest_checkpointed_iteration.txt").write_text("8")
-    to_hf("--input_dir", verl, "--output_dir", tmp_path / "out", "--no_tokenizer").refused("iter_0000008")
+    said = to_hf("--input_dir", verl, "--output_dir", tmp_path / "out", "--no_tokenizer")
+    said.refused("iter_0000008", "it has: global_step_7")
+
+
+def test_a_link_to_the_weights(verl: Path, to_hf, tmp_path: Path) -> None:
+    """What states the model lies beside the folder, not beside the link."""
+    (tmp_path / "link").symlink_to(verl / "global_step_7" / "actor" / "dist_ckpt")
+    to_hf("--input_dir", tmp_path / "link", "--output_dir", tmp_path / "out", "--no_tokenizer").succeeded()
+    assert tm.read_json(tmp_path / "out" / "config.json")["model_type"] == "qwen2"
+
+
+def test_a_config_of_more_rows_is_named_itself(verl: Path, to_hf, tmp_path: Path) -> None:
+    path = verl / "global_step_7" / "actor" / "huggingface" / "config.json"
+    path.write_text(json.dumps(tm.read_json(path) | {"vocab_size": 5000}))
+    said = to_hf("--input_dir", verl, "--output_dir", tmp_path / "out", "--no_tokenizer")
+    said.refused(f"{path} says 5000 vocabulary rows", "another model")
+    assert "--reference" not in said.text

@@ -55,6 +55,11 @@ def verl_step(root: Path, load_iters: int | str | None) -> Path | None:
     return folder if holds_iteration(folder) else None
 
 
+def _verl_steps(root: Path) -> list[str]:
+    """The names of the steps that verl_step can give."""
+    return sorted(path.parent.parent.name for path in root.glob("global_step_*/actor/dist_ckpt"))
+
+
 def nemo_rl_step(root: Path, load_iters: int | str | None) -> Path | None:
     """NeMo-RL's folder of weights, step_N/policy/weights, at the step that is meant; None where there is none.
 
@@ -100,9 +105,10 @@ def find_iteration(root: Path, load_iters: int | str | None) -> tuple[Path, int 
         )
     folder = root / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
     if not folder.is_dir():
+        there = present or _verl_steps(root)
         raise ConversionError(
-            f"{said} names {folder.name}, which {root} does not hold (it has: {named(present) or 'none'}); "
-            + ("--load_iters names another iteration" if present else "copy it there, or name another folder")
+            f"{said} names {folder.name}, which {root} does not hold (it has: {named(there) or 'none'}); "
+            + ("--load_iters names another iteration" if there else "copy it there, or name another folder")
         )
     return folder, iteration
 

@@ -111,7 +111,8 @@ def _iteration(folder: Path, load_iters: int | str | None) -> Found:
             raise ConversionError(
                 f"{folder} is an iteration's own folder, so --load_iters {load_iters} names nothing in it; leave it out"
             )
-        return Found(Kind.MEGATRON, folder)
+        # A link to a folder of another name: what states its model lies beside the folder, if not beside the link.
+        return Found(Kind.MEGATRON, whole if folder.is_symlink() and not _stated_beside(folder) else folder)
     if load_iters is not None and load_iters != number:
         raise ConversionError(
             f"{folder} is the folder of one iteration, but --load_iters {load_iters} was given; give {whole.parent} or "
@@ -119,6 +120,11 @@ def _iteration(folder: Path, load_iters: int | str | None) -> Found:
         )
     root = folder.parent if folder.name == whole.name else whole.parent
     return Found(Kind.MEGATRON, root, number, f"source     {folder}, the iteration that is read")
+
+
+def _stated_beside(folder: Path) -> bool:
+    """Whether verl's or NeMo 2's statement of the model lies beside `folder`."""
+    return any((folder.parent / name).is_dir() for name in ("huggingface", "context"))
 
 
 def _above(path: Path, load_iters: int | str | None) -> Found | None:

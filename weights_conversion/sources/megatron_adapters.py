@@ -31,6 +31,7 @@ from weights_conversion.sources.checkpoint import megatron_root
 from weights_conversion.sources.locate import locate
 from weights_conversion.sources.locate_dist import Parts, uncovered
 from weights_conversion.sources.peft import CONFIG as PEFT_CONFIG
+from weights_conversion.sources.peft import MOST
 
 _APART = {FuseQKV: ("adapter_q", "adapter_k", "adapter_v"), FuseGLU: ("adapter_gate", "adapter_up")}
 _KINDS = ("LoRA", "CanonicalLoRA")  # of Bridge's peft package, and NeMo 2's; others compute something else
@@ -38,11 +39,16 @@ _KINDS = ("LoRA", "CanonicalLoRA")  # of Bridge's peft package, and NeMo 2's; ot
 
 @dataclass(frozen=True)
 class Settings:
-    """What the files state about the adapters. `said_by` is the file."""
+    """What the files state about the adapters. `said_by` is the file; `silent` says of it that it states no alpha.
+
+    `fewer`: experts may have a smaller rank than `rank` (Bridge's normalize_moe_lora divides it by top-k).
+    """
 
     rank: int | None
     alpha: float | None
     said_by: Path | None
+    silent: str
+    fewer: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -75,10 +81,18 @@ class Adapters:
         alpha = flag if flag is not None else self.settings.alpha
         if alpha is None:
             raise ConversionError(
-                f"{self.folder} does not say the alpha of its adapters (its {RUN_CONFIG} has no section peft, as where "
-                "base and adapters were saved as one model); --adapter_alpha says it"
+                f"{self.folder} does not say the alpha of its adapters ({self.settings.silent}); --adapter_alpha "
+                "says it"
             )
         return alpha
+
+    def warnings(self, flag: float | None) -> tuple[str, ...]:
+        """Those of the files, and that `flag` says otherwise than they do."""
+        said = self.settings.alpha
+        if flag is None or said is None or flag == said:
+            return self.settings.warnings
+        other = f"--adapter_alpha {flag:g} is used, but {self.settings.said_by or self.folder} says alpha {said:g}"
+        return (*self.settings.warnings, other)
 
     def merged(self, located: Located, alpha: float) -> Located:
         """`located` with what the adapters add to the Megatron tensors."""
@@ -102,7 +116,7 @@ def settings_of(files: DistCheckpoint) -> Settings:
     if kind not in _KINDS:
         raise ConversionError(f"{path} says that the adapters are {kind[:60]}; {' or '.join(_KINDS)} was expected")
     for name, value in (("dim", rank), ("alpha", alpha)):
-        if value is not None and (type(value) not in (int, float) or value <= 0):
+        if value is not None and (type(value) not in (int, float) or not 0 < value <= MOST):
             raise ConversionError(f"{path or files.folder} says {name} {str(value)[:40]!r} of the adapters")
     warnings = []
     cut = files.args.get("tensor_model_parallel_size")
@@ -112,7 +126,19 @@ def settings_of(files: DistCheckpoint) -> Settings:
             "heads of q, k and v there, so that training computed something else than the weights say"
         )
     whole = int(rank) if rank is not None else None
-    return Settings(whole, None if alpha is None else float(alpha), path, tuple(warnings))
+    fewer = bool(said.get("normalize_moe_lora"))
+    return Settings(whole, None if alpha is None else float(alpha), path, _silent(files, said), fewer, tuple(warnings))
+
+
+def _silent(files: DistCheckpoint, said: Mapping[str, Any]) -> str:
+    """Why the files state no alpha."""
+    path = next((p for p in (files.folder / RUN_CONFIG, model_yaml(files.folder)) if p and p.is_file()), None)
+    if path is None:
+        return f"it holds no {RUN_CONFIG} and its args no lora_alpha"
+    if said:
+        return f"what {path.name} says of them lacks alpha"
+    section = "peft" if path.name == RUN_CONFIG else "model_transform"
+    return f"its {path.name} has no section {section}, as where base and adapters were saved as one model"
 
 
 def open_adapters(path: Path) -> DistCheckpoint:
@@ -160,7 +186,7 @@ def locate_merged(
     adapters = find(holder, architecture, config)
     scale = adapters.alpha(alpha)
     note = f"adapters   {len(adapters.factors)} weights of {holder.folder}, alpha {scale:g}, merged in float32"
-    return adapters.merged(located, scale), [note], adapters.settings.warnings
+    return adapters.merged(located, scale), [note], adapters.warnings(alpha)
 
 
 def find(files: DistCheckpoint, architecture: Architecture, config: ModelConfig) -> Adapters:
@@ -182,7 +208,20 @@ def find(files: DistCheckpoint, architecture: Architecture, config: ModelConfig)
         raise ConversionError(*naming.grouped(problems))
     if not found:
         raise ConversionError(f"{files.folder} holds no adapters (no tensor named <module>.adapter.linear_in.weight)")
-    return Adapters(files.folder, settings_of(files), found)
+    settings = settings_of(files)
+    _check_ranks(files, settings, found)
+    return Adapters(files.folder, settings, found)
+
+
+def _check_ranks(files: DistCheckpoint, settings: Settings, found: Mapping[Instance, tuple[Factors, ...]]) -> None:
+    """Another run's YAML beside the adapters has another alpha too, which no shape would betray."""
+    rank, each = settings.rank, [factors for several in found.values() for factors in several]
+    strange = [one for one in each if rank and one.rank != rank and not (settings.fewer and one.rank < rank)]
+    if strange:
+        raise ConversionError(
+            f"{settings.said_by or files.folder} says rank {rank} of the adapters, but {strange[0].below.name} has "
+            f"rank {strange[0].rank}; copy the file of this run there"
+        )
 
 
 @dataclass(frozen=True)

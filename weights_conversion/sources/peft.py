@@ -23,6 +23,7 @@ from weights_conversion.sources import naming
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
+MOST = 1_000_000_000  # of a rank or an alpha: beyond every model
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 # Keys of adapter_config.json that change what is computed, and what they stand for.
 _OTHER_MODELS = {
@@ -40,7 +41,7 @@ _OTHER_MODELS = {
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
 }
-_OTHER_BASES = ("pissa", "olora", "corda", "loftq")  # initialisations that change the base's weights too
+_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base's weights too
 # Patterns are regular expressions of the file's: none whose search could take for ever.
 _PATTERN = re.compile(r"[\w.^\\$|()\[\]\-*+?]{1,300}")
 _REPEATED_GROUP = re.compile(r"\)[*+?{]|[*+?}][*+?{]")
@@ -150,7 +151,8 @@ def _rank_and_scale(config: Mapping[str, Any], module: str, where: str) -> tuple
     """Of a module, by the first pattern that fits the end of its name, as peft finds it."""
     rank = _by_pattern(config, "rank_pattern", "r", module, where)
     alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", module, where)
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    fits = type(alpha) in (int, float) and abs(alpha) <= MOST  # NaN, which JSON can spell, does not
+    if type(rank) is not int or not 1 <= rank <= MOST or not fits:
         raise ConversionError(f"{where} says rank {short(rank)} and alpha {short(alpha)} for {module}")
     return rank, alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 

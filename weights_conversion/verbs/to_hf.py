@@ -245,6 +245,11 @@ def _open(options: ExportOptions) -> tuple[OpenedCheckpoint, Reference | None]:
     if reference is None:
         return found, None
     model = reference.model(found.config.family)
+    if options.reference is None and model.vocab_size > found.files.vocabulary:
+        raise ConversionError(
+            f"{reference.folder / 'config.json'} says {model.vocab_size} vocabulary rows, but the embedding has "
+            f"{found.files.vocabulary}: it is of another model"
+        )
     # What nothing in the checkpoint says is the reference's, before it is the family's usual value.
     lost = {name: getattr(model, name) for name in SILENT if found.origins.get(name) == "family"}
     again = opened({**lost, **options.fields}, model.vocab_size)

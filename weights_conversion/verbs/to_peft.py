@@ -51,7 +51,7 @@ def write_peft(
                 tensors[f"{PREFIX}{module}.lora_B.weight"] = above
     plan = _plan(tensors, config, options)
     (targets,) = plan.targets.values()
-    report = Report(warnings=list(adapters.settings.warnings))
+    report = Report(warnings=list(adapters.warnings(alpha)))
     said_by = adapters.settings.said_by or files.said_by
     report.notes.append(f"adapters   of {len(ranks)} modules, alpha {scale:g}" + (f", by {said_by}" if said_by else ""))
     written = {CONFIG: (json.dumps(_config(ranks, scale, adapters.settings.rank, base), indent=2) + "\n").encode()}
