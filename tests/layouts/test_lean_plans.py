@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from weights_conversion.formats.targets import rank_file
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig, Moe, Parallelism
@@ -18,6 +17,7 @@ from weights_conversion.engine.copies import inconsistencies
 from weights_conversion.engine.job import Job
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.streams import Source
+from weights_conversion.formats.rank_format import rank_file
 from weights_conversion.layouts.placement import Block, Located, Placed, TensorRef, Written, whole
 from weights_conversion.layouts.plan import Chunk, Plan, Step
 from weights_conversion.layouts.planners import plan_to_dist, plan_to_megatron

@@ -52,9 +52,7 @@ def column(rows: Sequence[str], names: Sequence[str]) -> Tensor:
     ],
     ids=["copy", "qkv-core", "qkv-llm", "qkv-llm-meta", "qkv-core-meta", "grouped", "interleaved"],
 )
-def test_rows(
-    op: ops.Op, hf: list[list[str]], dialect: Dialect, source: Dialect, megatron: list[str] | None
-) -> None:
+def test_rows(op: ops.Op, hf: list[list[str]], dialect: Dialect, source: Dialect, megatron: list[str] | None) -> None:
     """The whole tensor to Megatron, row by row, and back to what it was."""
     if megatron is None:  # Meta's neighbours become Megatron-Core's halves: rows 0, 2 and then 1, 3 of each head
         megatron = [f"{row[:-1]}{'0213'[int(row[-1])]}" if row[0] != "v" else row for row in CORE_QKV]

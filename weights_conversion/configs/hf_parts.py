@@ -136,7 +136,8 @@ def write_rope(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) 
         scaling, latent = config.rope_scaling, config.mla is not None
         linear, kind = True, rope.write_scaling(scaling, latent=latent, always=known.rope or ())
     partial = {"partial_rotary_factor": config.rotary_percent} if known.rotary_percent != 1.0 else {}
-    stated = {**(result.get("rope_scaling") or {}), **(result.get("rope_parameters") or {})}
+    said = [value for key in ("rope_scaling", "rope_parameters") if isinstance(value := result.get(key), dict)]
+    stated = {key: value for each in said for key, value in each.items()}
     kept = {key: stated[key] for key in known.rope_idle if key in stated}
     result["rope_theta"] = config.rope_theta
     result["rope_scaling"] = {"type": kind["rope_type"], **kind} if linear else None

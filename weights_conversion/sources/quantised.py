@@ -52,6 +52,12 @@ def dequantised(tensors: Mapping[str, Placed], raw: Mapping[str, Any], where: st
     if not quantised:
         said = f"quantised  {where} says {stated.method}, and no tensor is: they are read as they are" if stated else ""
         return Dequantised(tensors, noted or ((said,) if said else ()))
+    if stated is not None and stated.method == "mxfp4":
+        name, each = next(iter(quantised.items()))
+        raise ConversionError(
+            f"{where} says that the model is quantised by mxfp4, but {name} is stored as {_short(each.dtype)}; is it "
+            "the config.json of these files?"
+        )
     dtype = _dtype(raw, tensors)
     found = {name: each for name, each in tensors.items() if not _ACTIVATIONS.fullmatch(name)}
     idle = len(tensors) - len(found)
