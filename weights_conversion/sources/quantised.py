@@ -52,12 +52,7 @@ def dequantised(tensors: Mapping[str, Placed], raw: Mapping[str, Any], where: st
     if not quantised:
         said = f"quantised  {where} says {stated.method}, and no tensor is: they are read as they are" if stated else ""
         return Dequantised(tensors, noted or ((said,) if said else ()))
-    if stated is not None and stated.method == "mxfp4":
-        name, each = next(iter(quantised.items()))
-        raise ConversionError(
-            f"{where} says that the model is quantised by mxfp4, but {name} is stored as {_short(each.dtype)}; is it "
-            "the config.json of these files?"
-        )
+    _check_method(stated, quantised, where)
     dtype = _dtype(raw, tensors)
     found = {name: each for name, each in tensors.items() if not _ACTIVATIONS.fullmatch(name)}
     idle = len(tensors) - len(found)
@@ -87,6 +82,17 @@ def dequantised(tensors: Mapping[str, Placed], raw: Mapping[str, Any], where: st
     )
     left = [f"quantised  {idle} scales of activations are left out: they change no weight"] if idle else []
     return Dequantised(found, (*noted, note, *left))
+
+
+def _check_method(stated: Quantisation | None, quantised: Mapping[str, Placed], where: str) -> None:
+    """A config of another method than these types have is not the config of these files."""
+    if stated is None or stated.method != "mxfp4":
+        return
+    name, each = next(iter(quantised.items()))
+    raise ConversionError(
+        f"{where} says that the model is quantised by mxfp4, but {name} is stored as {_short(each.dtype)}; is it the "
+        "config.json of these files?"
+    )
 
 
 def _noted(small: mxfp4.Found) -> tuple[str, ...]:
