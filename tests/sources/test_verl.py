@@ -54,3 +54,9 @@ def test_a_config_of_more_rows_is_named_itself(verl: Path, to_hf, tmp_path: Path
     said = to_hf("--input_dir", verl, "--output_dir", tmp_path / "out", "--no_tokenizer")
     said.refused(f"{path} says 5000 vocabulary rows", "another model")
     assert "--reference" not in said.text
+
+
+def test_without_its_config_the_folder_that_states_it_is_named(verl: Path, to_hf, tmp_path: Path) -> None:
+    shutil.rmtree(verl / "global_step_7" / "actor" / "huggingface")
+    said = to_hf("--input_dir", verl, "--output_dir", tmp_path / "out", "--no_tokenizer")
+    said.refused("nothing says what model it is", "huggingface/")

@@ -91,7 +91,8 @@ def _args_of_manifest(folder: Path) -> dict[str, Any]:
     if found is None:
         raise ConversionError(
             f"{folder} holds no args, no {RUN_CONFIG}, no NeMo 2's context/{MODEL_YAML} and no {manifest.NAME} beside "
-            f"it, so nothing says what model it is; copy {RUN_CONFIG} there, or context/ beside it"
+            f"it, so nothing says what model it is; copy {RUN_CONFIG} there, or context/ (verl's "
+            "huggingface/) beside it"
         )
     path, said = found
     try:
