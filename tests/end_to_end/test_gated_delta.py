@@ -12,7 +12,7 @@ import pytest
 import torch
 from delta_models import DELTAS, Delta
 from golden_core import Tensors, read_ranks, read_torch_dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -298,3 +298,43 @@ def test_flags_that_a_run_needs(to_megatron, tmp_path: Path) -> None:
         "--mtp-num-layers 1",
     ):  # fmt: skip
         assert flag in said, flag
+
+
+@pytest.mark.parametrize("name", ["3.5-moe", "3.5-alone"])
+def test_float32_values_that_no_narrower_type_holds_are_proved(name: str, to_megatron, to_hf, tmp_path: Path) -> None:
+    """Decay and norm, which the hub has in float32 and a bfloat16 run does not: rounded once, and no failed proof."""
+    model, random = DELTAS[name], torch.Generator().manual_seed(1)
+    folder = delta_models.write(tmp_path / "hf", model)
+    tensors = load_file(folder / "model.safetensors")
+    for key, tensor in tensors.items():
+        if key.endswith(("A_log", "linear_attn.norm.weight")):
+            assert tensor.dtype == torch.float32
+            tensors[key] = tensor + 0.003 * torch.randn(tensor.shape, generator=random)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    to_megatron(model.family, "--model-path", folder, "--out", tmp_path / "mt", "--verify").succeeded()
+    out = ("--input_dir", tmp_path / "mt", "--output_dir", tmp_path / "out", "--no_tokenizer", "--verify")
+    to_hf(*out).succeeded()
+    found = hf(tmp_path / "out")
+    for key, tensor in tensors.items():
+        wanted = tensor
+        if tensor.dtype == torch.float32:
+            by = 0 if key.endswith("A_log") else 1  # Megatron stores the norm minus one
+            wanted = (tensor - by).to(torch.bfloat16).float() + by
+        assert torch.equal(found[key], wanted), key
+
+
+@pytest.mark.parametrize("name", ["next", "3.5-tied"])
+def test_weights_that_are_rounded_are_proved(name: str, to_megatron, to_hf, tmp_path: Path) -> None:
+    """Tensors of several parts in float32, to bfloat16 and back; norms stored minus one round as there."""
+    model, random = DELTAS[name], torch.Generator().manual_seed(1)
+    folder = delta_models.write(tmp_path / "hf", model)
+    tensors = load_file(folder / "model.safetensors")
+    noise = {key: 0.01 * torch.randn(tensor.shape, generator=random) for key, tensor in tensors.items()}
+    save_file({key: tensor.float() + noise[key] for key, tensor in tensors.items()}, folder / "model.safetensors")
+    narrow = (model.family, "--model-path", folder, "--verify", "--out")
+    to_megatron(*narrow, tmp_path / "mt", "--dtype", "bfloat16").succeeded()
+    layout = ("--ckpt-format", "torch", "--pipeline-model-parallel-size", len(model.layers))
+    to_megatron(*narrow, tmp_path / "wide", *layout).succeeded()
+    for root, options in (("mt", ()), ("wide", ("--dtype", "bfloat16"))):
+        out = ("--input_dir", tmp_path / root, "--output_dir", tmp_path / f"{root}-out", "--no_tokenizer", "--verify")
+        to_hf(*out, *options).succeeded()

@@ -316,3 +316,13 @@ def test_adapters_of_experts(megatron: Path, to_hf, tmp_path: Path) -> None:
         turned = torch.stack([added[:, :24], added[:, 24:]], dim=2).flatten(1, 2).transpose(1, 2)
         assert torch.equal(found[matrix], (base[matrix].float() + turned).to(torch.bfloat16))
     assert all(torch.equal(found[key], tensor) for key, tensor in base.items() if not key.endswith("gate_up_proj"))
+
+
+def test_packed_experts_that_are_rounded_are_proved(tmp_path: Path, to_megatron) -> None:
+    made = oss.model(rope_parameters={"rope_type": "default", "rope_theta": 150000.0})
+    made.float().save_pretrained(tmp_path / "hf")
+    for path in (tmp_path / "hf").glob("*.safetensors"):
+        save_file({name: tensor * 1.001 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    to_megatron(
+        "gpt-oss", "--model-path", tmp_path / "hf", "--out", tmp_path / "mt", "--dtype", "bfloat16", "--verify"
+    ).succeeded()

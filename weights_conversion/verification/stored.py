@@ -261,15 +261,34 @@ def keys_of(model: Model) -> dict[str, Key]:
 
 
 def rounded(weights: Weights, model: Model, other: Model) -> Weights:
-    """`weights` rounded to the other side's dtype where that is coarser, so that a recast leaves the sides equal."""
-    keys = keys_of(model)
+    """`weights` rounded to the other side's dtype where that is coarser, so that a recast leaves the sides equal.
+
+    What the other side stores minus one, or plus one, is rounded as it stands there.
+    """
+    keys = {_asked(name): key for name, key in keys_of(model).items()}
+    if (head := head_of(model)) is not None:  # a copy, and no row
+        keys[head] = next(key for name, key in keys.items() if "word_embeddings.weight" in name)
+    centred = {each.key for each in FAMILIES[model.config.family].instances(model.config) if each.row.centred}
+    by = 0.0 if model.dialect.megatron == other.dialect.megatron else -1.0 if other.dialect.megatron else 1.0
 
     def read(name: str, rows: slice | None) -> Tensor:
         tensor = weights(name, rows)
-        key = keys.get(name)
+        key = keys.get(_PACKED.sub(r".experts.\2.\1", name))
         there = other.placed.get(key) if key else None
-        if there and torch.finfo(there[0].dtype).eps > torch.finfo(tensor.dtype).eps:
-            return tensor.to(there[0].dtype)
-        return tensor
+        if not there:
+            return tensor
+        coarser = torch.finfo(there[0].dtype).eps / torch.finfo(tensor.dtype).eps
+        if by and key in centred and coarser >= 1:  # in one type too: a sum with 1 is rounded
+            return (tensor.float() + by).to(there[0].dtype).float() - by
+        return tensor.to(there[0].dtype) if coarser > 1 else tensor
 
     return read
+
+
+# An expert of a packed tensor, as the forward pass asks for it
+_PACKED = re.compile(r"\.experts\.((?:gate_up|down)_proj(?:_bias)?)\.(\d+)(?:\.\w+)?$")
+
+
+def _asked(name: str) -> str:
+    """A row's name as the forward pass asks for it: the text model's, and of a tensor of several parts the whole's."""
+    return name.replace("model.language_model.", "model.", 1).partition("[")[0]
