@@ -76,7 +76,7 @@ def read_torch_dist(folder: Path) -> tuple[Tensors, dict[str, Any]]:
         dcp.load({COMMON: io.BytesIO()}, storage_reader=Reader(root), planner=planner, no_dist=True)
         common = unpickle(planner.found)
         common = common[0] if isinstance(common, list) else common
-    return tensors, vars(common["args"])
+    return tensors, vars(common["args"]) if "args" in common else {}  # Megatron-Bridge states none
 
 
 def read_ranks(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:

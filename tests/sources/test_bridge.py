@@ -9,6 +9,8 @@ import pytest
 import tiny_models as tm
 import torch
 from bridge_folders import as_bridge, model_section, nested
+from conftest import GOLDEN
+from golden_core import read_torch_dist
 from megatron_files import assert_same_tensors
 
 from weights_conversion.formats.stored_args import plain_args
@@ -69,3 +71,24 @@ def test_manifest_that_knows_more_rows_wins_over_a_tokenizers_count(imported, to
 def test_null_tokenizer_counts_its_end_of_document() -> None:
     args = plain_args(argparse.Namespace(vocab_size=100, tokenizer_type="NullTokenizer"), Path("x"))
     assert stated_rows(args) == 101
+
+
+GLM = GOLDEN / "bridge-glm4-moe"
+
+
+def test_glm_as_bridge_imported_it(to_megatron, to_hf, tmp_path: Path) -> None:
+    """Bit for bit both ways, with the router's bias in float32; nothing but run_config.yaml states the model."""
+    to_hf(
+        "--input_dir", GLM / "megatron-bridge", "--output_dir", tmp_path / "hf", "--no_tokenizer", "--verify"
+    ).succeeded()
+    found, wanted = tm.read_huggingface(tmp_path / "hf"), tm.read_huggingface(GLM / "hf")
+    assert found.keys() == wanted.keys()
+    assert all(found[name].dtype == each.dtype and torch.equal(found[name], each) for name, each in wanted.items())
+    one, two = (tm.read_json(folder / "config.json") for folder in (GLM / "hf", tmp_path / "hf"))
+    for key in ("first_k_dense_replace", "n_shared_experts", "routed_scaling_factor", "use_qk_norm", "attention_bias"):
+        assert two[key] == one[key]
+    line = ("glm4-moe", "--model-path", GLM / "hf", "--target", "megatron-bridge", "--make-vocab-size-divisible-by", 1)
+    to_megatron(*line, "--out", tmp_path / "out").succeeded()
+    (ours, _), (theirs, _) = (read_torch_dist(root) for root in (tmp_path / "out", GLM / "megatron-bridge"))
+    assert theirs.keys() <= ours.keys()
+    assert all(torch.equal(ours[name], each) for name, each in theirs.items())
