@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import reference_forward
 import tiny_models as tm
 import torch
 from conftest import GOLDEN
+from golden_llm import FOLDERS, Case
 from megatron_files import assert_same_ranks, assert_same_tensors, read_checkpoint
-from naive_layout import megatron_ranks, meta_to_huggingface, padded_rows
+from naive_layout import megatron_ranks, padded_rows
 
-# core-* and bridge-* are Megatron-Core's: test_golden_core.py, and the tests of adapters
-CASES = sorted(
-    path.parent.name for path in GOLDEN.glob("*/case.json") if not path.parent.name.startswith(("core-", "bridge-"))
-)
-FOLDERS = sorted(f"{case}/{path.name}" for case in CASES for path in (GOLDEN / case).glob("megatron-*"))
 WHOLE = [name for name in FOLDERS if name.endswith("tp1pp1")]
 CUT = [name for name in FOLDERS if not name.endswith("tp1pp1") and not name.startswith("trained")]
 
@@ -64,38 +59,6 @@ MUST_EXIST = [
     "num_layers_per_virtual_pipeline_stage",
     "iteration",
 ]
-
-
-class Case:
-    def __init__(self, name: str):
-        self.folder = GOLDEN / name
-        self.facts = tm.read_json(self.folder / "case.json")
-        self.family: str = self.facts["family"]
-        self.meta = (self.folder / "meta").exists()
-
-    @property
-    def source_arguments(self) -> list[Any]:
-        return ["--cache-dir", self.folder / "meta"] if self.meta else ["--model-path", self.folder / "hf"]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        if not self.meta:
-            return tm.read_json(self.folder / "hf" / "config.json")
-        facts = self.facts
-        return {
-            "model_type": "llama",
-            "num_hidden_layers": facts["layers"],
-            "hidden_size": facts["hidden"],
-            "num_attention_heads": facts["heads"],
-            "vocab_size": facts["vocab"],
-        }
-
-    @property
-    def huggingface(self) -> tm.Tensors:
-        if not self.meta:
-            return tm.read_huggingface(self.folder / "hf")
-        parts = [torch.load(path, weights_only=True) for path in sorted((self.folder / "meta").glob("*.pth"))]
-        return meta_to_huggingface(parts, self.facts["heads"], self.facts["kv"])
 
 
 def layout(folder: str) -> tuple[int, int]:

@@ -16,9 +16,9 @@ import pytest
 import tiny_models as tm
 import torch
 from conftest import GOLDEN, REPOSITORY, Result, Script, run
+from golden_llm import FOLDERS, Case
 from megatron_files import load_rank, rank_of, save_rank
 from safetensors.torch import load_file, save_file
-from test_golden import FOLDERS, Case
 from test_mutations import CUT, MUTATIONS
 
 from weights_conversion.errors import ConversionError
