@@ -82,7 +82,9 @@ class DistCheckpoint:
 def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> DistCheckpoint:
     """Opens a torch_dist checkpoint: its index and args, no tensors. `weights` "master": the optimizer's."""
     stored, others = read_metadata(folder / METADATA)
-    args, said_by = _args(folder, others)
+    common = _common(folder, others)
+    _check_iteration(folder, iteration, common)
+    args, said_by = _args(folder, common, others)
     prefix, stored = _without_prefix(stored)
     others = _beside(prefix, stored)
     stored = {key: tensor for key, tensor in stored.items() if key not in others}
@@ -118,9 +120,22 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
     )
 
 
-def _args(folder: Path, others: Mapping[str, StoredChunk]) -> tuple[Any, Path]:
+def _check_iteration(folder: Path, iteration: int | str, common: Mapping[str, Any]) -> None:
+    """Refuses an iteration that stands under another's number. A folder of any other name is what its user calls it.
+
+    A `release` too: some save at iteration 1 and move it there.
+    """
+    stated = common.get("iteration")
+    if type(stated) is int and type(iteration) is int and stated != iteration:
+        raise ConversionError(
+            f"{folder} is of iteration {stated} by its common state, but stands in {folder.name}; rename it to "
+            f"iter_{stated:07d}, or to a name of another kind to read it as it is"
+        )
+
+
+def _args(folder: Path, common: Mapping[str, Any], others: Mapping[str, StoredChunk]) -> tuple[Any, Path]:
     """(args, None where there are none; the file that states them): what training stored, else its wrapper's YAML."""
-    stored = _common(folder, others).get("args")
+    stored = common.get("args")
     if stored is not None:
         held = "args" if "args" in others else next(iter(sorted(others)), None)
         return stored, folder / (COMMON if (folder / COMMON).is_file() or held is None else others[held].file)
@@ -156,9 +171,9 @@ def _beside(prefix: str, stored: Mapping[str, Stored]) -> tuple[str, ...]:
 
 
 def _common(folder: Path, others: Mapping[str, StoredChunk]) -> Mapping[str, Any]:
-    """The common state: common.pt, or the entry that newer releases put among the tensors."""
+    """The common state, or what of it is needed: common.pt, or the entry that newer releases put among the tensors."""
     if "args" in others and not (folder / COMMON).is_file():  # torch_dcp, fsdp_dtensor
-        return {"args": _entry(folder, others["args"])}
+        return {name: _entry(folder, others[name]) for name in ("args", "iteration") if name in others}
     path, entry = folder / COMMON, next((item for _, item in sorted(others.items())), None)
     if path.is_file():
         content = torch_files.read_torch_file(path, training=True).content
