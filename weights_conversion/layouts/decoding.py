@@ -44,7 +44,15 @@ class BlockScaled:
         matrix, local = divmod(row, self.height)
         return matrix * -(-self.height // self.block[0]) + local // self.block[0]
 
+    def check_scales(self, scales: Tensor) -> None:
+        """Raises ConversionError for a scale (of any of the rows) that no quantising program makes."""
+        numbers = scales.to(torch.float32)
+        wrong = numbers[~((numbers > 0) & numbers.isfinite())]
+        if len(wrong):
+            raise ConversionError(_broken(self.scales.name, f"{wrong[0].item():g}", len(wrong), "a positive number"))
+
     def decode(self, rows: Range, stored: Sequence[Tensor], into: Tensor) -> None:
+        self.check_scales(stored[1])
         values, scales = stored[0], stored[1].to(torch.float32)
         numbers = torch.arange(*rows)
         of_rows = numbers // self.height * -(-self.height // self.block[0]) + numbers % self.height // self.block[0]
@@ -67,7 +75,14 @@ class BlockScaled:
                 )
 
 
+def _broken(name: str, value: str, count: int, wanted: str) -> str:
+    """The sentence for scales, of which every value that they belong to would be made wrong."""
+    others = f" (and {count - 1} more such scales)" if count > 1 else ""
+    return f"{name} has a scale of {value}{others}, where {wanted} was expected: it is damaged; download it again"
+
+
 MXFP4_VALUES = 32  # of a block, which has one exponent
+_NO_EXPONENT = 255  # no number, in the standard of such exponents (OCP Microscaling, E8M0)
 # What a nibble means: a sign, two bits of exponent and one of mantissa.
 _NIBBLES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -87,7 +102,15 @@ class Mxfp4:
     def reads(self, rows: Range) -> tuple[Range, ...]:
         return rows, rows
 
+    def check_scales(self, scales: Tensor) -> None:
+        """Raises ConversionError for an exponent that means no number."""
+        if count := int((scales.view(torch.uint8) == _NO_EXPONENT).count_nonzero()):
+            raise ConversionError(
+                _broken(self.scales.name, f"exponent {_NO_EXPONENT}", count, f"one below {_NO_EXPONENT}")
+            )
+
     def decode(self, rows: Range, stored: Sequence[Tensor], into: Tensor) -> None:
+        self.check_scales(stored[1])
         values, scales = stored
         known = torch.tensor(_NIBBLES, dtype=torch.float32)
         pairs = torch.stack([known.repeat(16), known.repeat_interleave(16)], dim=1)  # of each byte

@@ -21,7 +21,7 @@ from weights_conversion.layouts.placement import Located
 from weights_conversion.layouts.vocabulary import Vocabulary
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
-from weights_conversion.sources import described, further, peft, quantised
+from weights_conversion.sources import described, further, peft, quantised, scales
 from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.locate import locate
@@ -103,7 +103,7 @@ def open_source(
         settings: dict[str, Any] = {"recheck": True} if recheck and distributed.current().rank == 0 else {}
         settings |= {"headers": headers / repository} if headers is not None else {}
         snapshot = hub.snapshot(repository, revision=revision, cache_dir=cache, accept=accept, **settings)
-    opened = open_hf(model, snapshot.folder, target, adapter, mtp)
+    opened = open_hf(model, snapshot.folder, target, adapter, mtp, hollow=headers is not None)
     notes = (*opened.notes, *([snapshot.note] if getattr(snapshot, "note", "") else []))
     return dataclasses.replace(opened, repository=snapshot.repository, revision=snapshot.revision, notes=notes)
 
@@ -180,8 +180,10 @@ def _found(path: Path, model: str, size: str | None, load_iters: int | str | Non
 
 
 def open_hf(
-    model: str, folder: Path, target: Dialect, adapter: Path | None = None, mtp: str = further.KEEP
+    model: str, folder: Path, target: Dialect, adapter: Path | None = None, mtp: str = further.KEEP,
+    hollow: bool = False,
 ) -> Opened:  # fmt: skip
+    """`hollow`: weights may be headers without data."""
     raw = fileio.read_json(folder / "config.json")
     config = hf_config.read_config(model, raw, target, str(folder / "config.json"))
     generation_config = generation.read(folder)
@@ -191,6 +193,8 @@ def open_hf(
         left.append(note)
     read = quantised.dequantised(tensors, raw, str(folder / "config.json"))
     tensors = read.tensors
+    if not hollow:
+        scales.check(tensors)
     merged = [] if adapter is None else [f"adapter    {adapter}, merged in float32, rounded once"]
     if adapter is not None:
         tensors = peft.merged(tensors, peft.open_adapter(adapter))
