@@ -100,3 +100,26 @@ def test_parts_are_found_by_their_lead_and_archives_looked_at_once(
     assert len(looked) == 4
     with pytest.raises(ConversionError, match="hold 0 of 20"):
         stored.read((1, 3), 0, 4)
+
+
+@pytest.mark.parametrize("failure", ["absent", "refused", "rounded", None])
+def test_products_by_onednn_are_tried_first(monkeypatch: pytest.MonkeyPatch, failure: str | None) -> None:
+    """Where torch has none, or one that rounds its factors to bfloat16, its own product is taken; both are the same."""
+
+    def broken(x: Tensor, matrix: Tensor) -> Tensor:
+        if failure == "absent":
+            raise AttributeError("_linear_pointwise")
+        if failure == "refused":
+            raise RuntimeError("not built with oneDNN")
+        return x.bfloat16().float() @ matrix.t()
+
+    linear._multiply.cache_clear()
+    if failure is not None:
+        monkeypatch.setattr(linear, "_by_onednn", broken)
+    try:
+        multiply = linear._multiply()
+        assert failure is None or multiply is linear._by_torch
+    finally:
+        linear._multiply.cache_clear()
+    x, matrix = torch.randn(72, 300), torch.randn(50, 300).t().contiguous().t()
+    torch.testing.assert_close(multiply(x, matrix), x @ matrix.t(), rtol=1e-5, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,8 +25,10 @@ are asked for whole.
 
 BLOCK_ELEMENTS = 1 << 22
 """Weights that are asked for at one time: 8 MiB of bfloat16."""
-CACHED_ELEMENTS = 1 << 17
-"""Weights that are held in float32 at one time: they and their product stay in a core's own cache."""
+CACHED_ELEMENTS = 1 << 19
+"""Weights that are held in float32 at one time: they and their product stay in a cache."""
+ONEDNN_ELEMENTS = 1 << 16
+"""Of a matrix that oneDNN multiplies."""
 
 
 def mlp(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Tensor:
@@ -84,7 +87,8 @@ def threads(workers: int) -> Iterator[None]:
     """Within the block, products are shared among so many threads: while one reads, the others compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's own threads would wait for each other at every block
-    with ThreadPoolExecutor(workers, thread_name_prefix="forward") as pool:
+    # Each thread has its own number of threads, by which oneDNN goes.
+    with ThreadPoolExecutor(workers, "forward", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         token = _pool.set((pool, workers))
         try:
             yield
@@ -99,8 +103,8 @@ def linear(weights: Weights, name: str, x: Tensor, start: int, stop: int) -> Ten
     Under `threads` the blocks are asked for by several threads, in no order.
     """
     columns = x.shape[-1]
-    tokens = x.reshape(-1, columns).t().contiguous()
-    out = x.new_empty(stop - start, tokens.shape[1])
+    tokens = x.reshape(-1, columns).contiguous()
+    out = x.new_empty(tokens.shape[0], stop - start)
     pool, workers = _pool.get() or (None, 1)
     inference = torch.is_inference_mode_enabled()
     step = max(1, BLOCK_ELEMENTS // columns)
@@ -111,7 +115,7 @@ def linear(weights: Weights, name: str, x: Tensor, start: int, stop: int) -> Ten
         end = min(begin + step, stop)
         with torch.inference_mode(inference):  # which each thread has for itself
             stored = weights(name, slice(begin, end))
-            _product(stored, f"{name}, rows {begin} to {end},", tokens, out[begin - start : end - start])
+            _product(stored, f"{name}, rows {begin} to {end},", tokens, out[:, begin - start : end - start])
 
     begins = range(start, stop, step)
     if pool is None or len(begins) == 1:
@@ -120,18 +124,46 @@ def linear(weights: Weights, name: str, x: Tensor, start: int, stop: int) -> Ten
     else:
         for _ in pool.map(block, begins):
             pass
-    return out.t().reshape(*x.shape[:-1], stop - start)
+    return out.reshape(*x.shape[:-1], stop - start)
 
 
 def _product(stored: Tensor, name: str, tokens: Tensor, out: Tensor) -> None:
-    """`stored` rows times `tokens` (columns, tokens), in float32, into `out` (rows, tokens)."""
-    rows, columns = out.shape[0], tokens.shape[0]
+    """`tokens` (tokens, columns) times `stored` rows, in float32, into `out` (tokens, rows)."""
+    rows, columns = out.shape[1], tokens.shape[1]
     _checked_shape(stored, name, (rows, columns))
     step = max(1, CACHED_ELEMENTS // columns)
+    # Which rounds twice as much, and gains nothing with small ones.
+    multiply = _multiply() if tokens.dtype == torch.float32 and rows * columns >= ONEDNN_ELEMENTS else _by_torch
     wide = torch.empty(min(step, rows), columns)
     for first in range(0, rows, step):
         part = stored[first : first + step]
-        torch.mm(wide[: len(part)].copy_(part), tokens, out=out[first : first + len(part)])
+        out[:, first : first + len(part)] = multiply(tokens, wide[: len(part)].copy_(part))
+
+
+@functools.cache
+def _multiply() -> Callable[[Tensor, Tensor], Tensor]:
+    """Of float32 matrices (tokens, columns) and (rows, columns) the product (tokens, rows).
+
+    By oneDNN where torch has it: it uses the whole width of a processor whose BLAS, here MKL on AMD's, uses half. It
+    is tried first, and what it is not there for, or not exact to float32, is left to torch's own product.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, matrix = (torch.randn(size, 256, generator=generator) for size in (24, 32))
+    wanted = x.double() @ matrix.double().t()
+    try:
+        found = _by_onednn(x, matrix)
+    except (AttributeError, RuntimeError):
+        return _by_torch
+    exact = found.dtype == torch.float32 and torch.allclose(found.double(), wanted, rtol=0, atol=1e-4)
+    return _by_onednn if exact else _by_torch
+
+
+def _by_onednn(x: Tensor, matrix: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
+
+
+def _by_torch(x: Tensor, matrix: Tensor) -> Tensor:
+    return x @ matrix.t()
 
 
 def rows_of(weights: Weights, name: str, start: int, stop: int, columns: int) -> Tensor:
