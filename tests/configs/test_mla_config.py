@@ -43,6 +43,8 @@ def test_the_sizes_of_a_config() -> None:
         ({"v_head_dim": None}, ["v_head_dim None"]),
         ({"num_key_value_heads": 2}, ["num_key_value_heads 2"]),
         ({"qk_head_dim": 32}, ["qk_head_dim 32"]),
+        ({"head_dim": 16}, ["head_dim 16 and qk_rope_head_dim 8", "angles", "remove head_dim"]),
+        ({"head_dim": None}, ["head_dim None and qk_rope_head_dim 8"]),  # transformers: hidden_size / heads
         ({"qk_rope_head_dim": 7}, ["7 rows have no rotary pairs"]),
         ({"attention_bias": True}, ["attention_bias True"]),
         ({"rope_interleave": False}, ["rope_interleave False"]),
@@ -53,6 +55,11 @@ def test_refused_by_name(changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConversionError) as caught:
         read("deepseek-v3", **changes)
     assert all(word in str(caught.value) for word in ["config.json", *words]), caught.value
+
+
+def test_a_class_that_takes_no_head_dim() -> None:
+    """DeepseekV2Config sets it to qk_rope_head_dim, whatever is stated."""
+    assert read("deepseek-v2", head_dim=16) == read("deepseek-v2")
 
 
 def test_keys_that_transformers_adds() -> None:

@@ -129,6 +129,11 @@ def test_through_args(family: str) -> None:
         ("qwen3-moe", {"norm_topk_prob": ...}, {"pre_softmax": True}),
         ("qwen3-moe", {"decoder_sparse_step": 2}, {"layers": (False, True, False, True)}),
         ("qwen2-moe", {"mlp_only_layers": [0, 3]}, {"layers": (False, True, True, False)}),
+        (
+            "qwen3-moe",
+            {"mlp_only_layers": [-1, 9]},
+            {},
+        ),  # layers that are not there, to transformers too
         ("deepseek-v3", {"n_group": 1}, {"num_groups": None, "group_topk": None}),
         ("deepseek-v3", {"first_k_dense_replace": 0}, {"layers": (True, True, True)}),
         ("deepseek-v2", {"n_group": 3}, {}),  # topk_method greedy: groups mean nothing
@@ -179,6 +184,9 @@ def test_keys_of_other_models(family: str, changes: dict[str, Any], expected: di
         ("deepseek-v2", {"norm_topk_prob": True}, ["norm_topk_prob True"]),
         ("deepseek-v3", {"n_group": 4}, ["6 experts", "4 groups"]),
         ("deepseek-v3", {"topk_group": 4}, ["4 groups per token"]),
+        ("deepseek-v3", {"n_group": 1, "topk_group": 2}, ["2 groups per token", "1 group (n_group)"]),
+        ("glm4-moe", {"n_group": 1, "topk_group": 2}, ["2 groups per token", "1 group (n_group)"]),
+        ("deepseek-v3", {"n_group": 6, "topk_group": 2}, ["groups of 1 expert", "best 2"]),
         ("deepseek-v3", {"num_experts_per_tok": 3}, ["more than 1 groups hold"]),
         ("deepseek-v3", {"n_group": "3"}, ["n_group '3'"]),
         ("deepseek-v3", {"moe_layer_freq": 2}, ["moe_layer_freq 2"]),

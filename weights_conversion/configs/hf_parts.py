@@ -27,7 +27,7 @@ def read(
         epsilon = mamba.epsilon_problem(pattern, values["layernorm_epsilon"])
         found["norm"] = [] if epsilon is None else [epsilon]
     if known.latent:
-        found["mla"] = sizes = mla.read_hf(full)
+        found["mla"] = sizes = mla.read_hf(full, own_head_dim="head_dim" not in known.defaults)
         if isinstance(sizes, Mla):  # the part of a head that turns is a head of its own
             found |= {"head_dim": sizes.qk_pos_emb_head_dim, "num_query_groups": values["num_attention_heads"]}
     if known.gated_delta:

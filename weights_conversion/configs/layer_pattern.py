@@ -49,8 +49,13 @@ def _symbols(value: Any) -> str | None:
 
 
 def write_hf(keys: Sequence[str], pattern: str, result: dict[str, Any]) -> None:
-    """Under the first of `keys`, which every release reads, and under those that `result` has, in its own words."""
+    """Under the first of `keys`, which every release reads, and under those that `result` has, in its own words.
+
+    One that is null goes: transformers 5 takes layer_types null for a value.
+    """
     for key in keys[1:]:
+        if key in result and result[key] is None:
+            del result[key]
         if result.get(key) is not None and _symbols(result[key]) != pattern:
             newer = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
             result[key] = [newer[symbol] for symbol in pattern]

@@ -22,8 +22,11 @@ HF_KEYS = {
 LATENT_EPSILON = 1e-6
 
 
-def read_hf(full: Mapping[str, Any]) -> Mla | list[str]:
-    """The sizes of a config.json, or what is wrong, in words that follow "has". `full` has the class's defaults."""
+def read_hf(full: Mapping[str, Any], own_head_dim: bool = False) -> Mla | list[str]:
+    """The sizes of a config.json, or what is wrong, in words that follow "has". `full` has the class's defaults.
+
+    `own_head_dim`: the class takes head_dim, where it is stated, for the part of a head that turns.
+    """
     values, problems = {}, []
     for field, key in HF_KEYS.items():
         value = full.get(key)
@@ -41,6 +44,11 @@ def read_hf(full: Mapping[str, Any]) -> Mla | list[str]:
     stated = full.get("qk_head_dim")  # a sum, which transformers writes beside its terms
     if not problems and stated is not None and stated != values["qk_head_dim"] + values["qk_pos_emb_head_dim"]:
         problems.append(f"qk_head_dim {stated!r}, which is not qk_nope_head_dim + qk_rope_head_dim")
+    if not problems and own_head_dim and "head_dim" in full and full["head_dim"] != values["qk_pos_emb_head_dim"]:
+        problems.append(
+            f"head_dim {full['head_dim']!r} and qk_rope_head_dim {values['qk_pos_emb_head_dim']}, where transformers "
+            "makes its angles by the former; remove head_dim"
+        )
     return problems or Mla(**values)
 
 

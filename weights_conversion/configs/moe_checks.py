@@ -23,6 +23,8 @@ def impossible(moe: Moe) -> list[str]:
             wrong.append(f"{moe.group_topk} groups per token, and only {moe.num_groups} groups")
         elif moe.topk > moe.group_topk * (moe.num_experts // moe.num_groups):
             wrong.append(f"{moe.topk} experts per token, more than {moe.group_topk} groups hold")
+        elif moe.score_function == "sigmoid" and moe.num_experts == moe.num_groups:
+            wrong.append("groups of 1 expert, where each counts by the sum of its best 2")
     if moe.topk == 1 and moe.score_function == "softmax" and not moe.pre_softmax:
         wrong.append(
             "1 expert per token, whose score is made to be 1: Megatron-Core has no such router (norm_topk_prob false "
