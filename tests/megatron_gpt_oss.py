@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import megatron_core
+import megatron_starts
 import torch
+from doubled import doubled
 from torch import Tensor
 
 # What load_args_from_checkpoint of megatron.training sets (0.19.2).
@@ -117,7 +118,12 @@ def load(job: dict[str, Any]) -> None:
     mask = torch.ones(1, 1, length, length).triu(diagonal=1).bool()
     with torch.no_grad():
         logits = exact(tokens, torch.arange(length)[None], mask)
-    torch.save(logits[0].float().clone(), job["out"])
+    found = {"logits": logits[0].clone()}
+    with torch.no_grad(), doubled():
+        exact = build(args, job["rows"], torch.float64)
+        exact.load_state_dict(model.state_dict())
+        found["logits64"] = exact(tokens, torch.arange(length)[None], mask)[0].clone()
+    torch.save(found, job["out"])
 
 
 def local_name(name: str) -> str:
@@ -152,22 +158,6 @@ def save(job: dict[str, Any]) -> None:
     (root / "latest_checkpointed_iteration.txt").write_text("5")
 
 
-def main(jobs: list[dict[str, Any]]) -> None:
-    megatron_core.cpu_shims()
-    with tempfile.TemporaryDirectory() as store:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
-        from megatron.core import parallel_state
-
-        parallel_state.initialize_model_parallel()
-        for job in jobs:
-            try:
-                (save if "save" in job else load)(job)
-            except BaseException as error:  # a run that stops is what some jobs ask for
-                if "may_stop" not in job:
-                    raise
-                torch.save(f"{type(error).__name__}: {error}", job["out"])
-        torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    todo = json.loads(Path(sys.argv[1]).read_text())
+    megatron_starts.one_process(todo, lambda job: (save if "save" in job else load)(job))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ te_stand_in.install()
 mamba_stand_in.install()
 
 import megatron_core  # noqa: E402
+import megatron_starts  # noqa: E402
 import torch  # noqa: E402
+from doubled import doubled  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -113,7 +114,12 @@ def load(job: dict[str, Any]) -> None:
     mask = torch.ones(1, 1, length, length).triu(diagonal=1).bool()
     with torch.no_grad():
         logits = exact(tokens, torch.arange(length)[None], mask)
-    torch.save(logits[0].float().clone(), job["out"])
+    found = {"logits": logits[0].clone()}
+    with torch.no_grad(), doubled():
+        exact = build(args, job["rows"], torch.float64)
+        exact.load_state_dict(model.state_dict())
+        found["logits64"] = exact(tokens, torch.arange(length)[None], mask)[0].clone()
+    torch.save(found, job["out"])
 
 
 NORMS = {
@@ -175,17 +181,6 @@ def save(job: dict[str, Any]) -> None:
     (root / "latest_checkpointed_iteration.txt").write_text("5")
 
 
-def main(jobs: list[dict[str, Any]]) -> None:
-    megatron_core.cpu_shims()
-    with tempfile.TemporaryDirectory() as store:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
-        from megatron.core import parallel_state
-
-        parallel_state.initialize_model_parallel()
-        for job in jobs:
-            (save if "save" in job else load)(job)
-        torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    todo = json.loads(Path(sys.argv[1]).read_text())
+    megatron_starts.one_process(todo, lambda job: (save if "save" in job else load)(job))

@@ -12,14 +12,8 @@ format. "may_stop": an error is a result. Nothing of the package under test is i
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
-import traceback
 from argparse import Namespace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +23,7 @@ import torch
 te_stand_in.install()
 
 import megatron_core  # noqa: E402
+import megatron_starts  # noqa: E402
 
 WORLD = 2
 # What load_args_from_checkpoint of megatron.training sets (0.16.1, 0.19.2).
@@ -208,44 +203,5 @@ def forward(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
     return {"logits": logits, "predicted": predicted}
 
 
-def run(jobs: list[dict[str, Any]], rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    megatron_core.cpu_shims()
-    from megatron.core import parallel_state
-
-    for number, job in enumerate(jobs):
-        world = max(job["tp"], job["ep"])
-        if rank >= world:
-            continue
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}-{number}", rank=rank, world_size=world, timeout=timedelta(seconds=90)
-        )
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=job["tp"], expert_model_parallel_size=job["ep"], expert_tensor_parallel_size=1
-        )
-        try:
-            load(job)
-            torch.distributed.barrier()
-        except BaseException as error:
-            if "may_stop" not in job:
-                Path(f"{job['out']}.error").write_text(traceback.format_exc())
-            elif rank == 0:
-                torch.save(f"{type(error).__name__}: {error}", job["out"])
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-def main(path: Path) -> int:
-    jobs = json.loads(path.read_text())
-    if len(sys.argv) > 2:
-        run(jobs, int(sys.argv[2]), sys.argv[3])
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, str(path)]
-        ranks = [subprocess.Popen([*command, str(rank), f"{folder}/store"]) for rank in range(WORLD)]
-        return max(abs(rank.wait()) for rank in ranks)
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(megatron_starts.many_processes(__file__, WORLD, load))

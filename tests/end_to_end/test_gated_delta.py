@@ -300,6 +300,13 @@ def test_flags_that_a_run_needs(to_megatron, tmp_path: Path) -> None:
         assert flag in said, flag
 
 
+def test_layers_that_no_number_says(to_megatron, tmp_path: Path) -> None:
+    """Megatron-LM's parser takes a list as digits and signs alone: no spaces (_eval_pattern of its arguments.py)."""
+    source = delta_models.write(tmp_path / "hf", DELTAS["next-uneven"])
+    said = to_megatron("qwen3-next", "--model-path", source, "--out", tmp_path / "mt").succeeded().text
+    assert "--linear-attention-freq '([0]*1+[1]*2+[0]*1)' " in said
+
+
 @pytest.mark.parametrize("name", ["3.5-moe", "3.5-alone"])
 def test_float32_values_that_no_narrower_type_holds_are_proved(name: str, to_megatron, to_hf, tmp_path: Path) -> None:
     """Decay and norm, which the hub has in float32 and a bfloat16 run does not: rounded once, and no failed proof."""

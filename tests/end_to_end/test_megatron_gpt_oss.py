@@ -18,10 +18,12 @@ import gpt_oss_models as oss
 import pytest
 import torch
 from conftest import run
+from doubled import transformers_logits
 from test_megatron_core import PYTHON, TOLERANCE, without_megatron_core
 from torch import Tensor
 
 HARNESS = Path(__file__).parents[1] / "megatron_gpt_oss.py"
+EXACT = 1e-10  # in float64
 TOKENS = [(7 * place + 3) % 96 for place in range(40)]
 # A model with other windows, a square down_proj and tied tables; and what is printed of its windows.
 MODELS: dict[str, dict[str, Any]] = {
@@ -89,7 +91,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
 
 
 def difference(file: Path, logits: Tensor) -> float:
-    return (torch.load(file) - logits).abs().max().item()
+    return (torch.load(file)["logits"] - logits).abs().max().item()
 
 
 @pytest.mark.parametrize("form", ["before-0.19", "0.19"])
@@ -99,6 +101,7 @@ def test_ours_loads(model: str, form: str, work: Callable[[str], dict[str, Any]]
     if form not in of:
         pytest.skip(f"megatron-core {release()} cannot read the form of 0.19; MEGATRON_CORE_PYTHON names another")
     assert difference(of[form], of["logits"]) < TOLERANCE
+    assert (torch.load(of[form])["logits64"] - transformers_logits(of["hf"], TOKENS)).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("flag", SILENT)

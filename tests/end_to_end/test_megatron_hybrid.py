@@ -15,10 +15,12 @@ import hybrid_models as hm
 import pytest
 import torch
 from conftest import run
+from doubled import transformers_logits
 from safetensors.torch import load_file
 from test_megatron_core import PYTHON, TOLERANCE, without_megatron_core
 
 HARNESS = Path(__file__).parents[1] / "megatron_hybrid.py"
+EXACT = 1e-10  # in float64
 TOKENS = [(7 * place + 3) % 96 for place in range(40)]
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {}, "experts": hm.EXPERTS, "latent experts": hm.LATENT, "tied": {"tie_word_embeddings": True},
@@ -63,7 +65,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]
 @pytest.mark.parametrize("model", MODELS)
 def test_ours_loads(model: str, form: str, work: dict[str, dict[str, Path]]) -> None:
     logits = hm.logits(work[model]["hf"], torch.tensor([TOKENS]))
-    assert (torch.load(work[model][form]) - logits).abs().max() < TOLERANCE
+    found = torch.load(work[model][form])
+    assert (found["logits"] - logits).abs().max() < TOLERANCE
+    assert (found["logits64"] - transformers_logits(work[model]["hf"], TOKENS)).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("kind", ["torch_dist", "torch"])

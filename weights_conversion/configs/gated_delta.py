@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weights_conversion.config import GatedDelta, ModelConfig
+from weights_conversion.configs import moe_layers
 
 SIZES = {
     "num_key_heads": "linear_num_key_heads",
@@ -131,7 +132,8 @@ def core_flags(config: ModelConfig) -> list[str]:
     if delta is None:
         return []
     freq = freq_of(delta)
-    shown = f"'{freq}'" if isinstance(freq, list) else str(freq)
+    text = moe_layers.pattern(freq)  # Megatron-LM's parser takes no spaces
+    shown = f"'{text}'" if isinstance(freq, list) else text
     sizes = [f"--{name.replace('_', '-')} {getattr(delta, field)}" for field, name in SIZES.items()]
     return [f"--{_VARIANT.replace('_', '-')} gated_delta_net", f"--linear-attention-freq {shown}", *sizes]
 
@@ -139,7 +141,13 @@ def core_flags(config: ModelConfig) -> list[str]:
 def core_warnings(config: ModelConfig) -> list[str]:
     if config.gated_delta is None:
         return []
-    return [
+    found = [
         "layers of gated delta need Transformer Engine (--transformer-impl transformer_engine) and the package "
         "flash-linear-attention; Megatron-Core's own layer spec has none"
     ]
+    if config.mtp_num_layers:
+        found.append(
+            "pretrain_gpt.py of Megatron-LM 0.19 stops at a prediction layer beside gated delta, gpt_builders.py and "
+            "Megatron-Bridge build it; --mtp drop leaves it out"
+        )
+    return found
