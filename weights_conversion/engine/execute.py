@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from weights_conversion.engine.crew import Crew
 from weights_conversion.engine.recentring import recentred
 from weights_conversion.engine.streams import Scratch, Source, bytes_of
 from weights_conversion.errors import ConversionError
@@ -23,8 +24,6 @@ from weights_conversion.layouts.placement import Block, Decoder, Placed, TensorR
 from weights_conversion.layouts.plan import Chunk, Plan, Step
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.mapping.ops import Context, Op, Range, to_hf, to_megatron
-
-THREADS_PER_WORKER = 2
 
 
 class Sink(Protocol):
@@ -222,41 +221,47 @@ def execute(
     workers: int,
     done: Callable[[int, Chunk, list[Written]], None],
     stop: threading.Event | None = None,
-) -> None:
+) -> str:
     """Converts `chunks` (number, chunk). `done` is called as each is finished, from its thread; `stop` ends it early.
 
-    Each worker is a pair of threads: while one waits for its write, the other reads, converts and checksums.
+    Returns what is to be said of the number of threads (crew.Crew), if anything.
     """
     stop, failed = stop or threading.Event(), threading.Event()
     taken = itertools.count()
-    threads = workers * THREADS_PER_WORKER
+    crew = Crew(workers, sum(chunk.nbytes for _, chunk in chunks))
 
-    def work() -> None:
+    def work(thread: int) -> None:
         scratch = Scratch()
-        while not (stop.is_set() or failed.is_set()):
-            index = next(taken)
-            if index >= len(chunks):
-                return
-            number, chunk = chunks[index]
-            try:
-                if index + threads < len(chunks):
-                    prefetch_chunk(plan, chunks[index + threads][1], source)
+        try:
+            while crew.admits(thread) and not (stop.is_set() or failed.is_set()):
+                index = next(taken)
+                if index >= len(chunks):
+                    return
+                number, chunk = chunks[index]
+                if index + crew.limit < len(chunks):
+                    prefetch_chunk(plan, chunks[index + crew.limit][1], source)
                 done(number, chunk, convert_chunk(plan, chunk, source, target, scratch))
-            except BaseException:
-                failed.set()
-                raise
+                crew.count(chunk.nbytes)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            if thread < crew.few:  # the others may be sent away before the end
+                crew.end()
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism; torch's own threads would fight them
     try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="convert") as pool:
+        with ThreadPoolExecutor(crew.most, thread_name_prefix="convert") as pool:
             try:
-                futures = [pool.submit(work) for _ in range(threads)]
+                futures = [pool.submit(work, thread) for thread in range(crew.most)]
                 wait(futures, return_when=FIRST_EXCEPTION)
             except BaseException:
                 failed.set()
+                crew.end()
                 raise
     finally:
         torch.set_num_threads(before)
     for future in futures:
         future.result()
+    return crew.says()

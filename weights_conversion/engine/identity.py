@@ -18,13 +18,14 @@ from weights_conversion.engine.job import Job, RunOptions
 from weights_conversion.files import fileio, watch
 from weights_conversion.files.collector import without_collector
 from weights_conversion.layouts.placement import Block, Placed, TensorRef
+from weights_conversion.layouts.plan import CHUNK_BYTES
 
 
 @without_collector()
 def plan_digest(job: Job, dtype: str) -> str:
     """Changes with everything that decides an output byte: sources (by their stamps), plan, options, releases."""
     plan = job.plan
-    whole = (__version__, torch.__version__, dtype, plan.new_rows, plan.source, plan.target, plan.config)
+    whole = (__version__, CHUNK_BYTES, torch.__version__, dtype, plan.new_rows, plan.source, plan.target, plan.config)
     sha = hashlib.sha256(repr(whole).encode())
     for file in plan.source_files():
         sha.update(f"{file} {watch.Stamp.of(os.stat(file))}\n".encode())

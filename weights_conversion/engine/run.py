@@ -12,8 +12,9 @@ from pathlib import Path
 
 from weights_conversion.engine import compare, identity, memory, progress, sharing, start
 from weights_conversion.engine.copies import inconsistencies
+from weights_conversion.engine.crew import most_threads
 from weights_conversion.engine.direct import Direct
-from weights_conversion.engine.execute import THREADS_PER_WORKER, execute
+from weights_conversion.engine.execute import execute
 from weights_conversion.engine.job import Job, RunOptions
 from weights_conversion.engine.prediction import predictions
 from weights_conversion.engine.report import Report
@@ -209,7 +210,8 @@ def _write_chunks(
             durability.add(number, written)
             ranks.count(sum(w.length for w in written))
 
-        execute(job.plan, mine, source, target, options.workers, finished, ranks.stop)
+        said = execute(job.plan, mine, source, target, options.workers, finished, ranks.stop)
+        job.report.notes += [said] if said else []
         durability.stop()
         if ranks.size > 1:  # what this rank has written is noted before the others build upon it
             durability.flush()
@@ -238,5 +240,5 @@ def _proof(job: Job) -> Callable[[Path], None]:
 
 def peak_bytes(workers: int, chunks: Sequence[Chunk]) -> int:
     """Peak memory of a run, in bytes: the interpreter with torch, and the buffers of each thread that finds work."""
-    largest = max((chunk.nbytes for chunk in chunks), default=0)
-    return BASE_BYTES + min(workers * THREADS_PER_WORKER, len(chunks)) * 3 * largest
+    sizes = [chunk.nbytes for chunk in chunks]
+    return BASE_BYTES + min(most_threads(workers, sum(sizes)), len(sizes)) * 3 * max(sizes, default=0)
