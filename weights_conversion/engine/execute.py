@@ -249,6 +249,12 @@ def execute(
             if thread < crew.few:  # the others may be sent away before the end
                 crew.end()
 
+    _on_threads(crew, work, failed)
+    return crew.says()
+
+
+def _on_threads(crew: Crew, work: Callable[[int], None], failed: threading.Event) -> None:
+    """Calls `work` with the number of each thread, in it; what ends one of them, or this call, ends all."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism; torch's own threads would fight them
     try:
@@ -264,4 +270,3 @@ def execute(
         torch.set_num_threads(before)
     for future in futures:
         future.result()
-    return crew.says()
