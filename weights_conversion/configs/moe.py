@@ -92,7 +92,7 @@ def _read_groups(keys: ExpertKeys, full: Mapping[str, Any], problems: list[str])
         if type(value) is not int or value <= 0:
             problems.append(f"{key} {value!r}, where a positive int was expected")
             return None, None
-    if number == 1 and chosen > 1:
+    if number == 1 and chosen != 1:
         problems.append(f"{chosen} groups per token (topk_group), and only 1 group (n_group)")
     return (None, None) if number == 1 else (number, chosen)
 
