@@ -20,6 +20,13 @@ _SWITCHES = {
     "attention_output_gate": ("gated attention (attention_output_gate)", ""),
     "layernorm_zero_centered_gamma": ("norm weights around zero (layernorm_zero_centered_gamma)", ""),
 }
+# Arg -> others that ask for the same, and the end of the name of a tensor that is there with it alone.
+_SHOWN_BY: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("add_qkv_bias", ("add_bias_linear",), ".linear_qkv.bias"),
+    ("qk_layernorm", (), ".q_layernorm.weight"),
+    ("moe_router_enable_expert_bias", (), ".router.expert_bias"),
+    ("moe_shared_expert_gate", (), ".shared_experts.gate_weight"),
+)
 _SHOWN = 24  # unknown args in the report
 # Words of unknown args that say how a forward pass is computed, or are of serving and reinforcement learning: forks
 # have hundreds of them.
@@ -83,6 +90,35 @@ def shown(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, Any]:
     if experts is None:
         return found
     return found | {"moe": dataclasses.replace(experts, **moe_args.shown_by(experts, names))}
+
+
+def contradicted(names: Collection[str], args: Mapping[str, Any], folder: Path) -> tuple[list[str], list[str]]:
+    """(problems, warnings): normalised args that the tensors contradict, which are believed.
+
+    A tensor that is there was trained. One that is missing, where args ask for it, was lost on the way: no file of
+    Megatron-Core's leaves it out.
+    """
+    problems, warnings = [], []
+    latent = args.get("mla") is not None or any(".linear_kv_up_proj." in name for name in names)
+    for arg, others, end in _SHOWN_BY:
+        stated = args.get(arg)
+        if stated is None or (latent and arg == "qk_layernorm"):
+            continue
+        there = next((name for name in sorted(names) if name.endswith(end)), None)
+        if stated and there is None and _may_have(arg, names):
+            problems.append(
+                f"the args of {folder} say {arg} {stated!r}, but it holds no tensor *{end}: was the copy complete, and "
+                f"are they this model's args? If it has none, set {arg} to False in the checkpoint"
+            )
+        elif there is not None and not any(args.get(each) for each in (arg, *others)):
+            warnings.append(f"the args say {arg} {stated!r}, but there is {there}: the tensors are believed")
+    return problems, warnings
+
+
+def _may_have(arg: str, names: Collection[str]) -> bool:
+    """Whether the model has what the arg is about."""
+    part = ".mlp." if arg.startswith("moe_") else ".linear_qkv."
+    return any(part in name for name in names)
 
 
 def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> list[str]:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.config import ModelConfig, Parallelism
+from weights_conversion.config import ModelConfig
 from weights_conversion.configs import core_args, core_foreign, manifest, megatron_args, moe, rope_core
 from weights_conversion.errors import ConversionError
 from weights_conversion.files.owners import stranger
 from weights_conversion.formats import hybrid
 from weights_conversion.formats.dist_format import DistFormat
-from weights_conversion.formats.iterations import TRACKER, find_iteration, number_of
+from weights_conversion.formats.iterations import TRACKER, find_iteration
 from weights_conversion.formats.megatron import RankFiles
 from weights_conversion.formats.rank_format import RankFormat
-from weights_conversion.formats.run_config import MODEL_YAML, RUN_CONFIG, pretrained
-from weights_conversion.formats.stored_args import plain_args
+from weights_conversion.formats.run_config import RUN_CONFIG, pretrained
 from weights_conversion.formats.torch_dist import DistCheckpoint
 from weights_conversion.layouts.vocabulary import Vocabulary
 from weights_conversion.mapping.dialects import MEGATRON_CORE
-from weights_conversion.sources import further
+from weights_conversion.sources import further, statements
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.families import chosen_family, read_features, with_flags
-from weights_conversion.sources.reference import args_beside
+from weights_conversion.sources.unstated_args import args_of_others
 from weights_conversion.sources.vocabulary import count
 
 FORMATS = (DistFormat(), RankFormat())  # of Megatron checkpoints, in the order in which a folder is held to be one
@@ -65,7 +61,7 @@ def open_files(
         raise ConversionError(*problems)
     if not core:
         return files
-    return dataclasses.replace(files, args=core_args.normalise(files.args or _args_of_others(folder), folder))
+    return dataclasses.replace(files, args=core_args.normalise(files.args or args_of_others(folder), folder))
 
 
 def megatron_root(path: Path, load_iters: int | str | None) -> Found:
@@ -77,32 +73,6 @@ def megatron_root(path: Path, load_iters: int | str | None) -> Found:
             f"holds {TRACKER})"
         )
     return here
-
-
-def _args_of_others(folder: Path) -> dict[str, Any]:
-    """What stands for the args of a checkpoint that stores none: verl's own config, or an import's manifest."""
-    stated = args_beside(folder)
-    return _args_of_manifest(folder) if stated is None else plain_args(argparse.Namespace(**stated), folder)
-
-
-def _args_of_manifest(folder: Path) -> dict[str, Any]:
-    """What stands for the args of a checkpoint that stores none: what an import said in its manifest."""
-    found = manifest.find([folder if number_of(folder.name) is None else folder.parent])
-    if found is None:
-        raise ConversionError(
-            f"{folder} holds no args, no {RUN_CONFIG}, no NeMo 2's context/{MODEL_YAML} and no {manifest.NAME} beside "
-            f"it, so nothing says what model it is; copy {RUN_CONFIG} there, or context/ (verl's "
-            "huggingface/) beside it"
-        )
-    path, said = found
-    try:
-        config = ModelConfig(family=said["family"], vocab_size=1, **manifest.model_fields(said))
-        args = core_args.write_args(
-            config, Parallelism(), dtype=torch.bfloat16, divisible_by=1, ckpt_format="torch_dist", vocabulary=None
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConversionError(f"{path} does not describe a model ({error})") from error
-    return plain_args(argparse.Namespace(**args), path)
 
 
 def open_checkpoint(
@@ -129,6 +99,7 @@ def open_checkpoint(
     if mtp == further.DROP:
         files, left = further.without_in_files(files)
         notes.append(left)
+    shown = _contradicted(files)
     model = _family(model, files, said, root, true_vocab_size, notes, flags, model_type)
     files, told = _expressible(files, model, flags, root, compared=compared)
     counted = count(files, true_vocab_size, said, reference_rows, may_grow=may_grow)
@@ -136,7 +107,11 @@ def open_checkpoint(
     notes += [*told, *([f"config     from {found[0]}"] if found else []), counted.note, *tied]
     fields = manifest.model_fields(said) if said else None
     resolved = megatron_args.resolve(model, args, fields, flags, counted.vocabulary.tokens)
-    warnings = [*passed_over(files.args, root), *counted.warnings, *_warnings(files, resolved, args, said)]
+    warnings = [*passed_over(files.args, root), *shown, *counted.warnings, *_warnings(files, resolved, args, said)]
+    problems, others = statements.contradictions(files, resolved)
+    if problems and not compared:
+        raise ConversionError(*problems)
+    warnings += [*others, *problems]
     return OpenedCheckpoint(
         root, files, resolved.config, said, resolved.origins, counted.vocabulary, tuple(notes), tuple(warnings),
         here.iteration,
@@ -175,17 +150,40 @@ def _expressible(
     return files, notes
 
 
+def _contradicted(files: RankFiles | DistCheckpoint) -> list[str]:
+    """Warnings on args that the tensors contradict. Raises ConversionError where tensors are missing."""
+    if files.dialect is not MEGATRON_CORE:
+        return []
+    problems, warnings = core_foreign.contradicted(files.names, files.args, files.folder)
+    if problems:
+        raise ConversionError(*problems)
+    return warnings
+
+
 def _with_head(files: RankFiles | DistCheckpoint, model: str) -> tuple[dict[str, Any], list[str]]:
     """The args, which say whether the head is tied to the embedding, and a note where only the tensors show it."""
-    args = dict(files.args)
+    args, said = dict(files.args), _said_of_head(files)
+    if said and args.get("tie_embed_logits") and files.has_head() and files.parallel.pipeline == 1:
+        raise ConversionError(f"{files.folder} has an output layer of its own, output_layer.weight{said}")
     if FAMILIES[model].ties_in_megatron_llm:  # the original's release files leave it out
         args["tie_embed_logits"] = not files.has_head()
     elif files.dialect.ties_heads and "tie_embed_logits" not in args and not files.has_head():
         args["tie_embed_logits"] = True
         return args, ["config     the head is tied to the embedding: the args do not say, and there is no output layer"]
     elif not files.has_head() and not args.get("tie_embed_logits"):
-        raise ConversionError(f"{files.folder} has no output layer (lm_head) on its last stage, which {model} needs")
+        raise ConversionError(
+            f"{files.folder} has no output layer (lm_head) on its last stage, which {model} needs{said}"
+        )
     return args, []
+
+
+def _said_of_head(files: RankFiles | DistCheckpoint) -> str:
+    """What the args say of the head, by the name that the checkpoint has for it."""
+    names = ("untie_embeddings_and_output_weights", "share_embeddings_and_output_weights")
+    said = next((f"{name} {files.args[name]!r}" for name in names if files.args.get(name) is not None), None)
+    if files.dialect is not MEGATRON_CORE or said is None:
+        return ""
+    return f": its args say {said}; was the copy complete, and are they this model's args?"
 
 
 def _warnings(
