@@ -18,7 +18,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio, watch
 from weights_conversion.formats import huggingface
 from weights_conversion.launch import line
-from weights_conversion.output import beginning, descriptors
+from weights_conversion.output import beginning, descriptors, publish
 from weights_conversion.output.partial import Partial
 from weights_conversion.verification import whole
 
@@ -211,3 +211,18 @@ def test_a_weight_file_that_cannot_be_mapped_is_a_sentence(
     monkeypatch.setattr(huggingface, "safe_open", refuses)
     line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
     to_megatron(*line).refused("model.safetensors cannot be read", "Operation not supported")
+
+
+def test_what_becomes_out_cannot_be_looked_at(sources, tmp_path: Path, to_megatron: Script, monkeypatch) -> None:
+    """While it is noted as what will be OUT: the sentence names the folder, not only the note."""
+    look = os.fstat
+
+    def fstat(descriptor):
+        found = look(descriptor)
+        if sys._getframe(1).f_code.co_filename == publish.__file__:
+            failing(errno.EACCES)()
+        return found
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
+    to_megatron(*line).refused(f"{tmp_path / 'out.partial' / 'checkpoint'}", "Permission denied")

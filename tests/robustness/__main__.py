@@ -10,17 +10,17 @@ the same command on N of them.
 
 --ranks R does the same with R processes, as torchrun starts them: any of them fails, or is killed, at any call.
 
---sample N takes N points of each case, --case and --kind the points of one; without them it runs for hours.
+--sample N takes N points of each case, --case and --kind the points of one; without them it runs for an hour or more,
+and with --progress FILE it may be ended at any time and goes on when it is run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import random
+import signal
 import sys
 import tempfile
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -48,11 +48,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="so many processes a run, of which one meets the fault")
     parser.add_argument("--folder", type=Path, help="where to convert: a folder of the filesystem to be tried")
     parser.add_argument("--list", action="store_true", help="say how many points each case has, and stop")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="so many processes try points")
+    parser.add_argument("--progress", type=Path, help="a file of what was tried: an interrupted run goes on from it")
+    parser.add_argument("--minutes", type=float, default=0, help="stop after them; --progress goes on")
+    parser.add_argument("--summary", action="store_true", help="only print the counts of --progress")
     return parser.parse_args(arguments)
 
 
 def work(options: argparse.Namespace, root: Path) -> int:
-    from tests.robustness import cuts, points, ranks
+    from tests.robustness import every
+    from tests.robustness.progress import Progress
+
+    if options.power_cuts or options.ranks > 1:
+        return _otherwise(options, root)
+    root.mkdir(parents=True)
+    path = options.progress or root / "progress"
+    try:
+        progress = Progress(path)
+        failed = 0
+        if not options.summary:
+            failed = every.run(root, every.Choice.of(options), progress, options.jobs)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    progress = Progress(path)
+    sys.stdout.write(f"{progress.table()}{progress.said()}\n")
+    return 1 if failed or progress.findings else 0
+
+
+def _otherwise(options: argparse.Namespace, root: Path) -> int:
+    """Power cuts, and several ranks: case by case."""
+    from tests.robustness import cuts, ranks
     from tests.robustness.cases import Ground
     from tests.robustness.warm import Warm
 
@@ -60,42 +86,16 @@ def work(options: argparse.Namespace, root: Path) -> int:
     findings: list[str] = []
     ends: Counter[str] = Counter()
     for case in ground.cases:
-        if options.power_cuts:
-            if case.out:
-                case = replace(case, syncs=not options.without_sync)
-                found, problems = cuts.wrong(ground, case, options.power_cuts, options.seed)
-                findings += problems
-                ends += found
-                sys.stderr.write("".join(f"{problem}\n" for problem in problems))
-                sys.stdout.write(f"{case.name}: {_counted(found)}; {len(problems)} wrong ends\n")
-                sys.stdout.flush()
-            continue
-        if options.ranks > 1:
-            if case.name in ranks.CASES:
-                problems = _ranks(ground, case, options, ends)
-                findings += problems
-            continue
-        ground.reset(case)
-        counts = ground.warm.run(case.line(ground.place), change=case.change).counts
-        wanted = [fault for fault in points.faults(counts) if options.kind in ("", fault.kind)]
-        wanted = [fault for fault in wanted if options.action in (None, faults.ACTIONS[fault.action])]
-        if options.sample:
-            wanted = random.Random(f"{options.seed} {case.name}").sample(wanted, min(options.sample, len(wanted)))
-        if options.list:
-            sys.stdout.write(f"{case.name}: {len(wanted)} points; calls: {dict(counts)}\n")
-            continue
-        began, before = time.monotonic(), len(findings)
-        here: Counter[str] = Counter()
-        for fault in wanted:
-            how, problem = points.wrong(ground, case, fault)
-            here[how] += 1
-            if problem:
-                findings.append(problem)
-                sys.stderr.write(f"{problem}\n")
-        ends += here
-        seconds = time.monotonic() - began
-        sys.stdout.write(f"{case.name}: {_said(here)}; {len(findings) - before} wrong ends ({seconds:.0f} s)\n")
-        sys.stdout.flush()
+        if options.power_cuts and case.out:
+            case = replace(case, syncs=not options.without_sync)
+            found, problems = cuts.wrong(ground, case, options.power_cuts, options.seed)
+            findings += problems
+            ends += found
+            sys.stderr.write("".join(f"{problem}\n" for problem in problems))
+            sys.stdout.write(f"{case.name}: {_counted(found)}; {len(problems)} wrong ends\n")
+            sys.stdout.flush()
+        elif not options.power_cuts and case.name in ranks.CASES:
+            findings += _ranks(ground, case, options, ends)
     sys.stdout.write(f"in all: {_counted(ends) if options.power_cuts else _said(ends)}; {len(findings)} wrong ends\n")
     return 1 if findings else 0
 
@@ -136,12 +136,15 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{reason}\n")
         return 3
     if not faults.is_loaded():
-        with tempfile.TemporaryDirectory() as folder:
-            library = faults.build(Path(folder))
-            line = [sys.executable, "-m", "tests.robustness", *(sys.argv[1:] if arguments is None else arguments)]
-            return os.spawnve(os.P_WAIT, sys.executable, line, faults.environment(library))
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        return work(options, Path(folder) / "ground")
+        library = faults.build(Path(tempfile.mkdtemp()))
+        line = [sys.executable, "-m", "tests.robustness", *(sys.argv[1:] if arguments is None else arguments)]
+        os.execve(sys.executable, line, faults.environment(library))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the folders' removal
+    try:
+        with tempfile.TemporaryDirectory(dir=options.folder, ignore_cleanup_errors=True) as folder:
+            return work(options, Path(folder) / "ground")
+    finally:
+        faults.remove()
 
 
 if __name__ == "__main__":

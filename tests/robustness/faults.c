@@ -26,7 +26,7 @@
 #include <unistd.h>
 
 enum kind { OPEN, CREATE, READ, WRITE, SYNC, RENAME, TRUNCATE, ALLOCATE, MKDIR, UNLINK, CLOSE, LOCK, LINK, CHMOD, CHOWN,
-            XATTR, ADVISE, STAT, LIST, MAP, DUP, SPACE, ACCESS, KINDS, CHANGING = KINDS, ANY };
+            XATTR, ADVISE, STAT, LIST, MAP, DUP, SPACE, ACCESS, DIRECT, KINDS, CHANGING = KINDS, ANY };
 enum action { FAIL, SHORTEN, DELAY, KILL, TEAR };
 static const char changing[KINDS] = {[CREATE] = 1, [WRITE] = 1, [SYNC] = 1, [RENAME] = 1, [TRUNCATE] = 1, [ALLOCATE] = 1,
                                      [MKDIR] = 1, [UNLINK] = 1, [LINK] = 1, [CHMOD] = 1, [CHOWN] = 1, [XATTR] = 1};
@@ -53,7 +53,8 @@ static struct slot *slots;
 static struct { int on, kind, action, sticky, record; long first, value; struct slot *slot; char folder[1024]; } armed;
 static pthread_mutex_t order = PTHREAD_MUTEX_INITIALIZER;
 
-__attribute__((constructor)) static void start(void) {
+/* Once more in a process that runs beside others: what it counts is its own and its children's. */
+__attribute__((constructor)) void faults_begin(void) {
     slots = mmap(NULL, SLOTS * sizeof *slots, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 }
 
@@ -66,6 +67,8 @@ void faults_arm(int slot, const char *folder, int kind, long first, int action, 
     armed.kind = kind, armed.first = first, armed.action = action, armed.value = value;
     armed.sticky = sticky, armed.record = record, armed.on = 1;
 }
+
+void faults_disarm(void) { armed.on = 0; }
 
 static int path_of(int fd, char *into, size_t size) {
     char link[64];
@@ -80,7 +83,8 @@ static int begin(struct call *call, const char *name, enum kind kind, int fd, co
     call->half = call->kill_after = call->locked = 0;
     call->path[0] = 0;
     if (!armed.on) return 0;
-    if (path && path[0] == '/') snprintf(call->path, sizeof call->path, "%s", path);
+    if (path && !strncmp(path, "/proc/self/fd/", 14) && path[14]) path_of(atoi(path + 14), call->path, sizeof call->path);
+    else if (path && path[0] == '/') snprintf(call->path, sizeof call->path, "%s", path);
     else if (fd >= 0 && path_of(fd, call->path, sizeof call->path) && path && *path) {
         size_t length = strlen(call->path);
         snprintf(call->path + length, sizeof call->path - length, "/%s", path);
@@ -199,15 +203,18 @@ int unlinkat(int at, const char *path, int flags) {
 int unlink(const char *path) { return unlinkat(AT_FDCWD, path, 0); }
 int rmdir(const char *path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 
+/* A read past the page cache is a kind of its own: what refuses it says nothing of the file. */
+static enum kind reading(int fd) { return armed.on && fcntl(fd, F_GETFL) & O_DIRECT ? DIRECT : READ; }
+
 /* --- bytes ------------------------------------------------------------------------------------------------------- */
 
 ssize_t read(int fd, void *into, size_t count) { REAL(read); FAILS("read", READ, fd, NULL, -1); return real(fd, into, halved(&call, count)); }
-ssize_t pread64(int fd, void *into, size_t count, off64_t at) { REAL(pread64); FAILS("pread", READ, fd, NULL, -1); return real(fd, into, halved(&call, count), at); }
+ssize_t pread64(int fd, void *into, size_t count, off64_t at) { REAL(pread64); FAILS("pread", reading(fd), fd, NULL, -1); return real(fd, into, halved(&call, count), at); }
 ssize_t pread(int fd, void *into, size_t count, off_t at) { return pread64(fd, into, count, at); }
 ssize_t preadv64v2(int fd, const struct iovec *pieces, int number, off64_t at, int flags) {
     REAL(preadv64v2);
     if (flags) return real(fd, pieces, number, at, flags); /* a question to the page cache */
-    FAILS("preadv", READ, fd, NULL, -1);
+    FAILS("preadv", reading(fd), fd, NULL, -1);
     if (!call.half || !number) return real(fd, pieces, number, at, flags);
     struct iovec first = {pieces[0].iov_base, halved(&call, pieces[0].iov_len)};
     return real(fd, &first, 1, at, flags);

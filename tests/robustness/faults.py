@@ -17,7 +17,8 @@ _VARIABLE = "ROBUSTNESS_FAULTS"  # the library's path, in a process that has it 
 # In the order of `enum kind`. "changing" are all calls that change what is on the disk, "any" are all calls.
 KINDS = (
     "open", "create", "read", "write", "sync", "rename", "truncate", "allocate", "mkdir", "unlink", "close", "lock",
-    "link", "chmod", "chown", "xattr", "advise", "stat", "list", "map", "dup", "space", "access", "changing", "any",
+    "link", "chmod", "chown", "xattr", "advise", "stat", "list", "map", "dup", "space", "access", "direct", "changing",
+    "any",
 )  # fmt: skip
 FAIL, SHORTEN, DELAY, KILL, TEAR = range(5)
 ACTIONS = ("fail", "shorten", "delay", "kill", "tear")
@@ -86,6 +87,14 @@ class Faults:
             int(f.sticky), record,
         )  # fmt: skip
 
+    def begin(self) -> None:
+        """The counts are this process's and its children's from here on, and no others'."""
+        self._library.faults_begin()
+
+    def disarm(self) -> None:
+        """From here on no call counts."""
+        self._library.faults_disarm()
+
     def clear(self, slot: int = 0) -> None:
         ctypes.memset(self._library.faults_slot(slot), 0, ctypes.sizeof(_Slot))
 
@@ -100,3 +109,8 @@ class Faults:
 
 def is_loaded() -> bool:
     return _VARIABLE in os.environ
+
+
+def remove() -> None:
+    """Removes the folder that `build` was given, at the end of a process that has it loaded."""
+    shutil.rmtree(Path(os.environ[_VARIABLE]).parent, ignore_errors=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from tests.robustness import states
 from tests.robustness.cases import Case, Ground
 from tests.robustness.faults import DELAY, FAIL, KILL, SHORTEN, TEAR, Fault
 from tests.robustness.sources import tree
@@ -22,6 +24,7 @@ _OF = {
     "read": (errno.EIO, errno.ESTALE, errno.EINTR, errno.EINVAL), "stat": _LOOKS, "list": _LOOKS, "access": _LOOKS,
     "close": (errno.EIO, errno.EINTR, errno.ENOSPC, errno.EDQUOT), "dup": (errno.EMFILE, errno.EINTR),
     "map": (errno.ENOMEM, errno.EACCES, errno.EINVAL),
+    "direct": (errno.EIO, errno.ESTALE, errno.EINTR, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOMEM),
 }  # fmt: skip
 _TOTALS = ("changing", "any")
 
@@ -34,7 +37,7 @@ def faults(counts: Mapping[str, int]) -> Iterator[Fault]:
         for number in range(1, count + 1):
             for value in _OF.get(kind, ERRORS):
                 yield Fault(kind, number, FAIL, value)
-            if kind in ("read", "write"):
+            if kind in ("read", "direct", "write"):
                 yield Fault(kind, number, SHORTEN)
                 yield Fault(kind, number, SHORTEN, sticky=True)
             if kind == "write":
@@ -46,19 +49,35 @@ def faults(counts: Mapping[str, int]) -> Iterator[Fault]:
             yield Fault("changing", number, FAIL, value, sticky=True)
 
 
-def wrong(ground: Ground, case: Case, fault: Fault, rerun: bool = True) -> tuple[str, str | None]:
-    """(how it ended, what is wrong about it)."""
+@dataclass(frozen=True)
+class Result:
+    """How a point ended, what is wrong about it, the digest of what it left, and whether that was run again."""
+
+    how: str
+    problem: str | None = None
+    state: str = ""
+    rerun: bool = False
+
+
+def wrong(ground: Ground, case: Case, fault: Fault, known: set[str] | None = None) -> Result:
+    """`known`: the states from which a rerun ended right; grows. None: each is run again."""
     old = ground.reset(case)
     ended = ground.warm.run(case.line(ground.place), fault, change=case.change)
     if not ended.hit:
-        return "not reached", None
-    how = _how(ended)
-    problem = _after(ground, case, fault, ended, old) or (
-        again(ground, case, ended.code == 0) if rerun and case.out else None
-    )
+        return Result("not reached")
+    how, state, rerun = _how(ended), "", False
+    problem = _after(ground, case, fault, ended, old)
+    if problem is None and case.out:
+        state = f"{states.digest(ground.place)} {ended.code == 0}"
+        rerun = known is None or f"{case.name} {state}" not in known
+        problem = again(ground, case, ended.code == 0) if rerun else None
+        state = f"{case.name} {state}"
     if problem is None:
-        return how, None
-    return how, f"{case.name}: {fault} ({ended.hit}): {problem}\n    it said: {ended.text.strip()[-600:]}"
+        if known is not None and state:
+            known.add(state)
+        return Result(how, None, state, rerun)
+    said = f"{case.name}: {fault} ({ended.hit}): {problem}\n    it said: {ended.text.strip()[-600:]}"
+    return Result(how, said, rerun=rerun)
 
 
 def _how(ended: Ended) -> str:

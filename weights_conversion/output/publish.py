@@ -51,7 +51,8 @@ def publish(partial: Partial, overwrite: bool) -> None:
 
 def note(partial: Partial) -> None:
     """Writes by what OUT is known again, should the clean-up be interrupted; again only where that has changed."""
-    finished = os.fstat(partial.checkpoint)
+    with descriptors.shown_as("looking at", partial.shown):
+        finished = os.fstat(partial.checkpoint)
     if partial.noted != (known := (finished.st_ino, finished.st_uid)):
         descriptors.write_note(partial.journal, "publishing", f"{known[0]} {known[1]}".encode())
         partial.noted = known

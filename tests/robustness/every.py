@@ -1,0 +1,95 @@
+"""All points of the cases, by several processes, evenly: whenever it ends, each kind of call was tried of each case."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.robustness import batch, points
+from tests.robustness.cases import Case, Ground
+from tests.robustness.faults import ACTIONS, Fault
+from tests.robustness.progress import Progress
+from tests.robustness.warm import Warm
+
+ROUNDS = 24
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which points: of cases whose names begin with `case`, `kind` of call, what happens to it ("" for any)."""
+
+    case: str
+    kind: str
+    action: str
+    seed: int
+    sample: int
+    minutes: float
+    only_count: bool
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Choice:
+        o = options
+        return cls(o.case, o.kind, o.action or "", o.seed, o.sample, o.minutes, o.list)
+
+    def points(self, case: Case, counts: Mapping[str, int]) -> list[Fault]:
+        """In an order that is random and always the same."""
+        found = [fault for fault in points.faults(counts) if self._has(fault)]
+        shuffled = random.Random(f"{self.seed} {case.name}").sample(found, len(found))
+        return shuffled[: self.sample or None]
+
+    def _has(self, fault: Fault) -> bool:
+        return self.kind in ("", fault.kind) and self.action in ("", ACTIONS[fault.action])
+
+
+def _work(root: Path, choice: Choice, progress: Progress, turn: int, jobs: int) -> None:
+    """The share of process `turn` of `jobs`."""
+    warm = Warm(root)
+    warm.faults.begin()
+    ground = Ground(root, warm, choice.case)
+    plan: list[tuple[Case, list[Fault]]] = []
+    for case in ground.cases:
+        ground.reset(case)
+        counts = ground.warm.run(case.line(ground.place), change=case.change).counts
+        faults = choice.points(case, counts)
+        if turn == 0 and case.name not in progress.totals:
+            progress.note("total", case.name, len(faults))
+        plan.append((case, [fault for fault in faults if (case.name, str(fault)) not in progress.done]))
+    known: set[str] = set()
+    end = time.monotonic() + choice.minutes * 60 if choice.minutes else float("inf")
+    for which in range(0 if choice.only_count else ROUNDS):
+        for number, (case, faults) in enumerate(plan):
+            mine = faults[which::ROUNDS] if (number + which) % jobs == turn else ()
+            for fault, result in batch.tried(ground, case, mine, known):
+                if result.problem:
+                    progress.note("finding", result.problem)
+                    sys.stderr.write(f"{result.problem}\n")
+                progress.note("point", case.name, str(fault), result.how, int(result.rerun))
+                if time.monotonic() > end:
+                    return
+
+
+def run(root: Path, choice: Choice, progress: Progress, jobs: int) -> int:
+    """Forks the processes and waits for them; how many did not come to their end."""
+    processors = sorted(os.sched_getaffinity(0))
+    children = []
+    for turn in range(jobs):
+        child = os.fork()
+        if not child:
+            try:
+                batch.ends_with_its_parent()
+                os.sched_setaffinity(0, {processors[turn % len(processors)]})  # its threads need not meet elsewhere
+                _work(root / str(turn) / "ground", choice, progress, turn, jobs)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        children.append(child)
+    return sum(os.waitpid(child, 0)[1] != 0 for child in children)
