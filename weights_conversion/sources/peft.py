@@ -71,7 +71,12 @@ def open_adapter(folder: Path) -> Adapter:
     strange = []
     for name, ref in refs.items():
         match = _FACTOR.fullmatch(name.removeprefix(PREFIX))
-        if match is None or len(ref.shape) != 2:
+        if match is not None and len(ref.shape) > 2:
+            strange.append(
+                f"{folder} has a factor {name} of shape {list(ref.shape)}: an adapter of a convolution, which is not "
+                "merged here; merge it with peft"
+            )
+        elif match is None or len(ref.shape) != 2:
             strange.append(f"{folder} has a tensor {name} of shape {list(ref.shape)}, which is no factor of LoRA")
         else:
             pairs.setdefault(match["module"], {})[match["factor"]] = ref

@@ -35,15 +35,14 @@ def with_deltas(weights: Weights, model: Model, source: Source) -> Weights:
 
 
 def _deltas(model: Model) -> dict[str, tuple[Delta, ...]]:
-    """Of each stored tensor by its name."""
+    """Of each stored tensor by the name that a forward pass asks for."""
+    if not model.dialect.megatron:  # whole tensors, also where several parts are joined in one
+        inner = "model.language_model."  # of a repository around a text model
+        return {name.replace(inner, "model.", 1): deltas for name, deltas in model.added.items()}
     found: dict[str, tuple[Delta, ...]] = {}
     for instance in FAMILIES[model.config.family].instances(model.config):
-        group = model.placed.get(instance.key, ())
-        if not any(placed.deltas for placed in group):
-            continue
-        for name, placed in zip((instance.row.megatron,) if model.dialect.megatron else instance.row.hf, group,
-                                strict=True):  # fmt: skip
-            spelled = model.dialect.spell(name)
-            stored = model.dialect.rank_name(instance.megatron(spelled)) if model.dialect.megatron else None
-            found[stored or instance.hf(spelled)] = placed.deltas
+        deltas = [placed.deltas for placed in model.placed.get(instance.key, ())]
+        if any(deltas):
+            (own,) = deltas
+            found[model.dialect.rank_name(instance.megatron(model.dialect.spell(instance.row.megatron)))] = own
     return found

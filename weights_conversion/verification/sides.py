@@ -28,7 +28,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio
 from weights_conversion.formats import huggingface, meta
 from weights_conversion.formats.iterations import MODEL_FILES
-from weights_conversion.layouts.placement import Key, Placed, main_dtype
+from weights_conversion.layouts.placement import Delta, Key, Placed, main_dtype
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, META, Dialect
 from weights_conversion.mapping.parameters import Instance
 from weights_conversion.sources import further, peft, quantised
@@ -100,6 +100,7 @@ class Model:
     contradicted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     weights: str = "model"  # or "master": the optimizer's float32 ones
+    added: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict, repr=False)  # by PEFT's adapter, to which name
 
     @property
     def kind(self) -> str:
@@ -231,7 +232,8 @@ def _apart(
     blocks = (block for group in placed.values() for one in group for copy in one.copies for block in copy)
     files = len({ref.file for block in blocks for ref in block.ref.stored})
     layout = f"{files} file{'s' if files > 1 else ''}"
-    return Model(path, dialect, config, placed, layout, config.vocab_size, assumed=assumed, notes=notes)
+    added = {name: tensor.deltas for name, tensor in tensors.items() if tensor.deltas}
+    return Model(path, dialect, config, placed, layout, config.vocab_size, assumed=assumed, notes=notes, added=added)
 
 
 def _open_megatron(
