@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from conftest import run
 
 from weights_conversion import __version__
+from weights_conversion.cli import siblings
 
 IMPORT, EXPORT = "hf_to_megatron", "megatron_to_hf"
 
@@ -30,6 +32,21 @@ IMPORT, EXPORT = "hf_to_megatron", "megatron_to_hf"
         (IMPORT, ["llama2", "--dry-run", ""], "argument 3 is empty"),
         (IMPORT, [""], "argument 1 is empty"),
         (EXPORT, ["--input_dir", "", "--output_dir", "b"], "--input_dir is empty"),
+        (
+            IMPORT,
+            ["llama2", "--vocab_extra_ids_list", "a"],
+            "here: --vocab_extra_ids_list is an option of megatron_to_hf.py",
+        ),
+        (IMPORT, ["llama2", "--no-tokenizer"], "here: --no_tokenizer is an option of megatron_to_hf.py;"),
+        (IMPORT, ["llama2", "--exact_only"], "here: --exact-only is an option of verify.py;"),
+        (EXPORT, ["--target=megatron-core"], "here: --target is an option of hf_to_megatron.py;"),
+        (
+            EXPORT,
+            ["--tensor_model_parallel_size", "2"],
+            "--tensor-model-parallel-size is an option of hf_to_megatron.py;",
+        ),
+        ("weights_conversion.verify", ["a", "b", "--rope_theta", "1"], "of hf_to_megatron.py and megatron_to_hf.py;"),
+        ("weights_conversion.verify", ["a", "b", "--overwrite"], "of hf_to_megatron.py and megatron_to_hf.py;"),
         ("weights_conversion.verify", ["a", "b", "--exact"], ""),
         ("weights_conversion.verify", ["a", ""], "argument 2 is empty"),
     ],
@@ -41,6 +58,26 @@ def test_errors_are_one_sentence(script: str, line: list[str], words: str) -> No
         (sentence,) = result.err.splitlines()
         assert words in sentence
         assert sentence.endswith("see --help")
+
+
+def test_whose_options_are_known() -> None:
+    """The table says of each option which commands have it, and of those that all have, nothing."""
+    modules = {siblings.IMPORT: IMPORT, siblings.EXPORT: EXPORT, siblings.VERIFY: "weights_conversion.verify"}
+    has = {
+        command: {
+            option.replace("_", "-")
+            for action in importlib.import_module(module).build_parser()._actions
+            for option in action.option_strings[-1:]
+        }
+        for command, module in modules.items()
+    }
+    owners = {
+        option: tuple(command for command, options in has.items() if option in options)
+        for option in set().union(*has.values())
+    }
+    expected = {option: commands for option, commands in owners.items() if len(commands) < len(has)}
+    table = {option.replace("_", "-"): commands for commands, options in siblings.OPTIONS.items() for option in options}
+    assert table == expected
 
 
 def test_abbreviations_and_short_types(sources, to_megatron, to_hf, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from weights_conversion import __version__
-from weights_conversion.cli import helptext
+from weights_conversion.cli import helptext, siblings
 
 # What people type, from other programs.
 _NICKNAMES = {
@@ -86,7 +86,8 @@ class Parser(argparse.ArgumentParser):
             return next(iter(found.values()))
         if found and len(plain) > 2:
             self.error(f"{name} could be {' or '.join(_shown(action) for action in found.values())}")
-        self.error(f"there is no option {name}{self._suggestion(plain[2:])}")
+        elsewhere = siblings.having(plain[2:])
+        self.error(f"there is no option {name}{f' here: {elsewhere}' if elsewhere else self._suggestion(plain[2:])}")
 
     def _suggestion(self, name: str) -> str:
         by_name = {option.replace("_", "-")[2:]: action for option, action in self._option_string_actions.items()}

@@ -102,7 +102,9 @@ def replaceable(out: Path, overwrite: bool) -> list[str]:
 
 
 def is_there(out: Path) -> ConversionError:
-    return ConversionError(f"{out} exists and is not empty; --overwrite replaces it, or name another folder")
+    return ConversionError(
+        f"{out} exists and is not empty; --overwrite replaces it, verify.py says what it holds, or name another folder"
+    )
 
 
 def not_mine(path: Path) -> ConversionError:
