@@ -25,6 +25,7 @@ class Structure:
     sinks: bool = False
     sub_blocks: bool = False  # each layer is one: attention, an MLP, experts or a state space
     gated_delta: bool = False
+    post_norms: bool = False  # behind attention and MLP
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,17 @@ class Signs(Structure):
 class Outer:
     """The repository around a text model: its config's model_type, which holds the text's in text_config, and class.
 
-    `others` begin the names of what is not the text model: it stays behind, and a reference gives it back.
+    `others` begin the names of what is not the text model: it stays behind, and a reference gives it back. `usual`: a
+    model of which nothing else is known is one of these. `outside`: the hub's files have language_model. in front of
+    the text model's whole names, not within them.
     """
 
     model_type: str
     hf_class: str
     prefix: str = "model.language_model."
     others: tuple[str, ...] = ("model.visual.", "visual.")
+    usual: bool = True
+    outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Family(Architecture):
     outer: Outer | None = None
     packs: bool = False  # hub files have all experts of a layer in one tensor
     target: str = "megatron-core"
+    bridge_only: str = ""  # what it has that Megatron-Bridge's own layers alone can hold
     megatron_llm: bool = False  # Megatron-LLM trains it, and its tokenizer's rule for new ids holds
 
     @property

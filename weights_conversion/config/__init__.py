@@ -51,6 +51,8 @@ class ModelConfig:
     gated_delta: GatedDelta | None = None
     attention_output_gate: bool = False  # a sigmoid of a gate for each row of each query head, made as queries are
     layernorm_zero_centered_gamma: bool = False  # what norms scale by is stored minus one
+    local_rope_theta: float | None = None  # of layers with a window, whose rope is not scaled; None: as the others'
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: by that of head_dim
 
     @property
     def rope(self) -> Rope:
@@ -63,6 +65,13 @@ class ModelConfig:
     def window_of(self, layer: int) -> int | None:
         """The tokens that attention of a layer sees, its own included; None: all."""
         return self.sliding_window if self.window_layers is None or self.window_layers[layer] else None
+
+    @property
+    def window_period(self) -> int | None:
+        """N where every N-th layer sees all tokens and the others have the window; None: no number says which do."""
+        windowed = tuple(self.window_of(layer) is not None for layer in range(self.num_layers))
+        fits = (n for n in (6, *range(1, self.num_layers + 2)) if windowed == _all_but_every(n, self.num_layers))
+        return next(fits, None)
 
     def layer_features(self, layer: int) -> frozenset[str]:
         """What architecture rows may need of a layer; most is true of every layer."""
@@ -182,6 +191,10 @@ class ModelConfig:
             "delta_value_dim": delta.value_head_dim,
             "delta_kernel": delta.conv_kernel_dim,
         }
+
+
+def _all_but_every(number: int, layers: int) -> tuple[bool, ...]:
+    return tuple((layer + 1) % number != 0 for layer in range(layers))
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,9 @@ class ConfigClass:
     `gated_delta`: layer_types, or full_attention_interval, says
     which layers have linear attention. `mtp_apart`: layers that predict further tokens stand beside the model, as mtp.,
     not behind its last layer. `rope_idle`: keys of its rope that say nothing to a model of text alone.
+    `local_rope`: layers with a window have a rope of their own (rope_local_base_freq; in transformers 5 rope_parameters
+    has one for each kind of layers), sliding_window_pattern says which they are where layer_types does not, and scores
+    are divided by the root of query_pre_attn_scalar.
     `whole_heads`: transformers 5 refuses a hidden size that is no multiple of the heads, whatever head_dim says.
     """
 
@@ -73,6 +76,7 @@ class ConfigClass:
     gated_delta: bool = False
     mtp_apart: bool = False
     rope_idle: tuple[str, ...] = ()
+    local_rope: bool = False
 
     @property
     def clamp(self) -> float | None:

@@ -223,7 +223,7 @@ TRAINING_NAMES = frozenset({
     "num_attention_heads_kv", "sliding_window_size", "tie_embed_logits", "decoder_num_layers", "old_context_len",
     "scale_factor", "low_freq_factor", "high_freq_factor", "yarn_attention_factor", "yarn_rotary_scaling_factor",
     "yarn_mscale", "yarn_mscale_all_dim", "moe_use_legacy_grouped_gemm", "padded_vocab_size", "_target_", "moe", "mla",
-    "gated_delta",
+    "gated_delta", "local_rope_theta",
     "window_layers", "mamba", "use_transformer_engine_full_layer_spec", "forward_step_fn", "generation_config",
     "tp_comm_overlap_cfg",
 })  # fmt: skip

@@ -26,6 +26,7 @@ ARGS: dict[str, frozenset[str]] = {
     "hybrid": mamba.READ,
     "gated_delta": gated_delta.READ,
     "layernorm_zero_centered_gamma": frozenset({"apply_layernorm_1p"}),
+    "post_norms": frozenset({"query_pre_attn_scalar"}),
 }
 
 

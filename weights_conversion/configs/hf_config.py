@@ -15,6 +15,7 @@ from weights_conversion.configs import (
     hf_falcon,
     hf_outer,
     hf_parts,
+    local_rope,
     quantization,
     rope,
     windows,
@@ -32,7 +33,7 @@ LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenize
 
 
 # Features that a target has or has not: the others are parts of these.
-_OF_TARGETS = frozenset({"moe", "mla", "partial_rotary", "hybrid", "gated_delta", *features.SWITCHES})
+_OF_TARGETS = frozenset({"moe", "mla", "partial_rotary", "hybrid", "gated_delta", "post_norms", *features.SWITCHES})
 # Keys that are read here apart from a class's fields, and say how the weights are stored.
 READ = ("rope_parameters", "rope_scaling", "partial_rotary_factor", "layer_types", "n_head_kv")
 
@@ -108,7 +109,9 @@ def _kinds(layer_types: Any) -> set[str]:
 
 
 def with_rope(family: str, raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """`raw` with the rope that its class takes where none is stated."""
+    """`raw` with the rope that its class takes where none is stated, and one rope alone in rope_parameters."""
+    if class_of(family).local_rope:
+        return local_rope.flat(raw, where)
     default = class_of(family).rope
     if default is None or any(raw.get(key) for key in rope.KEYS):
         return raw
@@ -224,7 +227,7 @@ def read_rope(raw: Mapping[str, Any], where: str, default: float | None = None) 
 
     `default`: the theta of the config class.
     """
-    raw = hf_outer.text_of(raw, where)
+    raw = local_rope.flat(hf_outer.text_of(raw, where), where)
     ropes = [raw.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
     for stated, key in zip(ropes, ("rope_parameters", "rope_scaling"), strict=True):
         if not isinstance(stated, Mapping):

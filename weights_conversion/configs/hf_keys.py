@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from weights_conversion.configs.config_class import ConfigClass
 from weights_conversion.configs.hf_delta_keys import DELTA_CLASSES
+from weights_conversion.configs.hf_gemma_keys import GEMMA_CLASSES
 from weights_conversion.configs.hf_hybrid_keys import HYBRID_CLASSES
 from weights_conversion.configs.hf_latent_keys import LATENT_CLASSES
 from weights_conversion.configs.hf_moe_keys import MOE_CLASSES
@@ -101,6 +102,7 @@ CONFIG_CLASSES: dict[str, ConfigClass] = {
     **LATENT_CLASSES,
     **HYBRID_CLASSES,
     **DELTA_CLASSES,
+    **GEMMA_CLASSES,
 }
 # What every config may state beside: token ids, how to load and to sample, training. None of it is of the forward pass.
 _GENERIC = """architectures model_type dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id

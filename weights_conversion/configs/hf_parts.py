@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from weights_conversion.config import Mla, ModelConfig
-from weights_conversion.configs import gated_delta, layer_pattern, mamba, mla, moe, rope
+from weights_conversion.configs import gated_delta, layer_pattern, local_rope, mamba, mla, moe, rope
 from weights_conversion.configs.config_class import ConfigClass
 from weights_conversion.errors import ConversionError
 
@@ -32,6 +32,8 @@ def read(
             found |= {"head_dim": sizes.qk_pos_emb_head_dim, "num_query_groups": values["num_attention_heads"]}
     if known.gated_delta:
         found["gated_delta"] = gated_delta.read_hf(full, values["num_layers"])
+    if known.local_rope:
+        found |= local_rope.read_hf(full, where)
     if problems := [f"{where} has {what}" for part in found.values() if isinstance(part, list) for what in part]:
         raise ConversionError(*problems)
     further = {full[key] for key in known.further if full.get(key) is not None}
@@ -123,6 +125,8 @@ def write(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) -> No
         mamba.write_hf(config.mamba, result)
     if config.gated_delta is not None:
         gated_delta.write_hf(config.gated_delta, result)
+    if known.local_rope:
+        local_rope.write_hf(config, result)
     further = known.further
     if further:
         result.update(dict.fromkeys([further[0], *(key for key in further if key in result)], config.mtp_num_layers))
@@ -142,3 +146,5 @@ def write_rope(known: ConfigClass, config: ModelConfig, result: dict[str, Any]) 
     result["rope_theta"] = config.rope_theta
     result["rope_scaling"] = {"type": kind["rope_type"], **kind} if linear else None
     result |= {"rope_parameters": {"rope_theta": config.rope_theta, **kind, **partial, **kept}, **partial}
+    if known.local_rope:
+        local_rope.write_rope(config, result)

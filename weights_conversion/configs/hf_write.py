@@ -7,7 +7,7 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
-from weights_conversion.configs import hf_falcon, hf_outer, hf_parts, windows
+from weights_conversion.configs import hf_falcon, hf_outer, hf_parts, local_rope, windows
 from weights_conversion.configs.features import class_of
 from weights_conversion.configs.hf_config import LEFT_BEHIND, keys_of
 
@@ -15,6 +15,8 @@ from weights_conversion.configs.hf_config import LEFT_BEHIND, keys_of
 def written_warnings(config: ModelConfig) -> list[str]:
     """What a release of transformers does not make of the written config.json."""
     hidden, heads = config.hidden_size, config.num_attention_heads
+    if FAMILIES[config.family].bridge_only and (trained := local_rope.trained_warning(config)):
+        return [trained]
     if config.moe is not None and config.moe.clamp not in (None, usual := class_of(config.family).clamp):
         return [f"transformers 5.12 and older clamp at {usual:g} whatever config.json says; this model has "
                 f"{config.moe.clamp:g}"]  # fmt: skip
@@ -28,7 +30,8 @@ def written_warnings(config: ModelConfig) -> list[str]:
 
 def is_wrapped(family: str, base: Mapping[str, Any]) -> bool:
     """Whether an export on top of the config `base` is a repository around a text model; made from nothing, it is."""
-    return FAMILIES[family].outer is not None and (not base or hf_outer.KEY in base)
+    outer = FAMILIES[family].outer
+    return outer is not None and (hf_outer.KEY in base or (not base and outer.usual))
 
 
 def write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> dict[str, Any]:

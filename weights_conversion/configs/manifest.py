@@ -96,9 +96,13 @@ def _malformed(content: Mapping[str, Any]) -> list[str]:
         problems.append(f"window_layers {layers!r}, where true or false of each layer was expected")
     for name, value in content["model"].items():
         default = ModelConfig.__dataclass_fields__[name].type if name in ModelConfig.__dataclass_fields__ else None
-        allowed = {"int": (int,), "float": (float, int), "bool": (bool,), "int | None": (int, type(None))}.get(
-            str(default)
-        )
+        allowed = {
+            "int": (int,),
+            "float": (float, int),
+            "bool": (bool,),
+            "int | None": (int, type(None)),
+            "float | None": (float, int, type(None)),
+        }.get(str(default))
         if allowed and type(value) not in allowed:
             problems.append(f"{name} {value!r}, which is of the wrong type")
     return problems

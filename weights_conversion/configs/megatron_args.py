@@ -31,15 +31,16 @@ _LLM_NAMES = {
 }
 # Those that only Megatron-Core has; configs/core_args.py makes some of them of several args.
 _PARTS = ("rope_scaling", "hybrid_layer_pattern", *PARTS)
-_CORE_ONLY = (*_PARTS, "rotary_percent", "window_layers", "mtp_num_layers", *features.SWITCHES)
+_SCALES = ("local_rope_theta", "query_pre_attn_scalar")
+_CORE_ONLY = (*_PARTS, "rotary_percent", "window_layers", "mtp_num_layers", *_SCALES, *features.SWITCHES)
 NAMES = _LLM_NAMES | {name: name for name in _CORE_ONLY}
 _DEFAULTS = {field.name: field.default for field in fields(ModelConfig)}
-_MAY_BE_NONE = ("sliding_window", "window_layers", *_PARTS)
+_MAY_BE_NONE = ("sliding_window", "window_layers", *_SCALES, *_PARTS)
 # Fields that the original's resharding tool re-creates, and its defaults: another value cannot have been reset.
 _RESET = {"layernorm_epsilon": 1e-5, "rope_theta": 1e4, "rope_scaling_factor": 1.0, "sliding_window": None}
 RESET_BY_RESHARDING: dict[str, Any] = _RESET
-SILENT = ("max_position_embeddings", "rope_scaling", "rotary_percent", "window_layers", *RESET_BY_RESHARDING)
-_NO_FLAG = ("rope_scaling", "window_layers", "rotary_percent", "moe", "mtp_num_layers")
+SILENT = ("max_position_embeddings", "rope_scaling", "rotary_percent", "window_layers", *_SCALES, *RESET_BY_RESHARDING)
+_NO_FLAG = ("rope_scaling", "window_layers", "rotary_percent", "moe", "mtp_num_layers", *_SCALES)
 # What --use_checkpoint_args does not restore.
 NOT_RESTORED = ("rope_theta", "rope_scaling_factor", "layernorm_epsilon")
 
@@ -134,7 +135,7 @@ def _stated(family: str, args: Mapping[str, Any], manifest: Mapping[str, Any]) -
 
 def _family_says(family: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **{name: _DEFAULTS[name] for name in RESET_BY_RESHARDING},
+        **{name: _DEFAULTS[name] for name in (*RESET_BY_RESHARDING, *_SCALES)},
         **FAMILIES[family].defaults,
         **{name: name in features.required(family) for name in features.SWITCHES},
         **{name: _DEFAULTS[name] for name in (*_PARTS, "mtp_num_layers")},

@@ -9,7 +9,11 @@ from weights_conversion.architectures import FAMILIES
 
 # A TransformerConfig, as Megatron-Bridge stores it, names its activation in place of args' switches.
 _ACTIVATION = "activation_func"
-_BY_SWITCH = {"quick_geglu": ("quick_gelu", "quick_gelu_impl"), "squared_relu": ("squared_relu",)}
+_BY_SWITCH = {
+    "quick_geglu": ("quick_gelu", "quick_gelu_impl"),
+    "squared_relu": ("squared_relu",),
+    "openai_gelu": ("fast_gelu", "openai_gelu", "openai_gelu_impl"),
+}
 
 
 def names_of(family: str) -> frozenset[str]:

@@ -22,11 +22,17 @@ Layers = tuple[bool, ...] | None  # as ModelConfig.window_layers
 
 
 def read_hf(full: Mapping[str, Any], where: str) -> tuple[int | None, Layers]:
-    """(window, the layers that have it), where a class's layers may differ: it has every other layer by default."""
+    """(window, the layers that have it), where a class's layers may differ.
+
+    By default every other layer has it, or all but every N-th, where the class has sliding_window_pattern N.
+    """
     window, kinds, count = full.get("sliding_window"), full.get("layer_types"), full["num_hidden_layers"]
     _check(window, where)
     if kinds is None:
-        layers = tuple(layer % 2 == 0 for layer in range(count))
+        every = full.get("sliding_window_pattern", 2)
+        if type(every) is not int or every <= 0:
+            raise ConversionError(f"{where} has sliding_window_pattern {every!r}, where a positive int was expected")
+        layers = tuple((layer + 1) % every != 0 for layer in range(count))
     elif isinstance(kinds, list) and len(kinds) == count and all(kind in KINDS for kind in map(str, kinds)):
         layers = tuple(KINDS[kind] for kind in kinds)
     else:

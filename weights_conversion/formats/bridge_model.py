@@ -14,6 +14,7 @@ import torch
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
+from weights_conversion.formats import bridge_gemma
 
 # Features of layers (ModelConfig.layer_features) that the fields below say.
 _SAID = {
@@ -35,6 +36,8 @@ def check(config: ModelConfig) -> None:
     features = frozenset().union(*(config.layer_features(layer) for layer in range(config.num_layers)))
     found = [feature.replace("_", " ") for feature in sorted(features - _SAID)]
     scaling = config.rope_scaling
+    if config.local_rope_theta is not None:
+        bridge_gemma.check(config)
     found += [f"rope scaling of kind {scaling.kind}"] if scaling and scaling.kind not in ("llama3", "yarn") else []
     if found:
         raise ConversionError(
@@ -90,6 +93,7 @@ def section(
         **_scaling(config, args),
         **_experts(config, args),
         **_latent(config, args),
+        **(bridge_gemma.section(config) if config.local_rope_theta is not None else {}),
     }
 
 

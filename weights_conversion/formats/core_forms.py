@@ -8,7 +8,7 @@ from typing import Any
 
 from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats import bridge_files, bridge_model, hybrid
+from weights_conversion.formats import bridge_files, bridge_gemma, bridge_model, hybrid
 from weights_conversion.layouts.parallel import with_virtual
 from weights_conversion.mapping.hybrid import stages, symbols
 
@@ -102,7 +102,8 @@ _SAID_BY_PATTERN = ("--experimental-attention-variant", "--linear-attention-freq
 def training(form: Form, flags: list[str], out: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
     """(what training is to be started with, warnings), in place of `flags` for a GPTModel of Megatron-LM."""
     if form.bridge:
-        return [f"checkpoint.pretrained_checkpoint={out} (Megatron-Bridge; or checkpoint.load, to go on there)"], []
+        loads = f"checkpoint.pretrained_checkpoint={out} (Megatron-Bridge; or checkpoint.load, to go on there)"
+        return [loads], bridge_gemma.warnings(config) if config.local_rope_theta is not None else []
     if form.pattern is None:
         return flags, []
     if config.hybrid_layer_pattern is not None:

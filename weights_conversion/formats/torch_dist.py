@@ -17,7 +17,7 @@ import torch
 
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
-from weights_conversion.formats import hybrid, torch_files
+from weights_conversion.formats import bridge_gemma, hybrid, torch_files
 from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk, read_metadata
 from weights_conversion.formats.dist_masters import masters
 from weights_conversion.formats.run_config import RUN_CONFIG, model_yaml, read_run_config
@@ -141,7 +141,7 @@ def _args(folder: Path, common: Mapping[str, Any], others: Mapping[str, StoredCh
         return stored, folder / (COMMON if (folder / COMMON).is_file() or held is None else others[held].file)
     for path in (folder / RUN_CONFIG, model_yaml(folder)):
         if path is not None and path.is_file():
-            return argparse.Namespace(**read_run_config(path)), path
+            return argparse.Namespace(**bridge_gemma.in_core_words(read_run_config(path), f"the args in {path}")), path
     return None, folder / COMMON
 
 
@@ -167,7 +167,8 @@ def _beside(prefix: str, stored: Mapping[str, Stored]) -> tuple[str, ...]:
     if not prefix.endswith(_TEXT):
         return ()
     outer = prefix.removesuffix(_TEXT)
-    return tuple(key for key in stored if key.startswith((f"{outer}vision_model.", f"{outer}visual.")))
+    beside = tuple(f"{outer}{name}." for name in ("vision_model", "visual", "vision_tower", "multi_modal_projector"))
+    return tuple(key for key in stored if key.startswith(beside))
 
 
 def _common(folder: Path, others: Mapping[str, StoredChunk]) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ class Dialect:
 
     `interleaved` says that rotary pairs are neighbouring rows of a head (else: the head's two halves). `up_first` says
     that a fused GLU stores [up ; gate] (else [gate ; up]); it means nothing for HF and Meta, which store them apart.
-    `alone` is what rows have behind model., and names of this dialect have not.
+    `alone` is what rows have behind model., and names of this dialect have not; `outside` what these have in front.
 
     `megatron` says that tensors are Megatron's (fused), not HF's (apart). The rest is about the two Megatrons: below
     `model`, a rank file's names begin with `prefix`; `tied_head` is the last stage's copy of a tied embedding;
@@ -25,6 +25,7 @@ class Dialect:
     up_first: bool = False
     renames: Mapping[str, str] = field(default_factory=dict, hash=False)
     alone: str = ""
+    outside: str = ""
     megatron: bool = False
     prefix: str = ""
     tied_head: str = ""
@@ -40,6 +41,8 @@ class Dialect:
         """`name` as this dialect spells it; a name without an entry is spelled the same."""
         if self.alone and name.startswith(f"model.{self.alone}"):
             return name.replace(self.alone, "", 1)
+        if self.outside:
+            return self.outside + name.replace(self.outside, "", 1)
         return self.renames.get(name, name)
 
     def spellings(self, name: str) -> tuple[str, ...]:
@@ -76,6 +79,8 @@ class Dialect:
 HF = Dialect("Hugging Face", interleaved=False)
 # A text model that has no repository around it, of a family whose rows have the names in one.
 HF_TEXT = Dialect("Hugging Face", interleaved=False, alone="language_model.")
+# The same of a family whose repositories have the name of the text model in front of its own names.
+HF_OUTSIDE = Dialect("Hugging Face", interleaved=False, outside="language_model.")
 
 META = Dialect(
     "Meta",
@@ -152,7 +157,7 @@ MEGATRON_CORE = Dialect(
     splits_groups=True,
     features=(
         *("add_qkv_bias", "qk_layernorm", "moe", "mla", "partial_rotary", "hybrid", "gated_delta"),
-        *("attention_output_gate", "layernorm_zero_centered_gamma"),
+        *("attention_output_gate", "layernorm_zero_centered_gamma", "post_norms"),
     ),
     ropes=("default", "linear", "llama3", "yarn"),
 )

@@ -17,7 +17,7 @@ from weights_conversion.configs import hf_write
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface
 from weights_conversion.layouts.placement import Located, Placed
-from weights_conversion.mapping.dialects import HF, HF_TEXT, Dialect
+from weights_conversion.mapping.dialects import HF, HF_OUTSIDE, HF_TEXT, Dialect
 from weights_conversion.sources.locate_hf import packed_names
 from weights_conversion.sources.reference import Reference
 from weights_conversion.sources.text_part import text_part
@@ -52,7 +52,10 @@ def stated(
         for instance in architecture.instances(config)
         if instance.row.hf_dtype is not None and str(located[instance.key][0].dtype) == f"torch.{instance.row.hf_dtype}"
     }
-    return {"packed_names": sorted(packed_names(architecture, config, names, dialect)), "own_types": sorted(own)}
+    packed = sorted(packed_names(architecture, config, names, dialect))
+    outside = architecture.outer is not None and architecture.outer.outside and dialect is not HF_TEXT
+    of_names = {"names_outside": dialect is HF_OUTSIDE} if outside else {}
+    return {"packed_names": packed, "own_types": sorted(own), **of_names}
 
 
 def form_of(
@@ -61,7 +64,11 @@ def form_of(
     """Of an export on top of the config `base`. Raises ConversionError for a reference of files in another form."""
     family = FAMILIES[config.family]
     rows = family.parameters(config)
-    dialect = HF_TEXT if family.outer is not None and not hf_write.is_wrapped(config.family, base) else HF
+    dialect = HF
+    if family.outer is not None and not hf_write.is_wrapped(config.family, base):
+        dialect = HF_TEXT
+    elif family.outer is not None and family.outer.outside and (manifest or {}).get("names_outside", True):
+        dialect = HF_OUTSIDE
     if reference is not None and family.outer is not None and (found := _of_reference(config, reference, dialect)):
         return found
     said = manifest or {}
@@ -98,7 +105,7 @@ def _of_reference(config: ModelConfig, reference: Reference, dialect: Dialect) -
     if not any((reference.folder / name).is_file() for name in huggingface.WEIGHT_FILES):
         return None
     part = text_part(config.family, huggingface.read_hf(reference.folder))
-    if part.dialect is not dialect:
+    if (part.dialect is HF_TEXT) != (dialect is HF_TEXT):
         raise ConversionError(
             f"config.json of --reference {reference.name} and the names of its weights are of two forms of a model"
         )
@@ -110,10 +117,10 @@ def _of_reference(config: ModelConfig, reference: Reference, dialect: Dialect) -
         kinds = {part.tensors[name].dtype for name in names if name in part.tensors}
         if kinds and {str(kind) for kind in kinds} == {f"torch.{row.hf_dtype}"}:
             own.add(row.megatron)
-    others = tuple(part.others.values()) if part.others and dialect is HF else ()
+    others = tuple(part.others.values()) if part.others and dialect is not HF_TEXT else ()
     files = tuple(reference.folder / name for name in PROCESSORS if (reference.folder / name).is_file())
     note = f"vision     {len(others)} tensors that are not the text model's, of {reference.name}"
     return HFForm(
-        packed_names(family, config, set(part.tensors), part.dialect), frozenset(own), dialect, others, files,
+        packed_names(family, config, set(part.tensors), part.dialect), frozenset(own), part.dialect, others, files,
         notes=(note,) if others else (),
     )  # fmt: skip

@@ -30,6 +30,7 @@ from weights_conversion.sources.text_part import text_part
 from weights_conversion.tokenizer.files import source_tokenizer_files
 from weights_conversion.tokenizer.places import taken_along
 
+_HF_FORM = ("packed_experts", "packed_names", "own_types", "names_outside")  # in a manifest
 logger = logging.getLogger(__name__)
 
 
@@ -263,6 +264,6 @@ def open_megatron(
         said.get("generation_config"), said.get("repository"), said.get("revision"), opened.vocabulary, tokenizer, kept,
         assumed, notes=opened.notes,
         warnings=(*opened.warnings, *said_of_it),
-        hf_form={name: said[name] for name in ("packed_experts", "packed_names", "own_types") if name in said},
+        hf_form={name: said[name] for name in _HF_FORM if name in said},
         load_iters=opened.load_iters, iteration=opened.files.folder, what=described.of_megatron(root, opened.files),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.layouts.placement import Placed
-from weights_conversion.mapping.dialects import HF, HF_TEXT, Dialect
+from weights_conversion.mapping.dialects import HF, HF_OUTSIDE, HF_TEXT, Dialect
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ def text_part(family: str, tensors: Mapping[str, Placed]) -> TextPart:
     if outer is None:
         return TextPart(tensors)
     inner = outer.prefix.removeprefix("model.")
+    if outer.outside and any(name.startswith(f"{inner}model.") for name in tensors):
+        others = {name: placed for name, placed in tensors.items() if name.startswith(outer.others)}
+        return TextPart({name: each for name, each in tensors.items() if name not in others}, HF_OUTSIDE, others)
     if any(name.startswith(inner) for name in tensors):  # every name began with model., which was taken for a wrapper's
         tensors = {name if _beside(name) else f"model.{name}": placed for name, placed in tensors.items()}
     others = {name: placed for name, placed in tensors.items() if name.startswith(outer.others)}

@@ -80,19 +80,33 @@ def check_arguments(options: ImportOptions) -> Wanted:
         )  # fmt: skip
     with distributed.rank_zero_first("output"):
         replaced = problems.of(place.check, out, options.overwrite, options.verify)
-    dialect = TARGETS[options.target or FAMILIES[options.model].target]
+    dialect = TARGETS[_target(options)]
     ckpt_format = options.ckpt_format or ("torch_dist" if dialect is MEGATRON_CORE else "torch")
+    problems.of(_check_target, options)
     problems.of(_check_format, options, dialect, ckpt_format)
     form = problems.of(_form, options, dialect, ckpt_format) or Form()
     problems.raise_all()
     return Wanted(out, dialect, ckpt_format, tuple(replaced or ()), form)
 
 
+def _check_target(options: ImportOptions) -> None:
+    has, target = FAMILIES[options.model].bridge_only, _target(options)
+    if has and target != "megatron-bridge":
+        raise ConversionError(
+            f"--target {target} has no place for a {options.model} model, which has {has}: only layers of "
+            "Megatron-Bridge's own have; use --target megatron-bridge"
+        )
+
+
+def _target(options: ImportOptions) -> str:
+    return options.target or FAMILIES[options.model].target
+
+
 def _form(options: ImportOptions, dialect: Dialect, ckpt_format: str) -> Form:
     """The form of the output. Raises ConversionError where another format is written in it."""
     if options.spec is not None and list(options.spec) != hybrid.SPEC:
         raise ConversionError(f"--spec {' '.join(options.spec)} is not known; {' '.join(hybrid.SPEC)} was expected")
-    form = Form(options.core_release, options.target == "megatron-bridge", options.hybrid_layer_pattern)
+    form = Form(options.core_release, _target(options) == "megatron-bridge", options.hybrid_layer_pattern)
     allowed = Form(pattern=form.pattern if dialect is MEGATRON_CORE else None)
     if ckpt_format == "torch_dist" or form == allowed:
         return form

@@ -191,7 +191,7 @@ def _say_training(
 ) -> None:
     report.training_flags = training_lines.training_flags(config, shape, out, dtype)
     report.training_flags += training_lines.tokenizer_flags(names, shape.dialect, out)
-    if shape.dialect is MEGATRON_CORE:
+    if shape.dialect is MEGATRON_CORE and not FAMILIES[config.family].bridge_only:  # those are of Megatron-LM's flags
         report.warnings += core_args.training_warnings(config)
     report.notes += training_lines.notes(config, shape)
     report.warnings += training_lines.warnings(config, shape)

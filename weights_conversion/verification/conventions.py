@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
-from weights_conversion.verification import delta_names
+from weights_conversion.verification import delta_names, post_norms
 from weights_conversion.verification.names import DeltaNames, ExpertNames, LatentNames, MambaNames, Names
 
 
@@ -19,16 +19,18 @@ class Block:
     """What a layer computes. `parallel`: attention and MLP have the same input; else one follows the other."""
 
     parallel: bool = False
-    gated: bool = True  # silu(gate) * up; else one matrix and `activation`
-    activation: str = "gelu"  # or relu2, the square of relu
+    gated: bool = True  # activation(gate) * up; else one matrix and `activation`
+    activation: str = ""  # silu where it is gated, gelu where not; or gelu_tanh, or relu2, the square of relu
     rotary: bool = True
     layer_norm: bool = False  # LayerNorm with bias; else RMSNorm
     sinks: bool = False  # each head's softmax has one logit more, which attends to nothing
+    scaled_embedding: bool = False  # by the root of the hidden size
     alpha: float | None = None  # gate * sigmoid(alpha * gate) * (up + 1), both clamped; None: silu(gate) * up
 
 
 BLOCKS = {  # all others are Llama's
     "falcon": Block(parallel=True, gated=False, layer_norm=True),
+    "gemma3": Block(activation="gelu_tanh", scaled_embedding=True),
     "gpt-oss": Block(sinks=True, alpha=1.702),
     "nemotron-h": Block(gated=False, activation="relu2", rotary=False),
 }
@@ -52,9 +54,9 @@ class Convention:
     embedding_first: bool = True  # of the two halves that a prediction layer's projection takes
     joins_parts: bool = False  # tensors of several parts are one; otherwise one each
     hybrid: Names | None = None  # of models whose layers are one sub-block each
-    # Of families that spell them in their own way.
-    experts: Mapping[str, ExpertNames] = field(default_factory=dict, hash=False)
+    experts: Mapping[str, ExpertNames] = field(default_factory=dict, hash=False)  # by family, as the next two
     delta: Mapping[str, DeltaNames] = field(default_factory=dict, hash=False)
+    norms: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
 
     def names_for(self, config: ModelConfig) -> Names:
         """Raises ConversionError for a model that this side cannot store."""
@@ -67,10 +69,9 @@ class Convention:
             )
         if not block_of(config).parallel:
             self._check(config)
-            own = self.experts.get(config.family)
-            names = self.names if own is None else replace(self.names, experts=own)
-            delta = self.delta.get(config.family)
-            return names if delta is None else replace(names, delta=delta)
+            parts = {"experts": self.experts.get(config.family), "delta": self.delta.get(config.family)}
+            own = {name: part for name, part in parts.items() if part is not None}
+            return replace(self.names, **own, **self.norms.get(config.family, {}))
         if not self.parallel:
             raise ConversionError(
                 f"{self.title} checkpoints cannot hold a {config.family} model, whose attention and MLP are parallel; "
@@ -198,6 +199,7 @@ HF = Convention(
     hybrid=_HF_HYBRID,
     experts=_HF_OF_FAMILIES,
     delta=delta_names.HF,
+    norms=post_norms.HF,
     parallel=(_HF_FALCON, replace(_HF_FALCON, attention_norm="ln_attn.weight", mlp_norm="ln_mlp.weight")),
 )
 META = Convention(
@@ -287,6 +289,7 @@ MEGATRON_CORE = Convention(
     interleaved_rotary=False,
     gate_first=True,
     delta=delta_names.CORE,
+    norms=post_norms.CORE,
     hybrid=replace(
         _MEGATRON_CORE,
         final_norm="decoder.final_norm.weight",

@@ -18,7 +18,7 @@ from weights_conversion.verification import predicting
 from weights_conversion.verification.conventions import Convention, block_of
 from weights_conversion.verification.gated_delta import gated_delta
 from weights_conversion.verification.linear import Weights, linear, mlp, norm, rms, rows_of, vector
-from weights_conversion.verification.projected import gated, qkv
+from weights_conversion.verification.projected import gated, of_layer, qkv
 from weights_conversion.verification.rope import frequencies, softmax_scale
 from weights_conversion.verification.routed import experts
 from weights_conversion.verification.state_space import mamba
@@ -28,7 +28,8 @@ Stage = tuple[str, int | None, Tensor]
 (behind the output projection; or a state space), `mlp_norm` (absent where falcon shares one norm), `mlp` and `layer`
 (with the residual; a layer that is one sub-block has the stages of that one), then `final_norm`, and per layer that
 predicts further tokens `joined`, the stages of a layer, and `prediction`; then `logits`. Outputs are float32 (prompts,
-length, hidden), logits (prompts, length, vocab)."""
+length, hidden), logits (prompts, length, vocab). Norms behind attention and MLP: `attention_post_norm`,
+`mlp_post_norm`."""
 
 
 def default_prompts(config: ModelConfig, count: int = 3, length: int = 24) -> Tensor:
@@ -124,7 +125,8 @@ def embed(config: ModelConfig, convention: Convention, weights: Weights, tokens:
     name = convention.names_for(config).embedding
     ids, positions = torch.unique(tokens, return_inverse=True)
     rows = [rows_of(weights, name, i, i + 1, config.hidden_size) for i in ids.tolist()]
-    return torch.cat(rows)[positions]
+    scale = config.hidden_size**0.5 if block_of(config).scaled_embedding else 1.0
+    return torch.cat(rows)[positions] * scale
 
 
 def layer(
@@ -147,9 +149,11 @@ def layer(
         in_front, attend = names.delta.before, _linear_attention
     normed = norm(config, weights, prefix + in_front, hidden)
     yield "attention_norm", index, normed
-    here = replace(config, sliding_window=config.window_of(own), window_layers=None)
-    attended = attend(here, convention, weights, prefix, normed, positions)
+    attended = attend(of_layer(config, own), convention, weights, prefix, normed, positions)
     yield "attention", index, attended
+    if names.after_attention:
+        attended = norm(config, weights, prefix + names.after_attention, attended)
+        yield "attention_post_norm", index, attended
 
     residual = hidden + attended
     mlp_input = hidden if block_of(config).parallel else residual
@@ -160,6 +164,9 @@ def layer(
         yield "mlp_norm", index, normed
     out = (experts if routed else mlp)(config, convention, weights, prefix, normed)
     yield "mlp", index, out
+    if names.after_mlp:
+        out = norm(config, weights, prefix + names.after_mlp, out)
+        yield "mlp_post_norm", index, out
     yield "layer", index, residual + out
 
 
@@ -202,7 +209,7 @@ def _attention(
     sinks = None
     if block_of(config).sinks:
         sinks = vector(weights, prefix + names.sinks, config.num_attention_heads).view(groups, -1)
-    out = _attend(config, q, k, v, dim**-0.5, sinks)
+    out = _attend(config, q, k, v, (config.query_pre_attn_scalar or dim) ** -0.5, sinks)
     out = out if gate is None else out * gate.flatten(2).sigmoid()
     out = linear(weights, prefix + names.dense, out, 0, config.hidden_size)
     biased = config.moe is not None and config.moe.biased

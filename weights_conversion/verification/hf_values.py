@@ -85,6 +85,8 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
         linear = tuple(kind == "linear_attention" for kind in getattr(stated, "layer_types", None) or ())
         if linear != config.gated_delta.layers:
             problems.append(_sentence("layer_types", stated.layer_types, config.gated_delta.layers))
+    if config.local_rope_theta is not None:
+        problems += _local_rope(stated, config)
     for field, keys in _SWITCHES.items():
         key = keys.get(getattr(stated, "model_type", ""))
         if key is not None and bool(getattr(stated, key)) != getattr(config, field):
@@ -94,6 +96,9 @@ def misread(folder: Path, config: ModelConfig) -> tuple[list[str], list[str]]:
         problems.append(_sentence("hybrid_layer_pattern", kinds, pattern))
     if config.moe is not None:
         problems += _router_problems(known, config.moe)
+    scalar = getattr(stated, "query_pre_attn_scalar", None)
+    if scalar is not None and scalar != config.query_pre_attn_scalar:
+        problems.append(_sentence("query_pre_attn_scalar", scalar, config.query_pre_attn_scalar))
     problems += _rope_problems(stated, config) if block_of(config).rotary else []
     return problems, []
 
@@ -188,9 +193,22 @@ def _windows(stated: Any, layers: int) -> list[int | None] | int | None:
     return found[0] if len(set(found)) == 1 else found
 
 
+_LOCAL = "sliding_attention"  # the key of transformers 5, where layers with a window have a rope of their own
+
+
+def _local_rope(stated: Any, config: ModelConfig) -> list[str]:
+    """The rope of layers with a window, which is never scaled."""
+    values = getattr(stated, "rope_parameters", None) or {}
+    local = values.get(_LOCAL) or {"rope_theta": getattr(stated, "rope_local_base_freq", None)}
+    said = {"rope_theta": local.get("rope_theta"), "rope_type": local.get("rope_type", "default")}
+    read = {"rope_theta": config.local_rope_theta, "rope_type": "default"}
+    return [] if said == read else [_sentence("rope of layers with a window", json.dumps(said), json.dumps(read))]
+
+
 def rope_values(stated: Any) -> dict[str, Any]:
     """Rope of a transformers config, in the words of `frequencies`, of transformers 4 and 5."""
     values = dict(getattr(stated, "rope_parameters", None) or getattr(stated, "rope_scaling", None) or {})
+    values = dict(values.get("full_attention") or {}) if _LOCAL in values else values
     kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
     values.pop("type", None)
     theta = values.pop("rope_theta", None)

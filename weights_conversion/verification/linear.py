@@ -43,15 +43,17 @@ def within(
     """What stands between the matrices of an MLP, or of an expert, of `ffn` rows."""
     block = block_of(config)
     if block.gated:
-        return gated(convention, weights, names, x, ffn)
+        return gated(convention, weights, names, x, ffn, block.activation)
     projected = linear(weights, names[0], x, 0, ffn)
-    return F.gelu(projected) if block.activation == "gelu" else F.relu(projected).square()
+    return F.relu(projected).square() if block.activation == "relu2" else F.gelu(projected)
 
 
-def gated(convention: Convention, weights: Weights, inner: list[str], x: Tensor, ffn: int) -> Tensor:
-    """silu(gate) * up of `ffn` rows each, of two matrices or of one that holds both."""
+def gated(
+    convention: Convention, weights: Weights, inner: list[str], x: Tensor, ffn: int, activation: str = ""
+) -> Tensor:
+    """silu(gate) * up of `ffn` rows each, of two matrices or of one that holds both; or gelu_tanh(gate) * up."""
     gate, up = halves(convention, weights, inner, x, ffn)
-    return F.silu(gate) * up
+    return (F.gelu(gate, approximate="tanh") if activation == "gelu_tanh" else F.silu(gate)) * up
 
 
 def halves(convention: Convention, weights: Weights, inner: list[str], x: Tensor, ffn: int) -> tuple[Tensor, Tensor]:

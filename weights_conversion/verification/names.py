@@ -95,3 +95,5 @@ class Names:
     latent: LatentNames | None = None
     mamba: MambaNames | None = None
     delta: DeltaNames | None = None
+    after_attention: str = ""  # norms of what attention and MLP give; empty: this side's model has none
+    after_mlp: str = ""

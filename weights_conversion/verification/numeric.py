@@ -293,5 +293,6 @@ def _norm_name(runner: Runner, stage: str, layer: int) -> str | None:
     names, delta = runner.convention.names_for(runner.config), runner.config.gated_delta
     linear_layer = delta is not None and layer < len(delta.layers) and delta.layers[layer]
     before = names.delta.before if linear_layer and names.delta is not None else names.attention_norm
-    name = {"attention_norm": before, "mlp_norm": names.mlp_norm}.get(stage)
+    behind = {"attention_post_norm": names.after_attention, "mlp_post_norm": names.after_mlp}
+    name = ({"attention_norm": before, "mlp_norm": names.mlp_norm} | behind).get(stage)
     return names.layer + name if name else None

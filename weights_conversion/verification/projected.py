@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.verification.conventions import Convention
 from weights_conversion.verification.linear import Weights, linear, vector
+
+
+def of_layer(config: ModelConfig, layer: int) -> ModelConfig:
+    """The config with what a layer's attention has: its window, and the rope of layers with one or without."""
+    here = replace(config, sliding_window=config.window_of(layer), window_layers=None)
+    if here.sliding_window is None or config.local_rope_theta is None:
+        return here
+    return replace(here, rope_theta=config.local_rope_theta, rope_scaling_factor=1.0, rope_scaling=None)
 
 
 def qkv(config: ModelConfig, convention: Convention, weights: Weights, prefix: str, x: Tensor) -> Sequence[Tensor]:

@@ -62,6 +62,8 @@ NUMBER_FIELDS = (
     "tie_word_embeddings",
     "max_position_embeddings",
     "rotary_percent",
+    "local_rope_theta",
+    "query_pre_attn_scalar",
     "moe",
 )
 

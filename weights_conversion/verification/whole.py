@@ -33,14 +33,17 @@ def huggingface_weights(folder: Path) -> Weights:
     names |= _dequantised(folder, names)
     dtype = _dtype(folder) if any(name.endswith("_blocks") for name in names) else torch.bfloat16
 
-    inner = "model.language_model."  # of a text model, in a repository around it
+    # Of a text model, in a repository around it: within its names, or in front of them.
+    inner, outside = "model.language_model.", "language_model."
     around = any(name.startswith(inner) for name in names)
+    behind = any(name.startswith(f"{outside}model.") for name in names)
     respells = not any(_MIXTRAL in name for name in names)
 
     def read(name: str, rows: slice | None) -> Tensor:
         name = _respelled(name) if respells else name
         if around and name.startswith("model."):
             name = inner + name.removeprefix("model.")
+        name = outside + name if behind else name
         if name not in names:
             part = _packed(name, rows, names)
             part = _of_experts(name, rows, names, dtype) if part is None else part
