@@ -61,9 +61,7 @@ NUMBER_FIELDS = (
     "window_layers",
     "tie_word_embeddings",
     "max_position_embeddings",
-    "rotary_percent",
-    "local_rope_theta",
-    "query_pre_attn_scalar",
+    *("rotary_percent", "local_rope_theta", "query_pre_attn_scalar"),
     "moe",
 )
 
