@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
 from weights_conversion.engine import progress
 from weights_conversion.engine.copies import inconsistencies
+from weights_conversion.engine.direct import Direct
 from weights_conversion.engine.execute import as_hf, as_megatron, read_rows
 from weights_conversion.engine.recentring import recentred
 from weights_conversion.engine.streams import Scratch, Source
@@ -31,9 +33,11 @@ from weights_conversion.verification.differences import (
     is_finite,
     same_bits,
 )
+from weights_conversion.verification.pace import Pace, Stopped
 from weights_conversion.verification.sides import Model
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
+THREADS_PER_WORKER = 2  # one reads while the other compares
 
 
 @dataclass(frozen=True)
@@ -122,14 +126,41 @@ def stored_rows(model: Model, instance: Instance, units: tuple[int, int], config
     return [rows[:, 0] for rows in as_huggingface(model, op, count, numbers, config, Scratch())]
 
 
-def compare(pair: Pair, workers: int) -> Exact:
-    """Compares every tensor on `workers` threads. Memory: a few chunks for each of them."""
-    result, files = Exact(), Source()
-    work = [(instance, units) for instance in pair.parameters for units in pair.chunks(instance)]
+def compare(pair: Pair, workers: int, pace: Pace | None = None) -> Exact:
+    """Compares every tensor on `workers` pairs of threads. Memory: a few chunks for each of them.
+
+    What is not in the page cache is read past it, unless a `pace` is given, by which somebody else reads it next.
+    """
+    result, files = Exact(), Source(direct=Direct() if pace is None else None)
+    parameters = pair.parameters if pace is None else sorted(pair.parameters, key=pace.station)
+    work = [(instance, units) for instance in parameters for units in pair.chunks(instance)]
+    left = Counter(instance.key for instance, _ in work)
     found: dict[str, Difference] = {}
     lock, local = threading.Lock(), threading.local()
+    errors: list[Exception] = []
+    for instance in parameters:
+        if pace is not None and not left[instance.key]:  # without values
+            pace.has_compared(instance)
 
     def one(item: tuple[Instance, tuple[int, int]]) -> None:
+        if pace is None:
+            return check(item)
+        try:
+            pace.compares(item[0])
+            check(item)
+            with lock:
+                left[item[0].key] -= 1
+                last = not left[item[0].key]
+            if last:
+                pace.has_compared(item[0])
+        except Stopped:
+            raise
+        except Exception as error:
+            errors.append(error)
+            pace.stop()  # nobody waits for what does not come
+            raise
+
+    def check(item: tuple[Instance, tuple[int, int]]) -> None:
         scratches = getattr(local, "scratches", None)
         if scratches is None:
             scratches = local.scratches = (Scratch(), Scratch())
@@ -156,13 +187,15 @@ def compare(pair: Pair, workers: int) -> Exact:
         )
         with (
             progress.bar(total, doing="comparing weights") as advance,
-            ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool,
+            ThreadPoolExecutor(workers * THREADS_PER_WORKER, thread_name_prefix="verify") as pool,
         ):
             try:
                 for _ in pool.map(one, work):
                     pass
-            except BaseException:
+            except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, Stopped) and errors:
+                    raise errors[0] from None
                 raise
         for model, where in ((pair.source, result.source_copies), (pair.checkpoint, result.copies)):
             where += _copies(pair, model, files)

@@ -45,6 +45,12 @@ def default_prompts(config: ModelConfig, count: int = 3, length: int = 24) -> Te
     return (steps * config.vocab_size // 2**32).view(count, length)
 
 
+def shorter_window(a: ModelConfig, b: ModelConfig) -> ModelConfig:
+    """`a` with the shorter window of both, so that prompts of its length feel it."""
+    windows = [config.sliding_window for config in (a, b) if config.sliding_window is not None]
+    return replace(a, sliding_window=min(windows, default=None))
+
+
 def default_positions(config: ModelConfig, length: int) -> Tensor:
     """Rotary positions (length) of such prompts: far apart where the rope is scaled.
 

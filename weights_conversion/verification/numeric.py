@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -21,6 +21,7 @@ from weights_conversion.verification.stored import head_of, rounded, weights_of
 
 # Float32 sums in another order differ by about 1e-6 of the spread of values; mistakes of layout by the spread itself.
 BOUND = 1e-3
+Begins = Callable[[int], None]
 MAX_EXCHANGES = 28  # pairs of tensor ranks that are tried: all of them up to TP 8
 
 
@@ -83,12 +84,17 @@ def error_of(a: Tensor, b: Tensor) -> float:
     return float(error.nan_to_num(nan=1e30, posinf=1e30).masked_fill(agree, 0.0).max())
 
 
-def compare(source: Model, checkpoint: Model, vocabulary: int, workers: int) -> Numeric:
-    """Runs the default prompts on both sides. Memory: the prompts' hidden states and a few blocks of weights."""
+def compare(
+    source: Model, checkpoint: Model, vocabulary: int, workers: int, begins: Begins = lambda _: None
+) -> Numeric:
+    """Runs the default prompts on both sides. Memory: the prompts' hidden states and a few blocks of weights.
+
+    `begins` is told each layer's number before it is run, and the number of layers before what follows.
+    """
     files = Source()
     try:
         with torch.inference_mode(), linear.threads(workers):
-            return _compare(source, checkpoint, vocabulary, files)
+            return _compare(source, checkpoint, vocabulary, files, begins)
     finally:
         files.close()
 
@@ -99,10 +105,10 @@ def _runner(model: Model, other: Model, vocabulary: int, files: Source) -> Runne
     return Runner(config, CONVENTIONS[model.kind], weights, head_of(model))
 
 
-def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -> Numeric:
+def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source, begins: Begins) -> Numeric:
     of_source = _runner(source, checkpoint, vocabulary, files)
     of_checkpoint = _runner(checkpoint, source, vocabulary, files)
-    tokens = forward.default_prompts(_prompts_config(of_source.config, of_checkpoint.config))
+    tokens = forward.default_prompts(forward.shorter_window(of_source.config, of_checkpoint.config))
     shape = (tokens.shape[0], tokens.shape[1])
     read = Read(of_source.weights)
     # One side's scaling suffices: where the other lost it, the sides part at far positions.
@@ -131,16 +137,11 @@ def _compare(source: Model, checkpoint: Model, vocabulary: int, files: Source) -
                 state = a
             if stage in ("embedding", "final_norm") or (stage == "layer" and layer is not None and layer < trunk):
                 hidden = a
+                begins(0 if stage == "embedding" else trunk if layer is None else layer + 1)
             if stage in ("embedding", "layer", "logits"):
                 advance(1)
     found = parted or Numeric(True, largest[1], largest[2], largest[0], error, None, shape)
     return replace(found, errors=tuple(errors), experts=read.experts(of_source.config, of_source.convention))
-
-
-def _prompts_config(a: ModelConfig, b: ModelConfig) -> ModelConfig:
-    """With the shorter window, so that it is felt."""
-    windows = [config.sliding_window for config in (a, b) if config.sliding_window is not None]
-    return replace(a, sliding_window=min(windows, default=None))
 
 
 @dataclass(frozen=True)

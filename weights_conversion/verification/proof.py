@@ -16,7 +16,7 @@ from weights_conversion.formats import integrity
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.output.file_sums import NAME as CHECKSUMS
 from weights_conversion.sources.detect import detect
-from weights_conversion.verification import causes, exact, numeric
+from weights_conversion.verification import causes, exact, together
 from weights_conversion.verification.hf_values import misread
 from weights_conversion.verification.padding import check_padding
 from weights_conversion.verification.report import ConfigField, Verification
@@ -109,7 +109,11 @@ def _router_types(one: Model, two: Model) -> list[str]:
 
 def _compare_weights(result: Verification, workers: int, exact_only: bool, allow_inconsistent: bool) -> None:
     pair = exact.pair(result.source, result.checkpoint)
-    found = result.exact = exact.compare(pair, workers)
+    if exact_only:
+        found = exact.compare(pair, workers)
+    else:
+        found, result.numeric = together.compare(pair, workers)
+    result.exact = found
     if allow_inconsistent:
         result.notes += found.source_copies
         found.source_copies = []
@@ -124,8 +128,6 @@ def _compare_weights(result: Verification, workers: int, exact_only: bool, allow
         result.notes.append("both sides hold NaN or infinities; the models may be broken alike")
     result.causes, places = causes.explain(pair, found)
     result.notes += places
-    if not exact_only:
-        result.numeric = numeric.compare(result.source, result.checkpoint, pair.config.vocab_size, workers)
 
 
 def _compare_configs(result: Verification, one: Model, two: Model) -> None:
