@@ -106,3 +106,19 @@ def test_kimi_k2_in_fp8(tmp_path: Path, to_megatron, to_hf) -> None:
     assert not {"auto_map", "quantization_config"} & set(config)
     wanted, found = load_file(tmp_path / "kimi-meaning" / "model.safetensors"), load_file(back / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_constants_that_nothing_states_are_noted(tmp_path: Path, to_megatron, to_hf) -> None:
+    """Without the import's manifest, an export has Megatron-Core's own yarn; a reference that agrees says the rest."""
+    source = lm.write(tmp_path / "hf", rope_scaling={**lm.YARN, "beta_fast": 8}, num_hidden_layers=2)
+    out, note = tmp_path / "mt", "original_max_position_embeddings 4096, beta_fast 32, beta_slow 1"
+    to_megatron("deepseek-v3", "--model-path", source, "--out", out).succeeded()
+    arguments = ("--input_dir", out, "--no_tokenizer", "--output_dir")
+    assert note not in to_hf(*arguments, tmp_path / "a").succeeded().out
+    (out / "conversion_manifest.json").unlink()
+    said = to_hf(*arguments, tmp_path / "b").succeeded()
+    assert f"values     of Megatron-Core's code: {note}" in said.out
+    assert "--reference gives them" in said.out
+    assert note not in to_hf(*arguments, tmp_path / "c", "--reference", source).succeeded().out
+    betas = [json.loads((tmp_path / name / "config.json").read_text())["rope_scaling"]["beta_fast"] for name in "abc"]
+    assert betas == [8, 32, 8]

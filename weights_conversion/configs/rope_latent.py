@@ -113,6 +113,19 @@ def completed(stated: RopeScaling, imported: RopeScaling) -> RopeScaling:
     return dataclasses.replace(stated, **{name: getattr(imported, name) for name in CONSTANTS})
 
 
+def constants_note(scaling: RopeScaling | None, args: Mapping[str, Any]) -> list[str]:
+    """A note on Megatron-Core's constants in an exported yarn that neither args, import nor reference state."""
+    if scaling is None or scaling.kind != "yarn" or any(args.get(name) is not None for name in _BRIDGE):
+        return []
+    if any(getattr(scaling, name) != value for name, value in CONSTANTS.items()):
+        return []
+    shown = ", ".join(f"{name} {CONSTANTS[name]:g}" for name in _BRIDGE)
+    return [
+        f"values     of Megatron-Core's code: {shown} (yarn's, which no arg states and Megatron-LM trains with); if "
+        "the model that it was trained from has others, --reference gives them"
+    ]
+
+
 def _carried(scaling: RopeScaling) -> tuple[float, float, float]:
     return scaling.factor, core_mscale(scaling), scaling.mscale_all_dim or 0.0
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from weights_conversion.architectures import FAMILIES
-from weights_conversion.configs import exported, hf_config, hf_outer, hf_write, rope_core
+from weights_conversion.configs import exported, hf_config, hf_outer, hf_write, rope_core, rope_latent
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.engine import rounding
 from weights_conversion.engine.job import DTYPES, Job, RunOptions
@@ -187,6 +187,8 @@ def _report(options: ExportOptions, source: _Read, stored: torch.dtype, dtype: t
         report.notes.append("weights    the optimizer's float32 weights (--weights master), not the model's own")
     if dtype is not None and options.dtype not in DTYPES:
         report.notes.append(f"dtype      {dtype}, as trained; the checkpoint holds the optimizer's own (--dtype)")
+    if reference is None and opened.manifest is None and opened.config.mla is not None:
+        report.notes += rope_latent.constants_note(opened.config.rope_scaling, opened.files.args)
     if reference is not None:
         report.warnings += disagreements(reference, opened.config)
         report.notes.append(f"reference  {reference.name} gives what the checkpoint does not state")
