@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import MODELS, write_huggingface
@@ -12,6 +15,7 @@ from tiny_models import MODELS, write_huggingface
 import weights_conversion
 from weights_conversion.engine import crew
 from weights_conversion.engine.crew import Crew
+from weights_conversion.engine.streams import Target
 from weights_conversion.layouts.plan import Plan
 
 
@@ -84,3 +88,25 @@ def test_a_trial_leaves_every_byte_as_it_is(tmp_path: Path, monkeypatch: pytest.
     report = weights_conversion.hf_to_megatron("llama2", tmp_path / "model", out=tmp_path / "tried", workers=2)
     assert digests(tmp_path / "tried") == once
     assert any("threads, as measured on the first gigabyte" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("window", [1, 1 << 30])
+def test_a_failure_within_a_trial_ends_all_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    """Those that wait for their turn too; whichever number of threads is being tried."""
+    write_huggingface(tmp_path / "model", MODELS["llama2-gqa"])
+    for name, value in (("LEAST_BYTES", 1), ("SETTLE_BYTES", 1), ("WINDOW_BYTES", window)):
+        monkeypatch.setattr(crew, name, value)
+    monkeypatch.setattr(Plan.chunks, "__defaults__", (4096,))
+    write, count = Target.write, itertools.count()
+
+    def failing(*arguments: Any) -> None:
+        if next(count) == 9:
+            raise OSError(errno.EIO, "input/output error")
+        write(*arguments)
+
+    monkeypatch.setattr(Target, "write", failing)
+    with pytest.raises(OSError, match="input/output error"):
+        weights_conversion.hf_to_megatron("llama2", tmp_path / "model", out=tmp_path / "out", workers=2)
+    assert not [each for each in threading.enumerate() if each.name.startswith("convert")]
