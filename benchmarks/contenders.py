@@ -23,6 +23,7 @@ class Setting:
     cold: bool
     limit: str
     slow: Slow
+    memory: int | None = None  # bytes of a control group in which everything runs
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,16 @@ class Contender:
         return self.name.startswith("raw-")
 
 
+MEMORY_BYTES = 700 << 20
+
+# What the table is about, in every round; everything else in the first few.
+MAIN = {
+    "warm": ("raw-write", "cp", "import-tp1", "import-tp8-pp4", "import-dist", "export-1", "start-up"),
+    "cold": ("raw-copy", "import-tp1", "export-1"),
+}
+FEW_ROUNDS = 2
+
+
 def settings(cap: float) -> list[Setting]:
     """`cap` in bytes/s."""
     return [
@@ -52,7 +63,15 @@ def settings(cap: float) -> list[Setting]:
         Setting("cold", "source not cached", True, "raw-copy", Slow()),
         Setting("sync", "source cached, 0.3 s added to every fsync", False, "raw-write", Slow(0.3)),
         Setting("cap", f"source cached, at most {cap / 1e9:g} GB/s written", False, "raw-write", Slow(0.0, cap)),
+        Setting("memory", "source not cached, in 700 MB with its page cache", True, "raw-copy", Slow(), MEMORY_BYTES),
     ]
+
+
+def rounds_of(setting: str, name: str, rounds: int) -> int:
+    """In how many of `rounds` a contender runs: the first ones."""
+    if name in MAIN.get(setting, ()):
+        return rounds
+    return 1 if setting == "cap" or name == "verify" else min(rounds, FEW_ROUNDS)  # once where it takes minutes
 
 
 def contenders(shape: Shape) -> list[Contender]:
@@ -68,25 +87,34 @@ def contenders(shape: Shape) -> list[Contender]:
         Contender("raw-write", "disk, written directly", (*raw, "write", OUT, str(shape.nbytes)), (), "raw-write"),
         Contender("raw-copy", "disk, copied directly", (*raw, "copy", OUT, MODEL), (MODEL,), "raw-copy"),
         Contender("raw-read", "disk, both sides read directly", (*raw, "read", MODEL, CHECKPOINT), (), "raw-read"),
-        Contender("cp", "cp -r; sync", ("cp", "-r", MODEL, OUT), (MODEL,), syncs=False),
+        Contender(
+            "cp", "cp -r; sync", ("cp", "-r", MODEL, OUT), (MODEL,), syncs=False, settings=("warm",)
+        ),
         Contender("import-tp1", "import, TP 1", (*to_megatron, MODEL, "--out", OUT), (MODEL,)),
-        Contender("import-tp8-pp4", "import, TP 8 x PP 4", (*to_megatron, MODEL, "--out", OUT, *four), (MODEL,)),
+        Contender(
+            "import-tp8-pp4", "import, TP 8 x PP 4", (*to_megatron, MODEL, "--out", OUT, *four), (MODEL,),
+            settings=("warm", "cold", "sync"),
+        ),
         Contender(
             "import-dist", "import, torch_dist", (*to_megatron, MODEL, "--out", OUT, "--target", "megatron-core"),
-            (MODEL,),
+            (MODEL,), settings=("warm", "cold", "sync"),
         ),
         Contender("export-1", "export, 1 file", (*to_hf, CHECKPOINT, "--output_dir", OUT), (CHECKPOINT,)),
         Contender(
             "export-5gb", "export, files of 5 GB",
             (*to_hf, CHECKPOINT, "--output_dir", OUT, "--num_output_shards", str(shards)), (CHECKPOINT,),
+            settings=("warm",),
         ),
-        Contender("layout", "TP 1 to TP 8 x PP 4", (*to_megatron, CHECKPOINT, "--out", OUT, *four), (CHECKPOINT,)),
         Contender(
-            "verify-exact", "verify, exact", (*verify, "--exact-only"), (MODEL, CHECKPOINT), "raw-read",
+            "layout", "TP 1 to TP 8 x PP 4", (*to_megatron, CHECKPOINT, "--out", OUT, *four), (CHECKPOINT,),
             settings=("warm", "cold"),
         ),
         Contender(
-            "verify", "verify with a forward pass", verify, (MODEL, CHECKPOINT), "raw-read", settings=("warm", "cold")
+            "verify-exact", "verify, exact", (*verify, "--exact-only"), (MODEL, CHECKPOINT), "raw-read",
+            settings=("cold",),
+        ),
+        Contender(
+            "verify", "verify with a forward pass", verify, (MODEL, CHECKPOINT), "raw-read", settings=("cold",)
         ),
         Contender(
             "import-page-cache", "import, TP 1, no direct writes", (*page_cache, MODEL, "--out", OUT), (MODEL,), "cp",
@@ -102,9 +130,9 @@ def contenders(shape: Shape) -> list[Contender]:
         ),
         Contender(
             "start-up", "start-up (a dry run)", (*to_megatron, MODEL, "--out", OUT, "--dry-run"), (MODEL,),
-            settings=("warm", "cold"),
+            settings=("warm",),
         ),
     ]  # fmt: skip
 
 
-EXTRA = ("import-page-cache", "import-baseline", "export-baseline")  # measured only where they are asked for
+EXTRA = ("import-baseline", "export-baseline")  # measured only where they are asked for

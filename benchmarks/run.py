@@ -7,7 +7,9 @@ sync`, then conversions and proofs. All include the fsync of everything written.
 next run. Each run's ratio is to the disk's own rate in the same setting and round.
 
 Settings: warm and cold sources; a disk on which every fsync takes 0.3 s longer, and one that takes no more than --cap
-GB/s (both by a library that is built on the spot and loaded into everything that is measured, raw writes too).
+GB/s (both by a library that is built on the spot and loaded into everything that is measured, raw writes too); a
+control group of 700 MB, where one can be made (root). What the table is about runs in every round, the rest in the
+first ones (contenders.rounds_of). After --minutes nothing more begins. Each run is in --json as soon as it has ended.
 
 Each run begins on a machine that has been idle for --settle seconds, as when someone types the command: a virtual
 machine that gives its free memory back makes a page of it cost several times more than one freed a moment ago.
@@ -27,8 +29,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, report, shapes, slow
-from benchmarks.contenders import EXTRA, Contender, Setting, contenders, settings
+from benchmarks import group, measure, report, shapes, slow
+from benchmarks.contenders import EXTRA, Contender, Setting, contenders, rounds_of, settings
 
 PYTHON = sys.executable
 
@@ -55,17 +57,26 @@ class Bench:
 
     def run(self, contender: Contender, setting: Setting) -> dict[str, Any]:
         self.clear()
-        self.cache_method = measure.cool(self.folder)
-        if not setting.cold:
-            for name in contender.reads:
-                measure.warm(Path(self._placed(name)))
+        reads = [Path(self._placed(name)) for name in contender.reads]
+        self._prepare_cache(reads, setting.cold)
         time.sleep(self.settle)
         environment = self._environment(setting)
-        cost = asdict(measure.run([self._placed(word) for word in contender.command], environment))
+        with group.limit(setting.memory) as joining:
+            line = [*joining, *(self._placed(word) for word in contender.command)]
+            cost = asdict(measure.run(line, environment))
         if not contender.syncs:
             cost["seconds"] += measure.run(("sync",), environment).seconds
         self.clear()
         return cost
+
+    def _prepare_cache(self, reads: Sequence[Path], cold: bool) -> None:
+        """What is read stands in the page cache, and nothing else of ours; or nothing does."""
+        for name in ("{model}", "{checkpoint}"):
+            path = Path(self._placed(name))
+            if cold or (reads and path not in reads):
+                self.cache_method = measure.cool(path)
+        for path in () if cold else reads:
+            measure.warm(path)
 
     def _placed(self, word: str) -> str:
         for name, place in self._places.items():
@@ -109,11 +120,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, metavar="N", help="layers, a multiple of 4 (default: the shape's)")
     parser.add_argument("--folder", type=Path, required=True, help="where to work, on the filesystem to be measured")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each contender (default: 5)")
+    parser.add_argument("--minutes", type=float, default=40.0, help="then no further run begins (default: 40)")
     parser.add_argument(
-        "--settle", type=float, default=10.0, metavar="SECONDS", help="idle before every run (default: 10)"
+        "--settle", type=float, default=3.0, metavar="SECONDS", help="idle before every run (default: 3)"
     )
     parser.add_argument("--cap", type=float, default=0.5, metavar="GB/S", help="of the slowest setting (default: 0.5)")
-    parser.add_argument("--settings", default="warm,cold,sync,cap", help="some of these (default: all)")
+    parser.add_argument("--settings", default="warm,cold,sync,cap,memory", help="some of these (default: all)")
     parser.add_argument(
         "--only", metavar="NAME,...",
         help="some of: " + ", ".join(one.name for one in contenders(shapes.SHAPES["7b"]))
@@ -141,31 +153,46 @@ def _chosen(args: argparse.Namespace, shape: shapes.Shape) -> list[tuple[Setting
     return pairs
 
 
-def _measure(
-    bench: Bench, pairs: Sequence[tuple[Setting, Contender]], rounds: int, result: dict[str, Any], path: Path
-) -> None:  # fmt: skip
-    """All of `pairs` in every round: begun at another one each time, and backwards in every second round.
+def _possible(pairs: list[tuple[Setting, Contender]]) -> list[tuple[Setting, Contender]]:
+    """Without the control group, where none can be made."""
+    if problem := group.problem():
+        say(f"without the setting memory: {problem}")
+        return [pair for pair in pairs if pair[0].memory is None]
+    return pairs
 
-    Each run is added to `result`, which is then written to `path`.
+
+def _measure(
+    bench: Bench, pairs: Sequence[tuple[Setting, Contender]], args: argparse.Namespace, result: dict[str, Any],
+    until: float,
+) -> None:  # fmt: skip
+    """The `pairs` of every round: begun at another one each time, and backwards in every second round.
+
+    Each run is added to `result`, which is then written. None begins after `until` (time.monotonic).
     """
-    result["runs"] = []
+    result["runs"], rounds = [], args.rounds
     for number in range(rounds):
-        turned = [*pairs[number % len(pairs) :], *pairs[: number % len(pairs)]]
+        wanted = [pair for pair in pairs if number < rounds_of(pair[0].name, pair[1].name, rounds)]
+        turned = [*wanted[number % len(wanted) :], *wanted[: number % len(wanted)]]
         for setting, contender in turned if number % 2 == 0 else turned[::-1]:
+            if time.monotonic() > until:
+                say(f"{args.minutes:g} minutes are over: what is left of {rounds} rounds is left out")
+                return
             cost = bench.run(contender, setting)
             result["runs"].append({"round": number, "setting": setting.name, "name": contender.name, **cost})
             result["cache_method"] = bench.cache_method
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
             say(f"{number + 1} of {rounds}, {setting.name}, {contender.name}: {cost['seconds']:.2f} s")
 
 
 def main(argv: list[str] | None = None) -> int:
+    until = time.monotonic()
     parser = build_parser()
     args = parser.parse_args(argv)
+    until += args.minutes * 60
     shape = shapes.find_shape(args.shape, args.layers)
     if shape.layers % 4:
         parser.error(f"--layers must be a multiple of 4 (one contender has 4 pipeline stages), not {shape.layers}")
-    pairs = _chosen(args, shape)
+    pairs = _possible(_chosen(args, shape))
     args.folder.mkdir(parents=True, exist_ok=True)
     folder = args.folder.resolve()
     present = sum(path.stat().st_size for name in ("model", "checkpoint") for path in measure.files(folder / name))
@@ -181,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(folder, args.settle, slow.Library(Path(built)) if needs else None)
         try:
             make_sources(folder, shape, args.layers)
-            _measure(bench, pairs, args.rounds, result, args.json)
+            _measure(bench, pairs, args, result, until)
         except measure.Failed as error:
             say(f"error: {error}")
             return 1
@@ -192,7 +219,10 @@ def main(argv: list[str] | None = None) -> int:
                     shutil.rmtree(folder / name, ignore_errors=True)
     print(report.text(result))
     if args.plot:
-        report.plot(result, args.plot)
+        try:
+            report.plot(result, args.plot)
+        except ImportError as error:
+            say(f"no plot ({error}): python -m benchmarks.report {args.json} --plot {args.plot} draws it where that is")
     return 0
 
 
