@@ -226,3 +226,15 @@ def test_what_becomes_out_cannot_be_looked_at(sources, tmp_path: Path, to_megatr
     monkeypatch.setattr(os, "fstat", fstat)
     line = ("llama2", "--model-path", sources("llama2-gqa"), "--out", tmp_path / "out")
     to_megatron(*line).refused(f"{tmp_path / 'out.partial' / 'checkpoint'}", "Permission denied")
+
+
+def test_a_weight_file_that_cannot_be_mapped_has_not_failed_its_proof(sources, monkeypatch) -> None:
+    """The sentence's cause is the system's error also where torch has put it into words of its own."""
+
+    def refuses(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to open file <model.safetensors> in read-only mode: Disk quota exceeded (122)")
+
+    monkeypatch.setattr(huggingface, "safe_open", refuses)
+    with pytest.raises(ConversionError, match="Disk quota exceeded") as error:
+        huggingface.read_safetensors(next(sources("llama2-gqa").glob("*.safetensors")))
+    assert isinstance(error.value.__cause__, OSError)

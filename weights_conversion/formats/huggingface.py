@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -66,7 +67,8 @@ def read_safetensors(path: Path) -> dict[str, TensorRef]:
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
     except (OSError, RuntimeError) as error:  # the latter is torch's, when it opens the file once more
-        raise ConversionError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        trouble = error if isinstance(error, OSError) else OSError(errno.EIO, str(error), str(path))
+        raise ConversionError(f"{path} cannot be read ({trouble.strerror or trouble})") from trouble
     return {
         name: TensorRef(
             str(path), name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
