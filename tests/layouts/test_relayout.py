@@ -75,6 +75,20 @@ def test_a_stated_vocabulary_is_known(
     assert read_checkpoint(out).args.padded_vocab_size == rows
 
 
+def test_rows_that_a_layout_adds_are_no_tokens(imported, to_megatron, to_hf, tmp_path: Path) -> None:
+    """Where nothing says how many rows are tokens, TP 2 needs 512 of 320: an export of it has as many as before."""
+    source, out = tmp_path / "source", tmp_path / "again"
+    shutil.copytree(imported("llama2-gqa"), source)
+    (source / "conversion_manifest.json").unlink()
+    said = to_megatron("llama2", "--model-path", source, "--out", out, "--tensor-model-parallel-size", 2).succeeded()
+    assert "vocabulary 320 rows, all kept: nothing records the true number" in said.out
+    assert "vocabulary 320 rows of the source, 512 written" in said.out
+    assert json.loads((out / "conversion_manifest.json").read_text())["true_vocab_size"] == 320
+    for root, name in ((source, "direct"), (out, "hf")):
+        to_hf("--input_dir", root, "--output_dir", tmp_path / name, "--model", "llama2", "--no_tokenizer").succeeded()
+        assert json.loads((tmp_path / name / "config.json").read_text())["vocab_size"] == 320
+
+
 def test_values_can_be_stated(to_megatron, to_hf, imported, tmp_path: Path) -> None:
     """What a checkpoint has lost is stated once, when it is written again."""
     out, back = tmp_path / "again", tmp_path / "hf"

@@ -99,6 +99,20 @@ def test_another_layout(written, to_megatron, to_hf, tmp_path: Path) -> None:
     assert_same_tensors(tm.read_huggingface(out), model.tensors())
 
 
+@pytest.mark.parametrize("asked", [None, torch.float32], ids=["as trained", "as stored"])
+def test_another_layout_has_the_type_of_training(asked, written, to_megatron, to_hf, tmp_path: Path) -> None:
+    """The files hold the optimizer's float32; what is trained on is bfloat16, as an export says and does too."""
+    model = dataclasses.replace(moe_models.MODELS["qwen3-moe"], dtype=torch.bfloat16)
+    root, out = written(model, "grouped"), tmp_path / "out"
+    options = ("--dtype", "float32") if asked else ()
+    said = to_megatron("qwen3-moe", "--model-path", root, "--out", out, *options, "--verify").succeeded()
+    note = "dtype      torch.bfloat16, as trained; the checkpoint holds the optimizer's own (--dtype)"
+    assert (note in said.out) == (asked is None)
+    assert ("--bf16" in said.out) == (asked is None)
+    tensors, _ = read_torch_dist(out)
+    assert {tensor.dtype for tensor in tensors.values()} == {asked or torch.bfloat16}
+
+
 def test_an_expert_that_is_not_there(written, to_hf, tmp_path: Path) -> None:
     """A half of one, the name of which is what the file is to have."""
     root = written(moe_models.MODELS["qwen3-moe"], "grouped")

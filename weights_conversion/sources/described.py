@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from weights_conversion.config import ModelConfig
 from weights_conversion.formats.format import MegatronFiles
 from weights_conversion.formats.iterations import iterations, named, number_of
@@ -24,6 +26,11 @@ def of_megatron(root: Path, files: MegatronFiles) -> str:
     which = "release" if files.iteration == "release" else f"iteration {files.iteration}"
     there = [str(number_of(name)) for name in iterations(root)]
     return f"{files.dialect.name}, {files.layout}, {which}" + (f" (there are {named(there)})" if len(there) > 1 else "")
+
+
+def as_trained(dtype: torch.dtype) -> str:
+    """A note where the weights' type is that of training, since the checkpoint stores another."""
+    return f"dtype      {dtype}, as trained; the checkpoint holds the optimizer's own (--dtype)"
 
 
 def values(config: ModelConfig, origins: Mapping[str, str]) -> str:

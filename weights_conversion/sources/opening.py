@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
 from weights_conversion.configs import generation, hf_config, hf_parts, megatron_args, meta_params, moe, secrets
@@ -56,6 +58,7 @@ class Opened:
     load_iters: int | str | None = None  # of a Megatron source: the iteration, where the user or the path named one
     iteration: Path | None = None  # its folder
     what: str = ""  # kind and layout, for the report
+    trained_dtype: torch.dtype | None = None  # of a Megatron source whose tensors are of another
     hf_form: Mapping[str, Any] = field(default_factory=dict)  # of the HF source that a Megatron source was made from
 
     @property
@@ -265,5 +268,6 @@ def open_megatron(
         assumed, notes=opened.notes,
         warnings=(*opened.warnings, *said_of_it),
         hf_form={name: said[name] for name in _HF_FORM if name in said},
-        load_iters=opened.load_iters, iteration=opened.files.folder, what=described.of_megatron(root, opened.files),
+        load_iters=opened.load_iters, iteration=opened.files.folder, trained_dtype=opened.files.trained_dtype,
+        what=described.of_megatron(root, opened.files),
     )  # fmt: skip

@@ -186,7 +186,7 @@ def _report(options: ExportOptions, source: _Read, stored: torch.dtype, dtype: t
     if options.weights == "master":
         report.notes.append("weights    the optimizer's float32 weights (--weights master), not the model's own")
     if dtype is not None and options.dtype not in DTYPES:
-        report.notes.append(f"dtype      {dtype}, as trained; the checkpoint holds the optimizer's own (--dtype)")
+        report.notes.append(described.as_trained(dtype))
     if reference is None and opened.manifest is None and opened.config.mla is not None:
         report.notes += rope_latent.constants_note(opened.config.rope_scaling, opened.files.args)
     if reference is not None:

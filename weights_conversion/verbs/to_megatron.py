@@ -32,7 +32,7 @@ from weights_conversion.layouts.placement import Located, main_dtype
 from weights_conversion.layouts.vocabulary import DIVISIBLE_BY, Vocabulary, to_write
 from weights_conversion.mapping.dialects import MEGATRON_CORE, Dialect
 from weights_conversion.mapping.parameters import is_buffer
-from weights_conversion.sources import hf_form, sums
+from weights_conversion.sources import described, hf_form, sums
 from weights_conversion.sources.locate import check_floating
 from weights_conversion.sources.opening import Opened, adapter_folder, open_source
 from weights_conversion.tokenizer.carried import carried, told
@@ -117,7 +117,7 @@ def _plan(options: ImportOptions, wanted: Wanted, opened: Opened, located: Locat
     report = _report(options, opened, stored, notes, wanted.headers)
     files, notes = carried(opened.tokenizer)
     report.notes += notes
-    dtype = DTYPES.get(options.dtype)
+    dtype = DTYPES.get(options.dtype) or opened.trained_dtype
     args = training_lines.rank_args(config, shape, dtype or stored) | _kept_args(opened, dialect, set(files), report)
     form = checked(wanted.form, config)
     args |= stated(form, config, shape.parallel)
@@ -140,7 +140,8 @@ def _plan(options: ImportOptions, wanted: Wanted, opened: Opened, located: Locat
             "row)"
         )
     text = manifest.build(
-        config, true_vocab_size=rows.tokens if rows.known else None,
+        # Rows that are added here are no tokens, whatever the source's are.
+        config, true_vocab_size=rows.tokens if rows.known or shape.vocabulary > opened.vocabulary.stored else None,
         repository=opened.repository, revision=opened.revision, source_config=opened.raw_config,
         generation_config=opened.generation_config, tokenizer=opened.tokenizer, assumed=opened.assumed,
         hf_form=hf_form.stated(options.model, config, frozenset(opened.tensors), located, opened.dialect)
@@ -164,6 +165,8 @@ def _report(
     hollow = headers is not None and opened.folder.is_relative_to(headers)
     read = Path(str(opened.repository)) if hollow else opened.folder
     report.reads(read, f"{options.model}, {opened.what}", stored, at)
+    if opened.trained_dtype is not None and options.dtype not in DTYPES:
+        report.notes.append(described.as_trained(opened.trained_dtype))
     report.ignored = [name for name in opened.tensors if is_buffer(name)]
     return report
 
