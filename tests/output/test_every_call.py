@@ -16,9 +16,9 @@ from tests.robustness import faults
 from tests.robustness import sources as samples
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio, watch
-from weights_conversion.formats import huggingface
+from weights_conversion.formats import archives, huggingface
 from weights_conversion.launch import line
-from weights_conversion.output import beginning, descriptors, publish
+from weights_conversion.output import beginning, descriptors, finishing, ownership, publish
 from weights_conversion.output.partial import Partial
 from weights_conversion.verification import whole
 
@@ -238,3 +238,68 @@ def test_a_weight_file_that_cannot_be_mapped_has_not_failed_its_proof(sources, m
     with pytest.raises(ConversionError, match="Disk quota exceeded") as error:
         huggingface.read_safetensors(next(sources("llama2-gqa").glob("*.safetensors")))
     assert isinstance(error.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize(
+    ("raised", "number"),
+    [
+        (FileNotFoundError("No such file or directory: x"), errno.EIO),  # safetensors' word for any refusal
+        (RuntimeError("unable to mmap 56 bytes from file <x>: Cannot allocate memory (12)"), errno.ENOMEM),
+        (RuntimeError("unable to stat the file <x>: Interrupted system call (4)"), errno.EINTR),
+        (MemoryError(), errno.ENOMEM),
+    ],
+)
+@pytest.mark.parametrize("reader", ["ours", "the proof's"])
+def test_trouble_of_a_library_is_trouble(reader: str, raised: Exception, number: int, sources, monkeypatch) -> None:
+    """A source that cannot be opened once more while an output is proven: no verdict, and the file is named."""
+
+    def refuses(*_: object, **__: object) -> None:
+        raise raised
+
+    path = sources("llama2-gqa") / "model.safetensors"
+    with pytest.raises((ConversionError, OSError), match=r"model\.safetensors") as error:  # noqa: PT012
+        if reader == "ours":
+            monkeypatch.setattr(huggingface, "safe_open", refuses)
+            huggingface.read_safetensors(path)
+        with whole._read_by("safetensors", path):
+            refuses()
+    assert finishing._is_trouble(error.value)
+    failed = error.value.__cause__ if reader == "ours" else error.value
+    assert isinstance(failed, OSError)
+    assert (failed.errno, failed.filename) == (number, str(path))
+
+
+def test_a_read_error_in_an_archive_is_no_damage(imported, monkeypatch) -> None:
+    """zipfile calls it a broken archive."""
+    path = next(imported("llama2-gqa").rglob("*.pt"))
+    reads = archives._Heard.read
+
+    def read(self, size: int = -1) -> bytes:
+        monkeypatch.setattr(self, "_file", type("Failing", (), {"read": failing(errno.ESTALE, str(path))})())
+        return reads(self, size)
+
+    monkeypatch.setattr(archives._Heard, "read", read)
+    with path.open("rb") as file, pytest.raises(OSError, match="Stale file handle"):
+        archives.directory(file, path.stat().st_size, path)
+
+
+@pytest.mark.parametrize("unseen", [True, False])
+def test_the_file_that_tells_who_we_are_is_named(unseen: bool, tmp_path: Path, monkeypatch) -> None:
+    with descriptors.folder(tmp_path) as folder, monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", failing(errno.EACCES))
+        with pytest.raises(OSError, match="Permission denied") as error:
+            descriptors.who_am_i_unseen(tmp_path) if unseen else descriptors.who_am_i(folder)
+    assert str(tmp_path) in fileio.failed(error.value)
+
+
+def test_a_refusal_to_open_is_not_another_kind_of_file(tmp_path: Path, monkeypatch) -> None:
+    """EINVAL of an open says nothing of what stands there: an OUT in which it meets one is not foreign."""
+    samples.write_older(tmp_path / "out")
+    opens = os.open
+
+    def opening(name, *rest, **named):
+        return failing(errno.EINVAL)() if str(name).endswith("iteration.txt") else opens(name, *rest, **named)
+
+    monkeypatch.setattr(os, "open", opening)
+    with pytest.raises(OSError, match="Invalid argument"):
+        ownership.output_in(tmp_path / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -92,4 +93,9 @@ def run(root: Path, choice: Choice, progress: Progress, jobs: int) -> int:
             finally:
                 os._exit(1)
         children.append(child)
-    return sum(os.waitpid(child, 0)[1] != 0 for child in children)
+    try:
+        return sum(os.waitpid(child, 0)[1] != 0 for child in children)
+    except BaseException:  # before their folders are removed
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        raise

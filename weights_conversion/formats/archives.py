@@ -59,6 +59,22 @@ class Window(io.RawIOBase):
         return len(data)
 
 
+class _Heard:
+    """A file that keeps the error of a read, which zipfile takes for a broken archive."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.failed: OSError | None = None
+        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            self.failed = error
+            raise
+
+
 def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
     """The records of a zip archive of `size` bytes: `zipfile` reads them, and rules refuse what it lets pass.
 
@@ -71,12 +87,15 @@ def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
         )
 
     count, _, first = _end(file, size, damaged)
+    heard = _Heard(file)
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(heard) as archive:  # pyright: ignore[reportArgumentType]
             entries = archive.infolist()
             if (archive.start_dir, len(entries)) != (first, count):
                 raise damaged("its two directories disagree")
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        if heard.failed is not None:
+            raise heard.failed from None
         raise damaged(f"its directory is cut off or damaged ({error})") from error
     entries = [entry for entry in entries if not _is_folder(entry)]
     for why, breaks in RULES.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.files import fileio
+from weights_conversion.files import fileio, told
 from weights_conversion.files.fileio import read_json
 from weights_conversion.formats import torch_files
 from weights_conversion.formats.wrappers import unwrapped
@@ -64,11 +63,12 @@ def read_safetensors(path: Path) -> dict[str, TensorRef]:
     try:
         with safe_open(path, framework="pt"):
             pass
-    except SafetensorError as error:
-        raise _damaged(path, str(error)) from error
-    except (OSError, RuntimeError) as error:  # the latter is torch's, when it opens the file once more
-        trouble = error if isinstance(error, OSError) else OSError(errno.EIO, str(error), str(path))
-        raise ConversionError(f"{path} cannot be read ({trouble.strerror or trouble})") from trouble
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:  # torch opens the file once more
+        if failed := told.of_the_system(error, path):
+            raise ConversionError(f"{path} cannot be read ({failed.strerror or error})") from failed
+        if isinstance(error, SafetensorError):
+            raise _damaged(path, str(error)) from error
+        raise ConversionError(f"{path} cannot be read ({error})") from error
     return {
         name: TensorRef(
             str(path), name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]

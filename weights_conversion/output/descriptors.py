@@ -14,7 +14,7 @@ from weights_conversion.files import fileio
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _SAFE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.EINVAL, errno.ENXIO, errno.EISDIR)
+_NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR)
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EISDIR)
 
 
@@ -90,7 +90,7 @@ def open_regular(name: str, within: int, flags: int) -> int:
         descriptor = os.open(last, flags | _SAFE, dir_fd=above)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(errno.EINVAL, "is not a regular file", name)
+                raise OSError(errno.ENXIO, "is not a regular file", name)  # as of a socket
         except BaseException:
             fileio.close_quietly(descriptor)
             raise
@@ -236,7 +236,8 @@ def who_am_i(within: int) -> int:
     name = f"probe.{secrets.token_hex(8)}"
     descriptor = open_new(name, within, 0o600)
     try:
-        return os.fstat(descriptor).st_uid
+        with named_in(within, name):
+            return os.fstat(descriptor).st_uid
     finally:
         fileio.close_quietly(descriptor)
         with contextlib.suppress(FileNotFoundError):
@@ -250,7 +251,8 @@ def who_am_i_unseen(folder: Path) -> int | None:
     except (AttributeError, OSError):
         return None
     try:
-        return os.fstat(descriptor).st_uid
+        with fileio.named("looking at a file without a name in", folder):
+            return os.fstat(descriptor).st_uid
     finally:
         fileio.close_quietly(descriptor)
 

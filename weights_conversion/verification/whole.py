@@ -6,8 +6,6 @@ The files are read by safetensors and torch.load; only the rows that are asked f
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import re
 import threading
 import zipfile
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import told
 from weights_conversion.files.fileio import named, read_json
 from weights_conversion.verification import dequantised
 from weights_conversion.verification.forward import Weights
@@ -211,29 +210,19 @@ class _Mapped:
                 self._file = None  # unmapped when nobody reads by it any more
 
 
-# Of which libraries of C++ and Rust tell in words alone.
-_OF_THE_SYSTEM = (
-    errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC,
-    errno.EDQUOT, errno.EROFS, errno.EINTR, errno.ENODEV, errno.EBUSY, errno.ETIMEDOUT, errno.ENOSYS, errno.EOPNOTSUPP,
-)  # fmt: skip
-
-
 @contextlib.contextmanager
 def _read_by(library: str, path: Path) -> Iterator[None]:
     """What a library says of a file that it does not read is one sentence, which names the file."""
-    try:
-        with named("reading", path):
+    with named("reading", path):
+        try:
             yield
-    except (ConversionError, OSError, MemoryError):
-        raise
-    except Exception as error:
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        for number in errno.errorcode:
-            words = os.strerror(number)
-            numbered = f"{words} ({number})" in str(error) or f"(os error {number})" in str(error)
-            if numbered or (number in _OF_THE_SYSTEM and words in str(error)):
-                raise OSError(number, os.strerror(number), str(path)) from error
-        raise ConversionError(f"{path} cannot be read by {library} ({why[0][:200]})") from error
+        except ConversionError:
+            raise
+        except Exception as error:
+            if failed := told.of_the_system(error, path):
+                raise failed from (None if failed is error else error)
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConversionError(f"{path} cannot be read by {library} ({why[0][:200]})") from error
 
 
 def _torch_file(path: Path) -> dict[str, Stored]:
