@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 THREADS_PER_WORKER = 2  # while one waits for its write, the other reads, converts and checksums
-TRIED_PER_WORKER = 4
+TRIED_PER_WORKER = 3  # with four, 70B's shape would take more than 0.6 GB
 LEAST_BYTES = 4 << 30  # of an output that is worth a trial
 WINDOW_BYTES = 256 << 20  # two for each number, in turn
 SETTLE_BYTES = 64 << 20  # of a window, in which what the last one began is still on its way

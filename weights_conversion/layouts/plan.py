@@ -20,7 +20,7 @@ from weights_conversion.mapping.dialects import Dialect
 from weights_conversion.mapping.ops import Context, Op, Range
 from weights_conversion.mapping.parameters import Instance
 
-CHUNK_BYTES = 16 << 20  # with 8 threads as fast as 32 MB with 4 on a local disk, and in the same memory
+CHUNK_BYTES = 16 << 20  # as fast as 32 MB on a local disk, in less memory
 _COLUMNS = attrgetter("columns")
 
 
