@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from weights_conversion.errors import ConversionError
@@ -70,6 +70,15 @@ def with_shards(files: list[str], folder: Path, repository: str) -> list[str]:
             f"{suffix} file beside it: do not use this repository, name another with --model-path."
         )
     return [*files, *shards]
+
+
+def with_tensors(files: list[str], folder: Path, wants: Callable[[str], bool]) -> list[str]:
+    """Those of a choice with its shards that hold a tensor which `wants` names; all, where no index says it."""
+    index = folder / files[0]
+    if index.suffix != ".json":
+        return files
+    held = {file for name, file in json.loads(index.read_bytes())["weight_map"].items() if wants(name)}
+    return [name for name in files if name in held]
 
 
 def few(names: list[str]) -> str:

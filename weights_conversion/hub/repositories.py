@@ -12,6 +12,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.errors.text import size
 from weights_conversion.hub.cached import Snapshot, from_cache
 from weights_conversion.hub.checking import Cached, Checker, check, stated_by
-from weights_conversion.hub.choice import SMALL_FILES, VOCABULARIES, choices, few, with_shards
+from weights_conversion.hub.choice import SMALL_FILES, VOCABULARIES, choices, few, with_shards, with_tensors
 from weights_conversion.hub.errors import explain, masked
 from weights_conversion.hub.fetching import download
 from weights_conversion.hub.headers import check_readable, write_folder
@@ -34,9 +35,18 @@ logger = logging.getLogger(__name__)
 REVISION = re.compile(r"(?!.*\.\.)[^\s/\\:~^?*\[\x00-\x1f-][^\s\\:~^?*\[\x00-\x1f]*(?<!/)")  # git's own rules for names
 
 
+@dataclass(frozen=True)
+class Partly:
+    """A part of a repository: of its weights the tensors of these names, and `small` files beside the usual ones."""
+
+    wants: Callable[[str], bool]
+    small: tuple[str, ...] = ()
+
+
 def snapshot(
     repository: str, *, revision: str | None = None, cache_dir: Path | None = None, weights: bool = True,
     recheck: bool = False, accept: Callable[[Path], object] = lambda _: None, headers: Path | None = None,
+    partly: Partly | None = None,
 ) -> Snapshot:  # fmt: skip
     """Bring the files that a conversion needs into the hub cache, or find them there.
 
@@ -47,6 +57,7 @@ def snapshot(
     cache where nothing records that it was right, or where `recheck` asks for it. `accept` is called with the folder
     once the small files are there; what it raises (ConversionError) comes before any weight file is fetched.
     With `headers`, a folder to be made, no weight file is fetched: it gets the small files and the weights' headers.
+    With `partly` too, the files that hold its tensors are fetched, and are in that folder with their data.
     Raises ConversionError, one sentence that names the repository and what mends it.
     """
     from huggingface_hub import constants
@@ -55,7 +66,7 @@ def snapshot(
     check_names(repository, revision)
     cache = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser().absolute()
     try:
-        return _from_hub(repository, revision, cache, weights, recheck, accept, headers)
+        return _from_hub(repository, revision, cache, weights, recheck, accept, headers, partly)
     except ConversionError:
         raise
     except Exception as error:  # the client's errors share no base: its HTTP library's, hf_xet's, its own, OSError
@@ -89,12 +100,12 @@ def check_names(repository: str, revision: str, flag: str = "--model-path") -> N
 
 def _from_hub(
     repository: str, revision: str, cache: Path, weights: bool, recheck: bool, accept: Callable[[Path], object],
-    headers: Path | None,
+    headers: Path | None, partly: Partly | None,
 ) -> Snapshot:  # fmt: skip
     info, first = resolve(repository, revision, cache, weights)
     commit, sizes = str(info.sha), sizes_of(info)
     take = functools.partial(_take, info, repository, cache)
-    names = [name for name in SMALL_FILES if name in sizes]
+    names = [name for name in (*SMALL_FILES, *(partly.small if partly else ())) if name in sizes]
     for name in names:
         check(take(name), recheck)
     if not any(name in sizes for name in VOCABULARIES):
@@ -112,12 +123,19 @@ def _from_hub(
             f"Repository {repository} is incomplete at revision {revision}, without {few(lacking)}: give another "
             "--revision, or another repository with --model-path."
         )
+    if headers is not None and partly is not None and not any(name.endswith(".bin") for name in files):
+        held = [name for name in with_tensors(files, first.parent, partly.wants) if not name.endswith(".json")]
+        check_space(info, held, first.parent, repository)
+        for name in held:
+            check(take(name), recheck)
+        write_folder(headers, first.parent, repository, commit, names, files)
+        return Snapshot(headers, repository, commit, (*names, *files))
     needed = to_fetch(info, files, first.parent)
-    if headers is not None:
+    if headers is not None and partly is None:
         check_readable(files, repository, size(needed), cache)
         write_folder(headers, first.parent, repository, commit, names, files)
     check_space(info, files, first.parent, repository)
-    if headers is not None:
+    if headers is not None and partly is None:
         note = f"hub        {size(needed)} would be fetched into {cache}, which has {free(cache)} free"
         return Snapshot(headers, repository, commit, (*names, *files), note)
     if needed:

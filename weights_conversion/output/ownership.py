@@ -30,7 +30,10 @@ _MEGATRON = {TRACKER, MANIFEST, SUMS, *_TOKENIZER}
 _RELEASE = re.compile(
     r"release/(mp_rank_\d{2,}(_\d{3,}){0,2}/model_optim_rng\.pt|\.metadata|common\.pt|metadata\.json|__\d+_\d+\.distcp)"
 )
-_HUGGINGFACE = {"config.json", "generation_config.json", "model.safetensors.index.json", SUMS, *_TOKENIZER}
+_PROCESSORS = {"preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"}  # a reference's
+_HUGGINGFACE = {
+    "config.json", "generation_config.json", "model.safetensors.index.json", SUMS, *_TOKENIZER, *_PROCESSORS,
+}  # fmt: skip
 _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 _FOLDERS = re.compile(r"release(/mp_rank_\d{2,}(_\d{3,}){0,2})?")
 _PARTS = {"checkpoint", "journal", "lock", "replaced"}

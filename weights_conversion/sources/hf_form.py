@@ -6,8 +6,10 @@ the manifest, a reference's is read from its files, else it is the family's on t
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from weights_conversion.config import ModelConfig
 from weights_conversion.configs import hf_write
 from weights_conversion.errors import ConversionError
 from weights_conversion.formats import huggingface
+from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located, Placed
 from weights_conversion.mapping.dialects import HF, HF_OUTSIDE, HF_TEXT, Dialect
 from weights_conversion.sources.locate_hf import packed_names
@@ -98,6 +101,42 @@ def _alone(family: str, dialect: Dialect, reference: Reference | None) -> tuple[
         "the vision tensors of such a repository are not part of a Megatron checkpoint, and are left out; --reference "
         "names the folder of the model that it was made from, whose are copied",
     )
+
+
+def with_others(
+    reference: Reference | None, family: str, cache: Path | None, held: ExitStack, *, dry: bool
+) -> Reference | None:
+    """A repository with what is around its text model: the files that hold such tensors are fetched, of the others the
+    headers, into a temporary folder that `held` removes. A dry run fetches headers alone. Raises ConversionError.
+    """
+    outer = FAMILIES[family].outer
+    if reference is None or reference.commit is None or outer is None:
+        return reference
+    if not hf_write.is_wrapped(family, reference.config):  # a text model alone
+        return reference
+    from weights_conversion.hub import repositories
+
+    others = tuple(f".{start}" for start in outer.others)  # behind a wrapper's name too
+    folder = held.enter_context(tempfile.TemporaryDirectory(prefix="weights-conversion-reference-"))
+    wanted = repositories.Partly(lambda name: not dry and any(start in f".{name}" for start in others), PROCESSORS)
+    with distributed.rank_zero_first("reference"):
+        found = repositories.snapshot(
+            reference.name, revision=reference.commit, cache_dir=cache, headers=Path(folder) / "of", partly=wanted
+        )
+    reference = replace(reference, folder=found.folder)
+    if not dry and found.folder.is_relative_to(folder):
+        _check_fetched(reference, family)
+    return reference
+
+
+def _check_fetched(reference: Reference, family: str) -> None:
+    """What is around the text model lies in files that were fetched, which are links; the others have no data."""
+    others = text_part(family, huggingface.read_hf(reference.folder)).others or {}
+    hollow = [name for name, placed in others.items() if not Path(placed.copies[0][0].ref.file).is_symlink()]
+    if hollow:
+        raise ConversionError(
+            f"the index of --reference {reference.name} does not say where {hollow[0]} is; name a folder with all files"
+        )
 
 
 def _of_reference(config: ModelConfig, reference: Reference, dialect: Dialect) -> HFForm | None:

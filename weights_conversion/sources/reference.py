@@ -35,6 +35,7 @@ class Reference:
     folder: Path
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any] | None
+    commit: str | None = None  # of a repository
 
     def model(self, family: str) -> ModelConfig:
         """The model that it states, in the dialect that can express most."""
@@ -105,7 +106,7 @@ def args_beside(folder: Path) -> dict[str, Any] | None:
 
 def open_reference(name: str, cache: Path | None) -> Reference:
     """Opens a local folder or fetches a repository's small files. Raises ConversionError."""
-    local = Path(name).expanduser()
+    local, commit = Path(name).expanduser(), None
     if local.is_dir():
         folder = local
     else:
@@ -114,10 +115,11 @@ def open_reference(name: str, cache: Path | None) -> Reference:
         from weights_conversion.hub import repositories
 
         with distributed.rank_zero_first("reference"):
-            folder = repositories.snapshot(name, cache_dir=cache, weights=False).folder
+            found = repositories.snapshot(name, cache_dir=cache, weights=False)
+        folder, commit = found.folder, found.revision
     if not (folder / "config.json").is_file():
         raise ConversionError(f"--reference {name} holds no config.json; name a Hugging Face model")
-    return Reference(name, folder, fileio.read_json(folder / "config.json"), read_generation(folder))
+    return Reference(name, folder, fileio.read_json(folder / "config.json"), read_generation(folder), commit)
 
 
 def disagreements(reference: Reference, config: ModelConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,12 @@ def megatron_to_hf(options: ExportOptions) -> Report:
     replaced = _check_arguments(options)
     if options.adapter_as == "peft":
         return _adapters_alone(options, replaced)
-    source = _read(options)
-    job = _plan(options, source)
-    read = [*job.plan.source_files(), *opened_files()]
-    job.report.notes += links.told(source.opened.root, read, TOKENIZER_FILES)
-    job.report.replaced(replaced)
-    return run(job, options)
+    with ExitStack() as held:
+        source = _read(options, held)
+        job = _plan(options, source)
+        job.report.notes += links.told(source.opened.root, [*job.plan.source_files(), *opened_files()], TOKENIZER_FILES)
+        job.report.replaced(replaced)
+        return run(job, options)
 
 
 def _check_arguments(options: ExportOptions) -> list[str]:
@@ -127,7 +128,7 @@ class _Read:
 
 
 @without_collector()
-def _read(options: ExportOptions) -> _Read:
+def _read(options: ExportOptions, held: ExitStack) -> _Read:
     opened, reference = _open(options)
     config, files, problems = opened.config, opened.files, Problems()
     merged = problems.of(locate_merged, files, FAMILIES[config.family], config, options.adapter, options.adapter_alpha)
@@ -145,6 +146,7 @@ def _read(options: ExportOptions) -> _Read:
         )
     problems.raise_all()
     notes = [*opened.notes, *notes, *(checked or []), *said.notes]
+    reference = hf_form.with_others(reference, config.family, options.tokenizer.cache_dir, held, dry=options.dry_run)
     return _Read(opened, located, reference, said, tokenizer, notes, [*opened.warnings, *warnings])
 
 
