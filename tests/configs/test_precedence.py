@@ -15,6 +15,8 @@ import torch
 from conftest import Script, run
 from megatron_files import load_rank, save_rank
 
+from weights_conversion.configs import manifest
+
 Trained = Callable[..., Path]
 NOT_RESET = dict.fromkeys(("use_cpu_initialization", "no_save_optim", "no_save_rng"))
 RESET = {
@@ -165,3 +167,19 @@ def test_core_epsilon_and_base(trained_core, to_hf) -> None:
     config, said = exported(to_hf, root)
     assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-6, 7.0)
     assert "layernorm_epsilon is 1e-06 in the args and 1e-05 in the manifest" in said
+
+
+def test_fields_of_a_manifest_are_of_their_types() -> None:
+    """Each field of a model is looked at before it is used, whatever a manifest that was changed by hand holds."""
+    apart = {"rope_scaling", "window_layers", *manifest.PARTS}
+    for name, declared in manifest.ModelConfig.__dataclass_fields__.items():
+        assert name in apart or declared.type in manifest._TYPES, name
+        for value in ([[]], {"x": 1}):
+            model = {"num_layers": 2, name: value}
+            assert name == "rope_scaling" or manifest._malformed({"model": model}), name
+
+
+@pytest.mark.parametrize("pattern", ["MX", "M", "M*-", [[]], 7])
+def test_a_layer_pattern_that_is_none(pattern: object) -> None:
+    (problem,) = manifest._malformed({"model": {"num_layers": 2, "hybrid_layer_pattern": pattern}})
+    assert problem.startswith("hybrid_layer_pattern")

@@ -44,26 +44,26 @@ def write(root: Path) -> list[Borrowed]:
     experts = GOLDEN / "core-qwen3-moe-tp2ep2"
 
     def adapter(folder: Path, out: Path) -> list[str]:
-        return _import("llama3", "--adapter", str(folder))(lora / "base", out)
+        return import_line("llama3", "--adapter", str(folder))(lora / "base", out)
 
     return [
-        Borrowed("torch_dcp", GOLDEN / "core-llama3-torch-dcp" / "megatron-torch_dcp", _export("llama3")),
-        Borrowed("fsdp_dtensor", fsdp, _export("llama3")),
-        Borrowed("run_config", bridge / "megatron-full", _export("qwen3", "--adapter_alpha", "6")),
-        Borrowed("megatron_adapter", bridge / "megatron-adapters", _export("qwen3", "--adapter_as", "peft")),
+        Borrowed("torch_dcp", GOLDEN / "core-llama3-torch-dcp" / "megatron-torch_dcp", export_line("llama3")),
+        Borrowed("fsdp_dtensor", fsdp, export_line("llama3")),
+        Borrowed("run_config", bridge / "megatron-full", export_line("qwen3", "--adapter_alpha", "6")),
+        Borrowed("megatron_adapter", bridge / "megatron-adapters", export_line("qwen3", "--adapter_as", "peft")),
         Borrowed("adapter", lora / "adapter", adapter),
-        Borrowed("experts", experts / "megatron-torch-tp2ep2", _export("qwen3-moe")),
-        Borrowed("experts_hf", experts / "hf", _import("qwen3-moe")),
+        Borrowed("experts", experts / "megatron-torch-tp2ep2", export_line("qwen3-moe")),
+        Borrowed("experts_hf", experts / "hf", import_line("qwen3-moe")),
     ]
 
 
-def _import(family: str, *options: str) -> Callable[[Path, Path], list[str]]:
+def import_line(family: str, *options: str) -> Callable[[Path, Path], list[str]]:
     return lambda folder, out: [
         "hf_to_megatron", family, "--model-path", str(folder), "--target", "megatron-core", "--out", str(out), *options,
     ]  # fmt: skip
 
 
-def _export(family: str, *options: str) -> Callable[[Path, Path], list[str]]:
+def export_line(family: str, *options: str) -> Callable[[Path, Path], list[str]]:
     return lambda folder, out: [
         "megatron_to_hf", "--model", family, "--input_dir", str(folder), "--output_dir", str(out), "--no_tokenizer",
         *options,
@@ -161,6 +161,12 @@ def _config(out: Path) -> object:
 
 
 def _equal(one: Tensors, two: Tensors) -> bool:
-    return one.keys() == two.keys() and all(
-        one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one
-    )
+    return one.keys() == two.keys() and all(_same(one[name], two[name]) for name in one)
+
+
+def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Bit for bit: of fp8 too, and of what is no number."""
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    first, second = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two))
+    return torch.equal(first, second)

@@ -1,9 +1,10 @@
 """Converts mutated inputs: `python -m tests.robustness.fuzz --inputs 5000 --seed 0`.
 
-Each input is a tiny checkpoint of one of twelve kinds: HF safetensors, HF .bin, Meta, Megatron's rank files,
-torch_dist, torch_dcp, fsdp_dtensor, Megatron-Bridge's with run_config.yaml, adapters of Megatron-Bridge and of peft,
-experts in rank files and in safetensors. It is changed by one to three mutations of a header, index, config, pickle,
-tracker, archive or rank folder, and converted in a forked child with a bound on time and memory. Two ends are right:
+Each input is a tiny checkpoint of one of 24 kinds: HF safetensors, HF .bin, Meta, Megatron's rank files, torch_dist,
+torch_dcp, fsdp_dtensor, Megatron-Bridge's with run_config.yaml, adapters of Megatron-Bridge and of peft, experts in
+rank files and in safetensors, fp8 in blocks, rows and whole tensors, MXFP4, and GPT-OSS, latent attention, state spaces
+and gated deltas both ways. It is changed by one to three mutations of a header, index, config, pickle, tracker, archive
+or rank folder, and converted in a forked child with a bound on time and memory. Two ends are right:
 exit 0 with the weights that the input holds, as others read them; or exit 1 with sentences. A traceback, any other
 exit, a hang, an allocation beyond the bound: a finding.
 """
@@ -25,7 +26,7 @@ from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from tests.robustness import borrowed
+from tests.robustness import borrowed, made
 from tests.robustness.mutations import BINARY, bytes_of, edit_args, mutate_json, mutate_ranks, mutate_tracker
 from tests.robustness.oracle import MODEL, compare
 from tests.robustness.sources import tm
@@ -106,7 +107,7 @@ def write_kinds(root: Path) -> list[Kind]:
         code += importlib.import_module("megatron_to_hf").main(export)
     if code:
         raise RuntimeError("the inputs themselves do not convert")
-    lent = borrowed.write(root)
+    lent = borrowed.write(root) + made.write(root)
     return [Kind(name, root / name) for name in KINDS] + [Kind(other.name, other.folder, other) for other in lent]
 
 
@@ -168,9 +169,9 @@ def judge(kind: Kind, folder: Path, out: Path, code: int, said: str) -> str | No
 class Fuzzer:
     """Runs inputs below `root`; findings are copied to `keep`."""
 
-    def __init__(self, root: Path, keep: Path | None) -> None:
+    def __init__(self, root: Path, keep: Path | None, wanted: str = "") -> None:
         self.root, self.keep = root, keep
-        self.kinds = write_kinds(root)
+        self.kinds = [kind for kind in write_kinds(root) if kind.name.startswith(wanted)]
         self.counts: Counter[str] = Counter()
         self.findings: list[str] = []
         for kind in self.kinds:
@@ -207,10 +208,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--inputs", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input, to repeat one")
+    parser.add_argument("--kind", default="", help="only inputs whose kind begins so")
     parser.add_argument("--keep", type=Path, help="where to keep inputs that were findings")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        fuzzer = Fuzzer(Path(folder), options.keep)
+        fuzzer = Fuzzer(Path(folder), options.keep, options.kind)
         began = time.monotonic()
         for number in range(options.first, options.first + options.inputs):
             fuzzer.run(number, options.seed)

@@ -22,6 +22,18 @@ NAME = "conversion_manifest.json"
 _FORMAT = 1
 
 
+# Of the numbers and words of a ModelConfig, by the annotation; None of other fields, which are looked at one by one.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "str": (str,),
+    "int | None": (int, type(None)),
+    "float | None": (float, int, type(None)),
+    "str | None": (str, type(None)),
+}
+
+
 def build(
     config: ModelConfig, *, true_vocab_size: int | None, repository: str | None, revision: str | None,
     source_config: Mapping[str, Any] | None, generation_config: Mapping[str, Any] | None, tokenizer: Sequence[Path],
@@ -94,15 +106,12 @@ def _malformed(content: Mapping[str, Any]) -> list[str]:
     layers = content["model"].get("window_layers")
     if layers is not None and not (isinstance(layers, list) and all(type(has) is bool for has in layers)):
         problems.append(f"window_layers {layers!r}, where true or false of each layer was expected")
+    pattern, count = content["model"].get("hybrid_layer_pattern"), content["model"].get("num_layers")
+    if isinstance(pattern, str) and (set(pattern) - set("M*-E") or len(pattern) != count):
+        problems.append(f"hybrid_layer_pattern {pattern!r}, where one of M*-E was expected for each of {count} layers")
     for name, value in content["model"].items():
         default = ModelConfig.__dataclass_fields__[name].type if name in ModelConfig.__dataclass_fields__ else None
-        allowed = {
-            "int": (int,),
-            "float": (float, int),
-            "bool": (bool,),
-            "int | None": (int, type(None)),
-            "float | None": (float, int, type(None)),
-        }.get(str(default))
+        allowed = _TYPES.get(str(default))
         if allowed and type(value) not in allowed:
             problems.append(f"{name} {value!r}, which is of the wrong type")
     return problems
