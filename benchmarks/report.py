@@ -1,4 +1,7 @@
-"""Medians, ratios, a table, and a plot from the benchmark's JSON: `python -m benchmarks.report results.json`."""
+"""Medians, ratios, a table, and a plot from the benchmark's JSON: `python -m benchmarks.report results.json`.
+
+--update writes them into README and docs/speed.md, between the marks that stand there.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.contenders import contenders, settings
+from benchmarks.measure import REPOSITORY
 from benchmarks.shapes import SHAPES
 
 Result = Mapping[str, Any]
@@ -99,6 +103,30 @@ def text(result: Result) -> str:
     ])  # fmt: skip
 
 
+MARKS = ("<!-- measured -->", "<!-- /measured -->")
+
+
+def sentence(result: Result) -> str:
+    """The one of README."""
+    warm = summarise(result)["warm"]
+    ours, copied, alone = warm["import-tp1"], warm["cp"], warm["raw-write"]["seconds"]
+    return (
+        f"{result['bytes'] / 1e9:.1f} GB are imported in {ours['ratio_started']:.2f} of the time in which the disk "
+        f"alone writes as many ({alone:.1f} s), and {warm['start-up']['seconds']:.1f} s of start-up; "
+        f"`cp -r; sync` takes {copied['ratio']:.2f}"
+    )
+
+
+def update(page: Path, text: str) -> None:
+    """Puts `text` between the marks of a page."""
+    before, mark, rest = page.read_text().partition(MARKS[0])
+    old, end, after = rest.partition(MARKS[1])
+    if not (mark and end):
+        raise SystemExit(f"{page} has no {' ... '.join(MARKS)}")
+    line = "\n" if old.startswith("\n") else ""
+    page.write_text(f"{before}{mark}{line}{text}{line}{end}{after}")
+
+
 def plot(result: Result, path: Path) -> None:
     """Bars of ratios to the disk's own rate, a panel for each setting. Needs matplotlib."""
     import matplotlib  # pyright: ignore[reportMissingImports]
@@ -135,9 +163,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--update", action="store_true", help="write the table into docs/speed.md, a sentence into README"
+    )
     args = parser.parse_args()
     result = json.loads(args.json.read_text())
     print(text(result))
+    if args.update:
+        update(REPOSITORY / "docs" / "speed.md", text(result))
+        update(REPOSITORY / "README.md", sentence(result))
     if args.plot:
         plot(result, args.plot)
 

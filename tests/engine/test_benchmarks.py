@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import contenders, raw, report, simulate, slow
+from benchmarks.measure import REPOSITORY
 from benchmarks.shapes import SHAPES
 
 
@@ -30,6 +31,29 @@ def test_ratios_are_to_the_limit_of_the_same_round_and_setting() -> None:
     assert summary["warm"]["import-tp1"]["ratio"] == 2
     assert summary["warm"]["import-tp1"]["ratio_started"] == (4 - 1) / 2
     assert (summary["cold"]["import-tp1"]["ratio"], summary["cold"]["import-tp1"]["added"]) == (2, 10 - 4)
+
+
+def test_pages_get_what_was_measured(tmp_path: Path) -> None:
+    """Between their marks, within a line or on lines of their own."""
+    page = tmp_path / "page.md"
+    for before, after in (
+        ("a <!-- measured -->x<!-- /measured --> b", "a <!-- measured -->y<!-- /measured --> b"),
+        ("<!-- measured -->\nx\n<!-- /measured -->", "<!-- measured -->\ny\n<!-- /measured -->"),
+    ):
+        page.write_text(before)
+        report.update(page, "y")
+        assert page.read_text() == after
+    for page in ("README.md", "docs/speed.md"):
+        text = (REPOSITORY / page).read_text()
+        assert [text.count(mark) for mark in report.MARKS] == [1, 1]
+
+
+def test_slow_runs_are_few() -> None:
+    """What the table is about runs in every round; its limits with it."""
+    assert contenders.rounds_of("warm", "import-tp1", 5) == contenders.rounds_of("warm", "raw-write", 5) == 5
+    assert contenders.rounds_of("cold", "raw-copy", 5) == 5
+    assert contenders.rounds_of("sync", "import-tp1", 5) == contenders.rounds_of("sync", "raw-write", 5) == 2
+    assert contenders.rounds_of("cap", "export-1", 5) == contenders.rounds_of("cap", "raw-write", 5) == 1
 
 
 def test_raw_copies_and_writes(tmp_path: Path) -> None:
