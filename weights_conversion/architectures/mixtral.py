@@ -29,5 +29,6 @@ MIXTRAL = Family(
     repositories={size: f"mistralai/Mixtral-{size}B-v0.1" for size in ("8x7", "8x22")},
     defaults={"layernorm_epsilon": 1e-5, "rope_theta": 1e6},
     ropes=("default",),
-    signs=(Signs(experts=True),),
+    windowed=True,
+    signs=(Signs(experts=True), Signs(experts=True, window=True)),
 )

@@ -18,5 +18,6 @@ QWEN3_MOE = Family(
     defaults={"layernorm_epsilon": 1e-6, "rope_theta": 1e6},
     features=frozenset({"qk_layernorm"}),
     ropes=("default", "yarn"),
-    signs=(Signs(experts=True, qk_norms=True),),
+    windowed=True,
+    signs=(Signs(experts=True, qk_norms=True), Signs(experts=True, qk_norms=True, window=True)),
 )

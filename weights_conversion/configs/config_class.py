@@ -56,6 +56,7 @@ class ConfigClass:
     `local_rope`: layers with a window have a rope of their own (rope_local_base_freq; in transformers 5 rope_parameters
     has one for each kind of layers), sliding_window_pattern says which they are where layer_types does not, and scores
     are divided by the root of query_pre_attn_scalar.
+    `window_switch` is the key without which sliding_window means nothing: with it, every layer has the window.
     `whole_heads`: transformers 5 refuses a hidden size that is no multiple of the heads, whatever head_dim says.
     """
 
@@ -75,6 +76,7 @@ class ConfigClass:
     pattern: tuple[str, ...] = ()
     gated_delta: bool = False
     mtp_apart: bool = False
+    window_switch: str = ""
     rope_idle: tuple[str, ...] = ()
     local_rope: bool = False
 

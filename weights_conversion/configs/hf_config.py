@@ -36,6 +36,12 @@ LEFT_BEHIND = ("auto_map", "custom_pipelines", "transformers_weights", "tokenize
 _OF_TARGETS = frozenset({"moe", "mla", "partial_rotary", "hybrid", "gated_delta", "post_norms", *features.SWITCHES})
 # Keys that are read here apart from a class's fields, and say how the weights are stored.
 READ = ("rope_parameters", "rope_scaling", "partial_rotary_factor", "layer_types", "n_head_kv")
+# Why a key's other value cannot be, where that is not plain to see.
+_REASONS = {
+    "attention_bias": "it gives attention's output a bias too, which Megatron-Core has with biases of all linear "
+    "layers alone (add_bias_linear)",
+    "use_sliding_window": "not all layers have the window, and releases of transformers differ in which do",
+}
 
 
 def keys_of(family: str) -> Mapping[str, tuple[str, ...]]:
@@ -126,7 +132,10 @@ def with_rope(family: str, raw: Mapping[str, Any], where: str) -> Mapping[str, A
 def _windows(family: str, full: Mapping[str, Any], where: str) -> tuple[int | None, windows.Layers]:
     if class_of(family).mixed_windows:
         return windows.read_hf(full, where)
-    return (windows.read_one(full, where) if FAMILIES[family].windowed else None), None
+    switch = class_of(family).window_switch
+    if not FAMILIES[family].windowed or (switch and not full.get(switch)):
+        return None, None
+    return windows.read_one(full, where), None
 
 
 _KEYS = {"num_query_groups": "num_key_value_heads", "ffn_hidden_size": "intermediate_size"}
@@ -192,6 +201,7 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
     reader = FAMILIES[family].hf_class.removesuffix("ForCausalLM") + "Config of transformers"
     problems = [
         f"{where} has {key} {raw[key]!r}, where {family} models have {plain[0]!r}: it cannot be expressed"
+        + (f", since {_REASONS[key]}" if raw[key] and key in _REASONS else "")
         for key, plain in known.plain.items()
         if key in raw and not any(raw[key] is value or raw[key] == value for value in plain)
         if key != "use_sliding_window"

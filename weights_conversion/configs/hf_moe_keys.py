@@ -63,7 +63,7 @@ MIXTRAL = ConfigClass(
         "router_aux_loss_coef": 0.001,
         "router_jitter_noise": 0.0,  # in training alone
     },
-    {"hidden_act": SILU, "sliding_window": (None,)},
+    {"hidden_act": SILU},
     aliases=(("num_local_experts", "num_experts"),),
     experts=ExpertKeys(("num_local_experts",), ffn="intermediate_size", norm=True),
 )
@@ -98,11 +98,12 @@ QWEN3_MOE = ConfigClass(
         "num_experts_per_tok": 8,
         "num_experts": 128,
     },
-    {"hidden_act": SILU, "use_sliding_window": OFF, "attention_bias": OFF},
+    {"hidden_act": SILU, "attention_bias": OFF},
     # 5.24 writes the second alone, which 4.57 does not know
     aliases=(("num_experts", "num_local_experts"),),
     idle=IDLE,
     experts=ExpertKeys(("num_experts", "num_local_experts"), layers="step"),
+    window_switch="use_sliding_window",
 )
 SIGMOID = {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)}
 COUNTED = (("n_routed_experts", "num_local_experts"), ("num_nextn_predict_layers", "num_mtp_layers"))

@@ -67,8 +67,19 @@ def _write_config(config: ModelConfig, base: Mapping[str, Any], dtype: str) -> d
             windows.write_hf(config, result)
         elif FAMILIES[config.family].windowed:
             result.pop("layer_types", None)  # the window of before, should training have dropped it
-            result["sliding_window"] = config.sliding_window
+            _write_window(config, result)
     result["torch_dtype"] = result["dtype"] = dtype
     if FAMILIES[config.family].rotary:
         hf_parts.write_rope(class_of(config.family), config, result)
     return result
+
+
+def _write_window(config: ModelConfig, result: dict[str, Any]) -> None:
+    """One window, of all layers. Where a key of its own turns it off, what says the same stays as the source had it."""
+    known, window = class_of(config.family), config.sliding_window
+    if not known.window_switch:
+        result["sliding_window"] = window
+        return
+    full = known.completed(result)
+    if (full.get("sliding_window") if full.get(known.window_switch) else None) != window:
+        result |= {known.window_switch: window is not None} | ({} if window is None else {"sliding_window": window})
