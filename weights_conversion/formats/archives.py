@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 
 LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _DESCRIPTOR, _END64, _LOCATOR = b"PK\x07\x08", b"PK\x06\x06", b"PK\x06\x07"
@@ -58,6 +59,18 @@ class Window(io.RawIOBase):
         self._position += len(data)
         return len(data)
 
+    def reader(self, path: Path) -> Callable[[int, int], bytes] | None:
+        """(first byte, length) -> those bytes, as many as the window has; None where the file is none of the system."""
+        try:
+            descriptor = self._file.fileno()
+        except (OSError, AttributeError):
+            return None
+
+        def read(position: int, length: int) -> bytes:
+            return fileio.read_at(descriptor, max(min(length, self._size - position), 0), self._start + position, path)
+
+        return read
+
 
 class _Heard:
     """A file that keeps the error of a read, which zipfile takes for a broken archive."""
@@ -101,14 +114,31 @@ def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
     for why, breaks in RULES.items():
         if broken := next(filter(breaks, entries), None):
             raise damaged(f"record {broken.orig_filename} {why}")
+    read_at = _reader(file, path)
     found = [
-        Record(entry.orig_filename, _data_at(file, size, entry, damaged), entry.file_size, entry.CRC)
+        Record(entry.orig_filename, _data_at(read_at, size, entry, damaged), entry.file_size, entry.CRC)
         for entry in entries
     ]
     if len({record.name for record in found}) != len(found):
         raise damaged("it names a record twice")
     _check_apart(found, first, damaged)
     return found
+
+
+def _reader(file: BinaryIO, path: Path) -> Callable[[int, int], bytes]:
+    """(first byte, length) -> those bytes of an archive, as many as there are: a header of each record, no more.
+
+    Buffers would read a few KB for each of 30 bytes, of a checkpoint of 512 ranks a million times.
+    """
+    window = getattr(file, "raw", None)
+    if isinstance(window, Window) and (read_at := window.reader(path)) is not None:
+        return read_at
+
+    def read(position: int, length: int) -> bytes:
+        file.seek(position)
+        return file.read(length)
+
+    return read
 
 
 def _is_folder(entry: zipfile.ZipInfo) -> bool:
@@ -138,11 +168,10 @@ RULES: dict[str, Callable[[zipfile.ZipInfo], bool]] = {
 
 
 def _data_at(
-    file: BinaryIO, size: int, entry: zipfile.ZipInfo, damaged: Callable[[str], ConversionError]
-) -> int:  # fmt: skip
+    read_at: Callable[[int, int], bytes], size: int, entry: zipfile.ZipInfo, damaged: Callable[[str], ConversionError]
+) -> int:
     """The first byte of a record's data, by the header in front of it."""
-    file.seek(min(entry.header_offset, size))
-    header = file.read(30)
+    header = read_at(min(entry.header_offset, size), 30)
     if len(header) != 30 or header[:4] != LOCAL:
         raise damaged(f"record {entry.orig_filename} does not begin where the directory says")
     name, extra = struct.unpack_from("<HH", header, 26)

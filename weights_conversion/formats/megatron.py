@@ -12,6 +12,7 @@ from typing import Any
 
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
+from weights_conversion.files.collector import without_collector
 from weights_conversion.formats import hybrid, rank_masters, torch_files
 from weights_conversion.formats.experts import experts_apart
 from weights_conversion.formats.iterations import MODEL_FILES, number_of
@@ -76,6 +77,7 @@ class RankFiles:
         return any(name.endswith((".lm_head", ".output_layer.weight")) for name in names)
 
 
+@without_collector()
 def open_rank_files(folder: Path, iteration: int | str, weights: str = "model") -> RankFiles:
     """Opens every rank file of an iteration without reading its tensors, and checks that they belong together.
 

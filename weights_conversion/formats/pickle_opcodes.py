@@ -15,6 +15,7 @@ COSTS = {
     **{"REDUCE": 200, "NEWOBJ": 200, "NEWOBJ_EX": 200, "BINPERSID": 200},
     **{"PROTO": 0, "NONE": 8, "NEWTRUE": 8, "NEWFALSE": 8, "DUP": 8, "POP": 0, "BINGET": 8, "LONG_BINGET": 8, "GET": 8},
 }
+BINPUT, LONG_BINPUT, BINGET, BININT, BININT1, BININT2, BINUNICODE = b"qrhJKMX"
 BYTES_AT_LEAST, BYTES_PER_BYTE = 32 << 20, 48
 LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -54,19 +55,38 @@ _OPERATIONS: dict[bytes, tuple[str, _Reader | None]] = {
 }
 
 
-def operations(data: bytes) -> Iterator[tuple[str, Any]]:
-    """(name of the opcode, its argument or None), up to STOP: pickletools.genops in half the time.
+class Operations:
+    """The operations of a pickle, one after the other, up to STOP, as pickletools.genops has them.
 
-    A checkpoint of 512 ranks has twenty million of them. Raises ValueError for what is no pickle.
+    Those that make up nearly all of a checkpoint `pickles` takes apart itself, and moves `position` past them.
     """
-    stream = io.BytesIO(data)
-    read, known = stream.read, _OPERATIONS
-    while True:
-        code = read(1)
-        if code not in known:
-            where = f"at position {stream.tell() - 1}, opcode {code!r} unknown"
+
+    def __init__(self, data: bytes) -> None:
+        self._stream, self.position = io.BytesIO(data), 0
+
+    def next(self) -> tuple[str, Any]:
+        """(name, argument or None) of the one at `position`. Raises ValueError for what is no pickle."""
+        stream = self._stream
+        stream.seek(self.position)
+        code = stream.read(1)
+        if code not in _OPERATIONS:
+            where = f"at position {self.position}, opcode {code!r} unknown"
             raise ValueError(where if code else "pickle exhausted before seeing STOP")
-        name, reader = known[code]
-        yield name, reader(stream) if reader is not None else None
-        if code == b".":
-            return
+        name, reader = _OPERATIONS[code]
+        argument = reader(stream) if reader is not None else None
+        self.position = stream.tell()
+        return name, argument
+
+
+def operations(data: bytes) -> Iterator[tuple[str, Any]]:
+    """All of them."""
+    found, name = Operations(data), ""
+    while name != "STOP":
+        name, argument = found.next()
+        yield name, argument
+
+
+COST_OF_CODE = tuple(
+    COSTS.get(_OPERATIONS[bytes([code])][0], COST) if bytes([code]) in _OPERATIONS else COST for code in range(256)
+)
+WITHOUT_ARGUMENT = {code[0]: name for code, (name, reader) in _OPERATIONS.items() if reader is None}

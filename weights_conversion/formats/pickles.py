@@ -27,11 +27,13 @@ from weights_conversion.formats.pickle_opcodes import (
     COST,
     COSTS,
     LITERALS,
-    operations,
+    WITHOUT_ARGUMENT,
+    Operations,
 )
+from weights_conversion.formats.pickle_quick import Quick
 from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Foreign, Storage, storage_of
 
-MAX_PICKLE_BYTES = 64 << 20  # hundreds of thousands of tensors
+MAX_PICKLE_BYTES, CERTAIN = 64 << 20, 8  # hundreds of thousands of tensors; up to there arguments are surely whole
 
 
 def load(
@@ -59,13 +61,14 @@ def load(
         raise ConversionError(f"{where} holds a damaged pickle ({type(error).__name__}: {str(error)[:200]})") from error
 
 
-class _Machine:
+class _Machine(Quick):
     """One run over one pickle, whose opcodes `operations` takes apart; handlers are named after them."""
 
     def __init__(
         self, where: str, further: Mapping[tuple[str, str], Any], training: bool, storages: dict[str, Storage]
     ) -> None:  # fmt: skip
-        self._where, self._training, self._storages = where, training, storages
+        super().__init__(where)
+        self._training, self._storages = training, storages
         self._by_name = ""  # what a refusal says in front of the name
         self.unknown: set[str] = set()  # globals that are on no list
         # Classes of its own, so that no file can touch a shared one. torch hangs `_metadata` on an OrderedDict.
@@ -78,42 +81,41 @@ class _Machine:
             **further,
         }
         self._stubs = (Foreign, *(stub for stub in further.values() if isinstance(stub, type)))
-        self._stack: list[Any] = []
         self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
         handlers = {name.removeprefix("_op_"): getattr(self, name) for name in dir(self) if name.startswith("_op_")}
-        stack, memo, costs = self._stack, self._memo, COSTS
+        handlers |= {name: self._constant(make) for name, make in CONSTANTS.items()}
+        self._plain = tuple(handlers.get(WITHOUT_ARGUMENT.get(code, "")) for code in range(256))
         self._left = BYTES_AT_LEAST + BYTES_PER_BYTE * len(data)
-        for name, argument in operations(data):
-            self._left -= costs.get(name, COST)
-            if self._left < 0:
-                self._spend(0)
-            if name in LITERALS:
-                stack.append(argument)
-            elif name == "STOP":
-                return stack.pop()
-            elif name in CONSTANTS:
-                stack.append(CONSTANTS[name]())
-            elif name in ("BINGET", "GET", "LONG_BINGET"):
-                stack.append(memo[int(argument or 0)])
-            elif name in ("BINPUT", "PUT", "LONG_BINPUT"):
-                memo[int(argument or 0)] = stack[-1]
-            elif name in handlers:
-                handlers[name](argument)
-            elif name not in ("PROTO", "FRAME"):
-                raise ConversionError(
-                    f"{self._where} uses the pickle opcode {name}, which no checkpoint of these models needs: "
-                    "it was not loaded; save it again with torch.save if you trust where it comes from"
-                )
-        raise pickle.UnpicklingError("no end")
+        others = Operations(data)
+        while True:
+            others.position = self._quick(data, others.position, len(data) - CERTAIN)
+            name, argument = others.next()
+            if name == "STOP":
+                self._plain = ()  # which hold this run, and all that it has made
+                return self._stack.pop()
+            self._other(name, argument, handlers)
 
-    def _spend(self, count: int) -> None:
-        """Counts bytes of memory, or of copying, that objects take: far more of them than of the pickle are refused."""
-        self._left -= count
-        if self._left < 0:
-            raise ConversionError(f"{self._where} makes far more objects than a checkpoint of its size has")
+    def _constant(self, make: Callable[[], Any]) -> Callable[[Any], None]:
+        return lambda _: self._stack.append(make())
+
+    def _other(self, name: str, argument: Any, handlers: Mapping[str, Callable[[Any], None]]) -> None:
+        """One operation of any kind."""
+        self._spend(COSTS.get(name, COST))
+        if name in LITERALS:
+            self._stack.append(argument)
+        elif name in ("BINGET", "GET", "LONG_BINGET"):
+            self._stack.append(self._memo[int(argument or 0)])
+        elif name in ("BINPUT", "PUT", "LONG_BINPUT"):
+            self._memo[int(argument or 0)] = self._stack[-1]
+        elif name in handlers:
+            handlers[name](argument)
+        elif name not in ("PROTO", "FRAME"):
+            raise ConversionError(
+                f"{self._where} uses the pickle opcode {name}, which no checkpoint of these models needs: "
+                "it was not loaded; save it again with torch.save if you trust where it comes from"
+            )
 
     def _since_mark(self) -> list[Any]:
         position = self._marks.pop()
