@@ -225,7 +225,8 @@ def _stored(model: Model, source: Source, order: Sequence[int] | None, only: str
         order = order or range(files.parallel.tensor)
         return RankReader(files, model.config, source, tuple(order), only, halves)
     if files is not None:
-        return dist_weights(files.folder, model.config.num_layers, model.weights, model.config)
+        ranks = files.args.get("tensor_model_parallel_size") or 1
+        return dist_weights(files.folder, model.config.num_layers, model.weights, model.config, ranks)
     if model.dialect.name == HF.name:
         return huggingface_weights(model.path)
     placed: dict[str, Placed] = {}

@@ -22,12 +22,12 @@ _OF_ATTENTION = ("self_attention.", "input_layernorm.")
 
 
 def dist_weights(
-    folder: Path, num_layers: int, weights: str = "model", config: ModelConfig | None = None
+    folder: Path, num_layers: int, weights: str = "model", config: ModelConfig | None = None, ranks: int = 1
 ) -> Weights:  # fmt: skip
     """Weights of a torch_dist checkpoint, its layers stacked along a leading axis or each by itself.
 
     `config` is needed where tensors may join several parts, or layers be one sub-block. `weights` "master": the
-    optimizer's, where they are stored by the names of the model's.
+    optimizer's, where they are stored by the names of the model's. `ranks`: tensor ranks of the run that wrote it.
     """
     tensors = read_index(folder)
     if weights == "master":
@@ -57,11 +57,26 @@ def dist_weights(
         name = _in_hybrid(name) if hybrid else name
         part = None if name in tensors or config is None else part_of(name, config)
         if part is not None:  # Megatron-FSDP joins them as a model that runs
-            name, first, last = part
-            rows = slice(first, last) if rows is None else slice(first + rows.start, first + rows.stop)
+            return _of_ranks(find(part[0]), part[1], part[2], rows, ranks)
         return _rows(find(name), rows)
 
     return read
+
+
+def _of_ranks(
+    found: list[tuple[DistTensor | FlatTensor, tuple[int, ...]]], first: int, last: int, rows: slice | None, ranks: int
+) -> Tensor:  # fmt: skip
+    """Rows of a part, which would be rows first..last of one rank's tensor: each rank has its share of all parts."""
+    height = sum(tensor.size[len(lead)] for tensor, lead in found) // ranks
+    share, start = (last - first) // ranks, first // ranks
+    wanted = range(last - first) if rows is None else range(rows.start, rows.stop)
+    pieces = []
+    for rank in range(ranks):
+        low, high = max(wanted.start - rank * share, 0), min(wanted.stop - rank * share, share)
+        if low < high:
+            begin = rank * height + start
+            pieces.append(_rows(found, slice(begin + low, begin + high)))
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _in_hybrid(name: str) -> str:
