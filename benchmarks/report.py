@@ -23,7 +23,8 @@ def summarise(result: Result) -> dict[str, dict[str, dict[str, Any]]]:
     """For each setting and contender: medians of its costs, the highest peaks, and its ratios to its limit.
 
     `ratio` is the median over rounds of the run's time by its limit's in the same round; `ratio_started` the same
-    without the start-up, that is the time of a dry run; `added` the seconds that the setting costs beside "warm".
+    without the start-up, that is the time of a dry run; `added` the seconds that the setting costs beside "warm"
+    ("memory": beside "cold").
     """
     known = {one.name: one for one in contenders(SHAPES["7b"])}
     summary: dict[str, dict[str, dict[str, Any]]] = {}
@@ -50,8 +51,9 @@ def summarise(result: Result) -> dict[str, dict[str, dict[str, Any]]]:
             ours = not known[name].is_raw and name not in ("cp", "start-up")
             if ours and start is not None and row["limit"] in rows:
                 row["ratio_started"] = (row["seconds"] - start["seconds"]) / rows[row["limit"]]["seconds"]
-            if name in summary.get("warm", {}):
-                row["added"] = row["seconds"] - summary["warm"][name]["seconds"]
+            beside = summary.get("cold" if setting.memory else "warm", {})
+            if name in beside:
+                row["added"] = row["seconds"] - beside[name]["seconds"]
         if rows:
             summary[setting.name] = rows
     return summary
@@ -77,7 +79,7 @@ def table(result: Result) -> str:
             ratio = "" if name in (row["limit"], "start-up") else _ratio(row)
             if row["limit"] != setting.limit and ratio:
                 ratio += f" to: {titles[row['limit']]}"
-            added = f" ({row['added']:+.1f})" if setting.name == "sync" and "added" in row else ""
+            added = f" ({row['added']:+.1f})" if setting.name in ("sync", "memory") and "added" in row else ""
             lines.append(
                 f"| {setting.title} | {titles[name]} | {ratio} | {row['seconds']:.1f}{added} "
                 f"| {row['user']:.1f} + {row['system']:.1f} | {row['resident'] / 1e9:.2f} GB "
@@ -97,7 +99,7 @@ def text(result: Result) -> str:
         f"Linux {machine['kernel']}; {versions}; caches: {result['cache_method']}; "
         f"idle for {result['settle_seconds']:g} s before every run; "
         f"medians of {rounds} rounds (lowest to highest), peaks are the highest of all runs; in parentheses behind "
-        "seconds, what the slow fsync adds.",
+        "seconds, what the slow fsync and the small memory add.",
         "",
         table(result),
     ])  # fmt: skip

@@ -217,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
             if not args.keep:
                 for name in ("model", "checkpoint"):
                     shutil.rmtree(folder / name, ignore_errors=True)
+    if not result["runs"]:
+        return 1
     print(report.text(result))
     if args.plot:
         try:
