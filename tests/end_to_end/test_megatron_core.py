@@ -711,10 +711,9 @@ def edit_common(root: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 def as_bridge(root: Path) -> None:
     """Takes the args out, as Megatron-Bridge has none."""
-    torch.save(
-        {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {"singleton_local_shards": False}},
-        iteration_folder(root) / "common.pt",
-    )
+    folder = iteration_folder(root)
+    common = {"checkpoint_version": 3.0, "iteration": int(folder.name.removeprefix("iter_"))}
+    torch.save(common | {"content_metadata": {"singleton_local_shards": False}}, folder / "common.pt")
 
 
 @with_trained

@@ -17,7 +17,8 @@ STAGES = ("--ckpt-format", "torch", "--pipeline-model-parallel-size", 3, "--tens
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lm.write(tmp_path_factory.mktemp("latent") / "hf", mtp=2, n_routed_experts=4, num_experts_per_tok=2)
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
+    return lm.write(tmp_path_factory.mktemp("latent") / "hf", mtp=2, **sizes)
 
 
 def is_whole(folder: Path, source: Path) -> None:

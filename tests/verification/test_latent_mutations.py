@@ -30,7 +30,8 @@ LAYOUTS = {"torch_dist": (), "ranks": ("--ckpt-format", "torch", "--tensor-model
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lm.write(tmp_path_factory.mktemp("latent") / "hf", mtp=1, n_routed_experts=4, num_experts_per_tok=2)
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    return lm.write(tmp_path_factory.mktemp("latent") / "hf", mtp=1, **sizes)
 
 
 def verified(one: Path, two: Path, report: Path) -> dict[str, Any]:
