@@ -36,6 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tests.robustness", description=__doc__, formatter_class=kind)
     parser.add_argument("--case", default="", help="only cases whose name begins so")
+    parser.add_argument("--exactly", action="store_true", help="only the case of that very name")
     parser.add_argument("--kind", default="", help="only calls of this kind")
     parser.add_argument("--action", choices=faults.ACTIONS, help="only this, of what can happen to a call")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="only N points of each case, by --seed")
@@ -64,14 +65,14 @@ def work(options: argparse.Namespace, root: Path) -> int:
     root.mkdir(parents=True)
     path = options.progress or root / "progress"
     try:
-        progress = Progress(path)
+        progress = Progress(path, options.summary)
         failed = 0
         if not options.summary:
             failed = every.run(root, every.Choice.of(options), progress, options.jobs)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    progress = Progress(path)
+    progress = Progress(path, options.summary)
     sys.stdout.write(f"{progress.table()}{progress.said()}\n")
     return 1 if failed or progress.findings else 0
 
@@ -82,7 +83,7 @@ def _otherwise(options: argparse.Namespace, root: Path) -> int:
     from tests.robustness.cases import Ground
     from tests.robustness.warm import Warm
 
-    ground = Ground(root, Warm(root), options.case)
+    ground = Ground(root, Warm(root), options.case, options.exactly)
     findings: list[str] = []
     ends: Counter[str] = Counter()
     for case in ground.cases:

@@ -56,8 +56,8 @@ class Case:
 class Ground:
     """A folder with sources (`src`), and one that runs write into (`place`), where foreign files stand too."""
 
-    def __init__(self, root: Path, warm: Warm, wanted: str = "") -> None:
-        """`wanted`: only cases whose names begin so."""
+    def __init__(self, root: Path, warm: Warm, wanted: str = "", exactly: bool = False) -> None:
+        """`wanted`: only cases whose names begin so, or (`exactly`) the one of that name."""
         self.root, self.warm, self.place = root, warm, root / "place"
         self.sources = root / "src"
         hf = self.sources / "hf"
@@ -67,7 +67,9 @@ class Ground:
         self._hf = ("llama2", "--model-path", str(hf))
         self._made(Case("", "hf_to_megatron", (*self._hf, *four), "--out"), "mt")
         self._made(Case("", "hf_to_megatron", (*self._hf, "--target", "megatron-core"), "--out"), "dist")
-        self.cases = [case for case in self._cases(four) if case.name.startswith(wanted)]
+        self.cases = [
+            case for case in self._cases(four) if (case.name == wanted if exactly else case.name.startswith(wanted))
+        ]
         self.expected: dict[str, dict[str, str]] = {}
         for case in self.cases:
             self.reset(case)

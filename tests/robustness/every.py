@@ -27,6 +27,7 @@ class Choice:
     """Which points: of cases whose names begin with `case`, `kind` of call, what happens to it ("" for any)."""
 
     case: str
+    exactly: bool
     kind: str
     action: str
     seed: int
@@ -37,7 +38,7 @@ class Choice:
     @classmethod
     def of(cls, options: argparse.Namespace) -> Choice:
         o = options
-        return cls(o.case, o.kind, o.action or "", o.seed, o.sample, o.minutes, o.list)
+        return cls(o.case, o.exactly, o.kind, o.action or "", o.seed, o.sample, o.minutes, o.list)
 
     def points(self, case: Case, counts: Mapping[str, int]) -> list[Fault]:
         """In an order that is random and always the same."""
@@ -53,7 +54,7 @@ def _work(root: Path, choice: Choice, progress: Progress, turn: int, jobs: int) 
     """The share of process `turn` of `jobs`."""
     warm = Warm(root)
     warm.faults.begin()
-    ground = Ground(root, warm, choice.case)
+    ground = Ground(root, warm, choice.case, choice.exactly)
     plan: list[tuple[Case, list[Fault]]] = []
     for case in ground.cases:
         ground.reset(case)

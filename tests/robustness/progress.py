@@ -28,9 +28,9 @@ def code() -> str:
 class Progress:
     """`done`: (case, point) that were tried. Lines are appended by several processes, each in one write."""
 
-    def __init__(self, path: Path | None) -> None:
-        """Raises ValueError where the file is of other code."""
-        self._path = path
+    def __init__(self, path: Path | None, any_code: bool = False) -> None:
+        """Raises ValueError where the file is of other code, unless `any_code`."""
+        self._path, self._any_code = path, any_code
         self.done: set[tuple[str, str]] = set()
         self.totals: dict[str, int] = {}
         self.ends: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -46,7 +46,7 @@ class Progress:
             kind, *rest = json.loads(line)
         except ValueError:  # cut off
             return
-        if kind == "code" and rest[0] != code():
+        if kind == "code" and rest[0] != code() and not self._any_code:
             raise ValueError(f"{self._path} is of other code ({rest[0]}, now {code()}); name another file")
         if kind == "total":
             self.totals[rest[0]] = rest[1]
