@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import dist_files
 import tiny_models as tm
 import torch
 import yaml
+from golden_core import read_torch_dist
 
 
 def model_section(model: tm.Tiny, **changes: Any) -> dict[str, Any]:
@@ -63,4 +65,25 @@ def as_bridge(imported: Path, root: Path, section: dict[str, Any], iteration: in
     text = yaml.safe_dump({"model": section, "tokenizer": {"tokenizer_type": "HuggingFaceTokenizer"}, "peft": None})
     (folder / "run_config.yaml").write_text(text + "x: !!python/object:a.b {c: 1}\ny: !!set {}\n")
     (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return root
+
+
+def whole_gemma(text: Path, root: Path) -> Path:
+    """A Gemma 3 with vision around the text model that Bridge left in `text`, as its own import of one writes it."""
+    shutil.copytree(text, root)
+    folder = root / "iter_0000000"
+    (folder / "__0_0.distcp").unlink()
+    tensors = {f"language_model.{name}": tensor for name, tensor in read_torch_dist(text)[0].items()}
+    tensors["vision_tower.post_layernorm.weight"] = torch.ones(8)
+    tensors["multi_modal_projector.proj.weight"] = torch.ones(16, 8)
+    dist_files.write(folder, {name: dist_files.whole(tensor) for name, tensor in tensors.items()})
+    content = yaml.safe_load((folder / "run_config.yaml").read_text())
+    content["model"] |= {
+        "_target_": "megatron.bridge.models.gemma_vl.gemma3_vl_provider.Gemma3VLModelProvider",
+        "is_vision_language": True,
+        "image_token_id": 63,
+        "mm_tokens_per_image": 4,
+        "vision_projector_config": {"_target_": "megatron.bridge.x.Projector", "hidden_size": 16, "num_layers": 1},
+    }
+    (folder / "run_config.yaml").write_text(yaml.safe_dump(content))
     return root

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tiny_models as tm
 import torch
-from bridge_folders import as_bridge, model_section, nested
+import yaml
+from bridge_folders import as_bridge, model_section, nested, whole_gemma
 from conftest import GOLDEN
 from golden_core import read_torch_dist
 from megatron_files import assert_same_tensors
@@ -92,3 +93,44 @@ def test_glm_as_bridge_imported_it(to_megatron, to_hf, tmp_path: Path) -> None:
     (ours, _), (theirs, _) = (read_torch_dist(root) for root in (tmp_path / "out", GLM / "megatron-bridge"))
     assert theirs.keys() <= ours.keys()
     assert all(torch.equal(ours[name], each) for name, each in theirs.items())
+
+
+GEMMA = GOLDEN / "bridge-gemma3"
+_AS_BRIDGE = ("_target_", "activation_func", "interleaved_attn_pattern", "kv_channels", "layernorm_epsilon",
+              "layernorm_zero_centered_gamma", "qk_layernorm", "rope_scaling", "rope_scaling_factor", "rotary_base",
+              "seq_len_interpolation_factor", "share_embeddings_and_output_weights", "softmax_scale",
+              "transformer_layer_spec", "vocab_size", "window_attn_skip_freq", "window_size")  # fmt: skip
+
+
+def test_gemma_as_bridge_imported_it(to_megatron, to_hf, tmp_path: Path) -> None:
+    """Bit for bit both ways; nothing but run_config.yaml states the model, and ours says what Bridge's does."""
+    line = ("--input_dir", GEMMA / "megatron-bridge", "--output_dir", tmp_path / "hf", "--no_tokenizer", "--verify")
+    assert "epsilon 1e-05" in to_hf(*line).succeeded().err
+    found, wanted = tm.read_huggingface(tmp_path / "hf"), tm.read_huggingface(GEMMA / "hf")
+    assert found.keys() == wanted.keys()
+    assert all(found[name].dtype == each.dtype and torch.equal(found[name], each) for name, each in wanted.items())
+    one, two = (tm.read_json(folder / "config.json") for folder in (GEMMA / "hf", tmp_path / "hf"))
+    for key in ("rope_parameters", "layer_types", "sliding_window", "query_pre_attn_scalar", "hidden_activation",
+                "final_logit_softcapping", "tie_word_embeddings", "rms_norm_eps", "head_dim"):  # fmt: skip
+        assert two[key] == one[key]
+    assert (two["rope_theta"], two["rope_local_base_freq"], two["rope_scaling"]["factor"]) == (1e6, 1e4, 8.0)
+    line = ("gemma3", "--model-path", GEMMA / "hf", "--make-vocab-size-divisible-by", 1, "--out", tmp_path / "out")
+    to_megatron(*line).succeeded()
+    (ours, _), (theirs, _) = (read_torch_dist(root) for root in (tmp_path / "out", GEMMA / "megatron-bridge"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(ours[name], each) for name, each in theirs.items())
+    one, two = (
+        yaml.safe_load((root / "iter_0000000" / "run_config.yaml").read_text())["model"]
+        for root in (GEMMA / "megatron-bridge", tmp_path / "out")
+    )
+    assert {key: two[key] for key in _AS_BRIDGE} == {key: one[key] for key in _AS_BRIDGE}
+
+
+def test_a_whole_gemma_as_bridge_keeps_it(to_megatron, to_hf, tmp_path: Path) -> None:
+    """With vision the text stands below language_model., and the provider is another with the same fields."""
+    root = whole_gemma(GEMMA / "megatron-bridge", tmp_path / "in")
+    said = to_hf("--input_dir", root, "--output_dir", tmp_path / "out", "--no_tokenizer", "--verify").succeeded()
+    assert "2 tensors beside the text model stay behind" in said.out
+    found, wanted = tm.read_huggingface(tmp_path / "out"), tm.read_huggingface(GEMMA / "hf")
+    assert_same_tensors(found, wanted)
+    assert tm.read_json(tmp_path / "out" / "config.json")["query_pre_attn_scalar"] == 6

@@ -8,6 +8,9 @@ from pathlib import Path
 import gemma_models as gemma
 import pytest
 import torch
+from conftest import GOLDEN
+from golden_core import read_torch_dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from weights_conversion.config import ModelConfig
@@ -72,6 +75,22 @@ def test_logits_are_those_of_transformers(changes: dict, tmp_path: Path) -> None
         assert (logits(config, side, weights, None) - near).abs().max() < 1e-5
         assert (logits(config, side, weights, FAR) - far).abs().max() < 1e-5
     assert near.std() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_bridge_stores_gives_the_logits_of_transformers() -> None:
+    """By transformers' rules, with one epsilon for all norms."""
+    case = GOLDEN / "bridge-gemma3"
+    stored, _ = read_torch_dist(case / "megatron-bridge")
+
+    def read(name: str, rows: slice | None) -> Tensor:
+        start, _, rest = name.partition("layers.")
+        layer, _, rest = rest.partition(".")
+        return (stored[f"{start}layers.{rest}"][int(layer)] if rest else stored[name])[rows or slice(None)]
+
+    ids = torch.tensor([json.loads((case / "ids.json").read_text())])
+    *_, (_, _, found) = trace(config_of(case / "hf"), conventions.MEGATRON_CORE, read, ids)
+    assert (found[0] - load_file(case / "logits.safetensors")["logits"]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("within", [False, True])

@@ -48,7 +48,7 @@ _FOREIGN_TENSORS: tuple[tuple[re.Pattern[str], str, str | None], ...] = (
         "mla",
     ),
     (re.compile(r"self_attention\.(in_proj\.|A_log)"), "layers of gated delta", "gated_delta"),
-    (re.compile(r"\.post_layernorm\."), "norms behind attention and MLP", "post_norms"),
+    (re.compile(r"\.linear_(proj|fc2)\.post_layernorm\."), "norms behind attention and MLP", "post_norms"),
     (re.compile(r"\.mixer\."), "state-space layers", "hybrid"),
     (re.compile(r"(^|\.)mtp\."), "multi-token prediction", "mtp"),
     (re.compile(r"\.(adapter|lora_[ab])\.", re.IGNORECASE), "LoRA adapters, which are merged before an export,", None),

@@ -65,7 +65,7 @@ def trained_warning(config: ModelConfig) -> str | None:
         return None
     return (
         f"Megatron-Bridge 0.6 trains the norms behind attention and MLP with epsilon {_POST_EPSILON:g}, and "
-        f"config.json has one for all norms, {config.layernorm_epsilon:g}: logits differ by about 1e-3 from those there"
+        f"config.json has one for all norms, {config.layernorm_epsilon:g}: logits differ by some 1e-3 from those there"
     )
 
 

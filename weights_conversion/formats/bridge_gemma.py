@@ -107,7 +107,7 @@ def warnings(config: ModelConfig) -> list[str]:
     return [
         f"Megatron-Bridge 0.6 computes the norms behind attention and MLP with epsilon {_POST_EPSILON:g}, whatever "
         f"layernorm_epsilon says (TERowParallelLinearLayerNorm in its models/common/te_layers.py); this model has "
-        f"{config.layernorm_epsilon:g}: pass eps=config.layernorm_epsilon there, or its logits are off by about 1e-3"
+        f"{config.layernorm_epsilon:g}: pass eps=config.layernorm_epsilon there, or its logits are off by some 1e-3"
     ]
 
 

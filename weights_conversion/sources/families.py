@@ -79,7 +79,7 @@ def read_features(args: Mapping[str, Any], names: Iterable[str], rows: int) -> F
         sinks=args.get("softmax_type") == "learnable" or _any(names, r"\.core_attention\.softmax_offset$"),
         sub_blocks=args.get("hybrid_layer_pattern") is not None,
         gated_delta=args.get("gated_delta") is not None or _any(names, r"\.self_attention\.in_proj\."),
-        post_norms=_any(names, r"\.post_layernorm\."),
+        post_norms=_any(names, r"\.linear_(proj|fc2)\.post_layernorm\."),
         window=None if reset and window is None else window is not None,
         theta=None if reset and theta == 1e4 else theta,
         epsilon=None if reset and epsilon == 1e-5 else epsilon,

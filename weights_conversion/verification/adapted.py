@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor
 
 from weights_conversion.architectures import FAMILIES
@@ -37,8 +39,8 @@ def with_deltas(weights: Weights, model: Model, source: Source) -> Weights:
 def _deltas(model: Model) -> dict[str, tuple[Delta, ...]]:
     """Of each stored tensor by the name that a forward pass asks for."""
     if not model.dialect.megatron:  # whole tensors, also where several parts are joined in one
-        inner = "model.language_model."  # of a repository around a text model
-        return {name.replace(inner, "model.", 1): deltas for name, deltas in model.added.items()}
+        around = re.compile(r"(model\.language_model|language_model\.model)\.")  # of a repository around a text model
+        return {around.sub("model.", name, count=1): deltas for name, deltas in model.added.items()}
     found: dict[str, tuple[Delta, ...]] = {}
     for instance in FAMILIES[model.config.family].instances(model.config):
         deltas = [placed.deltas for placed in model.placed.get(instance.key, ())]
