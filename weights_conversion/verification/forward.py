@@ -26,10 +26,9 @@ from weights_conversion.verification.state_space import mamba
 Stage = tuple[str, int | None, Tensor]
 """(sub-module, layer or None, output). The sub-modules are `embedding`, then per layer `attention_norm`, `attention`
 (behind the output projection; or a state space), `mlp_norm` (absent where falcon shares one norm), `mlp` and `layer`
-(with the residual; a layer that is one sub-block has the stages of that one), then `final_norm`, and per layer that
-predicts further tokens `joined`, the stages of a layer, and `prediction`; then `logits`. Outputs are float32 (prompts,
-length, hidden), logits (prompts, length, vocab). Norms behind attention and MLP: `attention_post_norm`,
-`mlp_post_norm`."""
+(with the residual; a layer that is one sub-block has the stages of that one), where there are norms behind them
+`attention_post_norm` and `mlp_post_norm`, then `final_norm`, and per layer that predicts further tokens `joined`, the
+stages of a layer, and `prediction`; then `logits`. Outputs are float32 (prompts, length, hidden or vocab)."""
 
 
 def default_prompts(config: ModelConfig, count: int = 3, length: int = 24) -> Tensor:
