@@ -33,7 +33,8 @@ from weights_conversion.formats.pickle_opcodes import (
 from weights_conversion.formats.pickle_quick import Quick
 from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Foreign, Storage, storage_of
 
-MAX_PICKLE_BYTES, CERTAIN = 64 << 20, 8  # hundreds of thousands of tensors; up to there arguments are surely whole
+MAX_PICKLE_BYTES = 64 << 20  # hundreds of thousands of tensors
+CERTAIN = 8  # bytes: further in front of the end, an argument of few bytes is whole
 
 
 def load(
