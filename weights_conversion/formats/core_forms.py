@@ -56,8 +56,12 @@ def checked(form: Form, config: ModelConfig) -> Form:
             "--hybrid-layer-pattern is not for models with a window on some layers yet: --window-attn-skip-freq counts "
             "its layers there, of which each of this model's is two"
         )
-    if config.mla is not None or config.mtp_num_layers:
-        raise ConversionError("--hybrid-layer-pattern is not for latent attention or multi-token prediction yet")
+    if config.mla is not None:
+        raise ConversionError("--hybrid-layer-pattern is not for latent attention yet")
+    if config.mtp_num_layers:
+        raise ConversionError(
+            "--hybrid-layer-pattern is not for layers that predict further tokens yet; --mtp drop leaves them out"
+        )
     return form
 
 
