@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -38,6 +38,7 @@ from weights_conversion.verification.sides import Model
 
 CHUNK_BYTES = 8 << 20
 THREADS_PER_WORKER = 2  # one reads while the other compares
+Item = tuple[Instance, tuple[int, int]]  # a parameter, and a range of its units
 
 
 @dataclass(frozen=True)
@@ -126,59 +127,75 @@ def stored_rows(model: Model, instance: Instance, units: tuple[int, int], config
     return [rows[:, 0] for rows in as_huggingface(model, op, count, numbers, config, Scratch())]
 
 
+class _Comparison:
+    """What several threads have compared so far: `result`, and the differences by tensor (`found`)."""
+
+    def __init__(self, pair: Pair, files: Source) -> None:
+        self.pair, self.files, self.result = pair, files, Exact()
+        self.found: dict[str, Difference] = {}
+        self.advance: Callable[[int], object] = lambda count: None
+        self._lock, self._local = threading.Lock(), threading.local()
+
+    def check(self, item: Item) -> None:
+        scratches = getattr(self._local, "scratches", None)
+        if scratches is None:
+            scratches = self._local.scratches = (Scratch(), Scratch())
+        for difference, nonfinite in _compare_chunk(self.pair, *item, self.files, scratches):
+            count = difference.shape[0] * difference.shape[1]
+            self.advance(count * difference.dtypes[0].itemsize)
+            with self._lock:
+                self._note(difference, nonfinite, count)
+
+    def _note(self, difference: Difference, nonfinite: tuple[int, int], count: int) -> None:
+        self.result.values += count
+        if any(nonfinite):
+            before = self.result.nonfinite.get(difference.tensor, (0, 0))
+            self.result.nonfinite[difference.tensor] = (before[0] + nonfinite[0], before[1] + nonfinite[1])
+        if difference.values or difference.rounded or difference.dtypes[0] != difference.dtypes[1]:
+            if difference.tensor in self.found:
+                self.found[difference.tensor].add(difference)
+            else:
+                self.found[difference.tensor] = difference
+
+
+class _Paced:
+    """A check that waits for the forward pass, and tells it what has been compared. `errors`: why it has stopped."""
+
+    def __init__(self, check: Callable[[Item], None], pace: Pace, parameters: list[Instance], work: list[Item]) -> None:
+        self._check, self._pace, self.errors = check, pace, list[Exception]()
+        self._left, self._lock = Counter(instance.key for instance, _ in work), threading.Lock()
+        for instance in parameters:
+            if not self._left[instance.key]:  # without values
+                pace.has_compared(instance)
+
+    def check(self, item: Item) -> None:
+        try:
+            self._pace.compares(item[0])
+            self._check(item)
+            with self._lock:
+                self._left[item[0].key] -= 1
+                last = not self._left[item[0].key]
+            if last:
+                self._pace.has_compared(item[0])
+        except Stopped:
+            raise
+        except Exception as error:
+            self.errors.append(error)
+            self._pace.stop()  # nobody waits for what does not come
+            raise
+
+
 def compare(pair: Pair, workers: int, pace: Pace | None = None) -> Exact:
     """Compares every tensor on `workers` pairs of threads. Memory: a few chunks for each of them.
 
     What is not in the page cache is read past it, unless a `pace` is given, by which somebody else reads it next.
     """
-    result, files = Exact(), Source(direct=Direct() if pace is None else None)
+    files = Source(direct=Direct() if pace is None else None)
     parameters = pair.parameters if pace is None else sorted(pair.parameters, key=pace.station)
     work = [(instance, units) for instance in parameters for units in pair.chunks(instance)]
-    left = Counter(instance.key for instance, _ in work)
-    found: dict[str, Difference] = {}
-    lock, local = threading.Lock(), threading.local()
-    errors: list[Exception] = []
-    for instance in parameters:
-        if pace is not None and not left[instance.key]:  # without values
-            pace.has_compared(instance)
-
-    def one(item: tuple[Instance, tuple[int, int]]) -> None:
-        if pace is None:
-            return check(item)
-        try:
-            pace.compares(item[0])
-            check(item)
-            with lock:
-                left[item[0].key] -= 1
-                last = not left[item[0].key]
-            if last:
-                pace.has_compared(item[0])
-        except Stopped:
-            raise
-        except Exception as error:
-            errors.append(error)
-            pace.stop()  # nobody waits for what does not come
-            raise
-
-    def check(item: tuple[Instance, tuple[int, int]]) -> None:
-        scratches = getattr(local, "scratches", None)
-        if scratches is None:
-            scratches = local.scratches = (Scratch(), Scratch())
-        for difference, nonfinite in _compare_chunk(pair, *item, files, scratches):
-            count = difference.shape[0] * difference.shape[1]
-            advance(count * difference.dtypes[0].itemsize)
-            with lock:
-                result.values += count
-                if any(nonfinite):
-                    before = result.nonfinite.get(difference.tensor, (0, 0))
-                    result.nonfinite[difference.tensor] = (before[0] + nonfinite[0], before[1] + nonfinite[1])
-                if difference.values or difference.rounded or difference.dtypes[0] != difference.dtypes[1]:
-                    if difference.tensor in found:
-                        found[difference.tensor].add(difference)
-                    else:
-                        found[difference.tensor] = difference
-
-    threads = torch.get_num_threads()
+    comparison = _Comparison(pair, files)
+    paced = None if pace is None else _Paced(comparison.check, pace, parameters, work)
+    result, threads = comparison.result, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         total = sum(
@@ -186,23 +203,23 @@ def compare(pair: Pair, workers: int, pace: Pace | None = None) -> Exact:
             for one in pair.parameters
         )
         with (
-            progress.bar(total, doing="comparing weights") as advance,
+            progress.bar(total, doing="comparing weights") as comparison.advance,
             ThreadPoolExecutor(workers * THREADS_PER_WORKER, thread_name_prefix="verify") as pool,
         ):
             try:
-                for _ in pool.map(one, work):
+                for _ in pool.map(comparison.check if paced is None else paced.check, work):
                     pass
             except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
-                if isinstance(error, Stopped) and errors:
-                    raise errors[0] from None
+                if isinstance(error, Stopped) and paced is not None and paced.errors:
+                    raise paced.errors[0] from None
                 raise
         for model, where in ((pair.source, result.source_copies), (pair.checkpoint, result.copies)):
             where += _copies(pair, model, files)
     finally:
         torch.set_num_threads(threads)
         files.close()
-    _settle(result, pair, found)
+    _settle(result, pair, comparison.found)
     return result
 
 
