@@ -44,8 +44,7 @@ def load(
     """The object in a pickle, tensors as StoredTensor and Namespaces as plain objects. Errors name `where`.
 
     `further` are inert stand-ins for globals that only this kind of file may name. `training`: it is a dict that
-    training wrote, in whose args and states (unlisted.py) globals of any name become Foreign. `storages` is
-    filled with the storages that it names, by key.
+    training wrote, in whose args and states (unlisted.py) globals of any name become Foreign; `storages` takes its own.
     """
     try:
         machine = _Machine(where, further, training, {} if storages is None else storages)
