@@ -20,7 +20,7 @@ OPTIONS = ROOT / "docs" / "options.md"
 FOREIGN = {
     "--cpus-per-task", "--signal", "--nodes", "--ntasks", "--ntasks-per-node", "--mem", "--mem-per-cpu", "--time",
     "--job-name", "--output", "--kill-on-bad-exit", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr",
-    "--dependency", "--master-port", "--rdzv-conf", "--load", "--save", "--rope-scaling-factor",
+    "--dependency", "--master-port", "--rdzv-conf", "--load", "--save", "--rope-scaling-factor", "--window-size",
     "--rotary-seq-len-interpolation-factor", "--shape", "--folder", "--settings", "--update", "--layers", "--only",
 }  # fmt: skip
 
