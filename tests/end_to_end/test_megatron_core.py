@@ -114,7 +114,7 @@ def run_jobs(folder: Path, jobs: Sequence[Job], core: Callable[..., Path], huggi
             check=False,
             stdout=output,
             stderr=output,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"},
             timeout=900,
         )
 

@@ -82,7 +82,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
         of["saved"] = base / f"saved-{number}"
         jobs.append({**job, "save": str(of["saved"]), "of": str(root), "hf": str(hf)})
     (base / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(
         [PYTHON, HARNESS, base / "jobs.json"], check=False, capture_output=True, text=True, env=environment, timeout=600
     )
