@@ -79,8 +79,7 @@ def _run(unit: list[str], options: argparse.Namespace) -> tuple[int, str]:
     child = subprocess.Popen([sys.executable, "-m", *unit], stdout=subprocess.PIPE, text=True, env=environment)
 
     def stop(number: int, _: object) -> None:
-        child.send_signal(number)
-        child.wait()
+        os.kill(child.pid, number)  # it ends by itself; to wait for it here would wait for the one who waits already
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
