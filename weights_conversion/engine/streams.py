@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weights_conversion.engine.behind import Behind
 from weights_conversion.engine.direct import Direct
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio, watch
@@ -24,6 +25,8 @@ from weights_conversion.layouts.plan import CHUNK_BYTES
 from weights_conversion.output import descriptors
 
 logger = logging.getLogger(__name__)
+
+LEAST_BEHIND = 1 << 20  # bytes of a write through the page cache that the disk is to begin with at once
 
 # Errors of a write that are not about how it was asked for.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS)
@@ -157,6 +160,7 @@ class Target:
         """`folder`: a descriptor of `root`, by which its files are then opened, whatever comes to that name later."""
         self._root, self._offsets, self._direct, self._folder = root, offsets, direct, folder
         self._files: dict[str, tuple[int, int | None]] = {}
+        self._behind: dict[str, Behind] = {}
         self._refused: set[int] = set()
         self._lock = threading.Lock()
 
@@ -179,7 +183,10 @@ class Target:
                 with self._lock:  # refused, in whatever words: from here on through the page cache
                     self._files[ref.file] = (cached, None)
                     self._refused.add(direct)  # other threads may be writing by it
-        _write_all(cached, view, position)
+        if len(view) < LEAST_BEHIND:
+            _write_all(cached, view, position)
+        else:
+            self._behind[ref.file].write(view, position)
 
     def _open(self, file: str) -> tuple[int, int | None]:
         with self._lock:
@@ -191,7 +198,7 @@ class Target:
                         direct = self._open_file(file, os.O_WRONLY | os.O_DIRECT)
                     except OSError:
                         logger.debug("%s: no direct writes here", file)
-                self._files[file] = (cached, direct)
+                self._files[file], self._behind[file] = (cached, direct), Behind(cached)
             return self._files[file]
 
     def _open_file(self, file: str, flags: int) -> int:
