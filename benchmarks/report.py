@@ -113,9 +113,9 @@ def sentence(result: Result) -> str:
     warm = summarise(result)["warm"]
     ours, copied, alone = warm["import-tp1"], warm["cp"], warm["raw-write"]["seconds"]
     return (
-        f"{result['bytes'] / 1e9:.1f} GB are imported in {ours['ratio_started']:.2f} of the time in which the disk "
-        f"alone writes as many ({alone:.1f} s), and {warm['start-up']['seconds']:.1f} s of start-up; "
-        f"`cp -r; sync` takes {copied['ratio']:.2f}"
+        f"{result['bytes'] / 1e9:.1f} GB are imported in {ours['ratio_started']:.2f} times what the disk alone takes "
+        f"to write as many ({alone:.1f} s), plus {warm['start-up']['seconds']:.1f} s of start-up; `cp -r; sync` takes "
+        f"{copied['ratio']:.2f} times"
     )
 
 
