@@ -13,12 +13,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import latent_models as lm
 import pytest
 import tiny_models as tm
 import torch
 import yaml
 from conftest import GOLDEN, Result
 from golden_core import COMMON, Reader, read_torch_dist, root_of
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 HYBRID = ("--hybrid-layer-pattern", "*-*-", "--spec", "megatron.core.models.hybrid.hybrid_layer_specs",
           "hybrid_stack_spec")  # fmt: skip
@@ -187,3 +189,16 @@ def test_bridge_alone_without_our_manifest(to_megatron, to_hf, tmp_path: Path) -
     one, two = (tm.read_json(p / "config.json") for p in (GOLDEN / "core-llama3" / "hf", tmp_path / "hf"))
     assert two["rope_scaling"].items() >= one["rope_scaling"].items()
     assert (two["rope_theta"], two["rms_norm_eps"]) == (one["rope_theta"], one["rms_norm_eps"])
+
+
+def test_fused_down_projections_are_saved_as_those_that_are_not(to_megatron, tmp_path: Path) -> None:
+    """As FusedMLASelfAttention.sharded_state_dict (megatron-core 0.19) does, with the states of its modules too."""
+    hf = lm.write(tmp_path / "hf", "deepseek-v3")
+    keys = []
+    for name, options in (("apart", ()), ("fused", ("--mla-down-proj-fusion",))):
+        out = ("--model-path", hf, "--out", tmp_path / name, "--target", "megatron-core")
+        to_megatron("deepseek-v3", *out, *options).succeeded()
+        (metadata,) = (tmp_path / name).rglob(".metadata")
+        keys.append(FileSystemReader(metadata.parent).read_metadata().state_dict_metadata.keys())
+    assert keys[0] == keys[1]
+    assert "decoder.layers.0.self_attention.linear_kv_down_proj._extra_state/shard_0_1" in keys[1]

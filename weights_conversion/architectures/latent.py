@@ -71,9 +71,9 @@ ATTENTION = (
 FUSED = "linear_qkv_down_proj"
 _PARTS = ("q_rank", "kv_down")
 _LIVE = {
-    "input_layernorm.weight": Part(f"self_attention.{FUSED}.layer_norm_weight", 0, ("hidden",)),
-    "self_attention.linear_q_down_proj.weight": Part(f"self_attention.{FUSED}.weight", 0, _PARTS),
-    "self_attention.linear_kv_down_proj.weight": Part(f"self_attention.{FUSED}.weight", 1, _PARTS),
+    "input_layernorm.weight": Part(f"self_attention.{FUSED}.layer_norm_weight", 0, ("hidden",), saved_apart=True),
+    "self_attention.linear_q_down_proj.weight": Part(f"self_attention.{FUSED}.weight", 0, _PARTS, saved_apart=True),
+    "self_attention.linear_kv_down_proj.weight": Part(f"self_attention.{FUSED}.weight", 1, _PARTS, saved_apart=True),
 }
 
 

@@ -32,9 +32,11 @@ class Part:
 
     The joined tensor `name` is `groups` (an axis) times the share of each part, in order: HF has it so once ("one": all
     of each part together) or head by head, and Megatron's ranks one after the other each hold their share of each part.
+    `saved_apart`: torch_dist also has the state of its module under the names of the modules that it stands for.
     """
 
     name: str
     at: int
     parts: tuple[str, ...]
     groups: str = "one"
+    saved_apart: bool = False

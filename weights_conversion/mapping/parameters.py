@@ -91,8 +91,9 @@ class ParamMapping:
 
     @property
     def module(self) -> str:
-        """The module that holds the parameter in a model that runs."""
-        return (self.megatron if self.live is None else self.live.name).rpartition(".")[0]
+        """The module that holds the parameter in a model that runs; or those whose names its state is saved under."""
+        name = self.megatron if self.live is None or self.live.saved_apart else self.live.name
+        return name.rpartition(".")[0]
 
     @property
     def per_layer(self) -> bool:
