@@ -153,6 +153,7 @@ def test_other_targets(target: str, to_megatron, tmp_path: Path) -> None:
          ["scaled only for full_attention"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 8.0}}}, ["yarn"]),
         ({"rope_parameters": {"full_attention": 3}}, ["rope_parameters"]),
+        ({**OLD, "rope_scaling": {"type": "linear", "factor": 8.0}}, ["'linear' and no rope_type", "rename type"]),
         ({"layer_types": ..., "sliding_window_pattern": 0}, ["sliding_window_pattern 0"]),
         ({"sliding_window": None}, ["no sliding_window"]),
         ({"attention_bias": True}, ["attention_bias"]),

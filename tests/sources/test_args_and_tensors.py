@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 import tiny_models as tm
 import torch
+
+from weights_conversion.config import Moe
+from weights_conversion.configs import core_foreign
 
 Made = Callable[..., Path]
 
@@ -89,6 +93,20 @@ def test_tensors_that_args_ask_for_and_are_not_there(
     export(to_hf, root, tmp_path / "out", *options).refused(*words)
     to_megatron("llama3", "--model-path", root, "--out", tmp_path / "to").refused(*words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arg", ["moe_router_enable_expert_bias", "moe_shared_expert_gate"])
+def test_args_of_experts_mean_nothing_without_them(arg: str, saying: Made, to_hf, tmp_path: Path) -> None:
+    export(to_hf, saying("qwen3", "torch_dist", **{arg: True}), tmp_path / "out").succeeded()
+
+
+def test_a_gate_means_nothing_without_shared_experts() -> None:
+    moe = Moe(num_experts=4, ffn_hidden_size=8, topk=2, layers=(True,))
+    names, args = {"decoder.layers.0.mlp.router.weight"}, {"moe": moe, "moe_shared_expert_gate": True}
+    assert core_foreign.contradicted(names, args, Path("x")) == ([], [])
+    args["moe"] = dataclasses.replace(moe, shared_ffn_hidden_size=8)
+    (problem,), _ = core_foreign.contradicted(names, args, Path("x"))
+    assert "moe_shared_expert_gate True, but it holds no tensor *.shared_experts.gate_weight" in problem
 
 
 @pytest.mark.parametrize("form", ["torch", "torch_dist"])

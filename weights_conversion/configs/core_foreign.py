@@ -106,7 +106,7 @@ def contradicted(names: Collection[str], args: Mapping[str, Any], folder: Path) 
         if stated is None or (latent and arg == "qk_layernorm"):
             continue
         there = next((name for name in sorted(names) if name.endswith(end)), None)
-        if stated and there is None and _may_have(arg, names):
+        if stated and there is None and _may_have(arg, args, names):
             problems.append(
                 f"the args of {folder} say {arg} {stated!r}, but it holds no tensor *{end}: was the copy complete, and "
                 f"are they this model's args? If it has none, set {arg} to False in the checkpoint"
@@ -116,10 +116,12 @@ def contradicted(names: Collection[str], args: Mapping[str, Any], folder: Path) 
     return problems, warnings
 
 
-def _may_have(arg: str, names: Collection[str]) -> bool:
-    """Whether the model has what the arg is about."""
-    part = ".mlp." if arg.startswith("moe_") else ".linear_qkv."
-    return any(part in name for name in names)
+def _may_have(arg: str, args: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Whether the model has what the arg is about: experts' args mean nothing without experts, or a shared one."""
+    if not arg.startswith("moe_"):
+        return any(".linear_qkv." in name for name in names)
+    moe = args.get("moe")
+    return moe is not None and (arg != "moe_shared_expert_gate" or moe.shared_ffn_hidden_size > 0)
 
 
 def foreign_to_family(args: Mapping[str, Any], family: str, folder: Path) -> list[str]:

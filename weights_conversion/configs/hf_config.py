@@ -117,6 +117,7 @@ def _kinds(layer_types: Any) -> set[str]:
 def with_rope(family: str, raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """`raw` with the rope that its class takes where none is stated, and one rope alone in rope_parameters."""
     if class_of(family).local_rope:
+        local_rope.check_spelling(raw, where)
         return local_rope.flat(raw, where)
     default = class_of(family).rope
     if default is None or any(raw.get(key) for key in rope.KEYS):

@@ -15,6 +15,17 @@ from weights_conversion.errors import ConversionError
 FULL, LOCAL = "full_attention", "sliding_attention"  # the keys of rope_parameters, by the kind of layers
 _KEY, _SCALAR, _PATTERN = "rope_local_base_freq", "query_pre_attn_scalar", "sliding_window_pattern"
 _POST_EPSILON = 1e-5  # of norms behind attention and MLP in Megatron-Bridge
+_PLAIN = (None, "default")
+
+
+def check_spelling(raw: Mapping[str, Any], where: str) -> None:
+    """Raises ConversionError for a scaling whose kind transformers 5 does not read: it sets rope_type before."""
+    scaling = raw.get("rope_scaling")
+    if isinstance(scaling, Mapping) and scaling.get("rope_type") is None and scaling.get("type") not in _PLAIN:
+        raise ConversionError(
+            f"{where} has rope_scaling with type {scaling['type']!r} and no rope_type, which transformers 4 reads as "
+            "that, and 5 as no scaling; rename type to rope_type"
+        )
 
 
 def flat(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
