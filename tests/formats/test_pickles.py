@@ -42,3 +42,17 @@ def test_few_bytes_take_little_memory(name: str) -> None:
 def test_unpickler_allocates_what_is_claimed(name: str) -> None:
     """Which is why the machine is not built on it."""
     assert peak(lambda: pickle.loads(CRAFTED[name])) >= 1 << 26
+
+
+SHARED = b"(" + b"N" * 2000 + b"tq\x01"  # a tuple of 2000, which a few bytes each pass to a call
+
+
+@pytest.mark.parametrize(("function", "training"), [(b"csignal\nSignals\n", False), (b"cmegatron\nAny\n", True)])
+def test_calls_of_a_shared_tuple_take_no_square_of_the_time(
+    function: bytes, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call goes through its arguments: they are counted, for 60 kB could take half a minute, and 1 MB hours."""
+    monkeypatch.setattr(pickles, "BYTES_AT_LEAST", 0)
+    data = b"\x80\x02" + function + b"q\x00" + SHARED + b"0" + b"h\x00h\x01R0" * 2000 + b"N."
+    with pytest.raises(ConversionError, match="far more objects"):
+        pickles.load(data, "x.pt", training=training)

@@ -81,6 +81,25 @@ def test_halves_that_are_exchanged(source: Path, tmp_path: Path, to_megatron) ->
     assert "the halves of eh_proj are exchanged" in said.out
 
 
+@pytest.mark.parametrize("ones", [True, False])
+def test_the_norm_behind_one_is_another(source: Path, tmp_path: Path, to_megatron, ones: bool) -> None:
+    """Its output are no logits, which have another width."""
+    out = tmp_path / "out"
+    other = lm.write(tmp_path / "hf", mtp=2)
+    to_megatron("deepseek-v3", "--model-path", source, "--out", out).succeeded()
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.4.shared_head.norm.weight"
+        tensors[name] = torch.ones_like(tensors[name]) if ones else tensors[name] * 3
+
+    lm.edit_tensors(other, change)
+    said = run("weights_conversion.verify", out, other)
+    assert said.code == 1
+    assert "the sides part at layer 4 prediction" in said.out
+    assert ("the norm's weights are all ones" in said.out) == ones
+    assert not said.err
+
+
 def test_rounded_alike(source: Path, tmp_path: Path, to_megatron) -> None:
     whole = lm.write(tmp_path / "hf", mtp=1, dtype=torch.float32)
     for number, layout in enumerate(((), STAGES)):

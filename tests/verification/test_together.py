@@ -123,6 +123,30 @@ def test_an_interrupt_stops_both(two: Pair, monkeypatch: pytest.MonkeyPatch) -> 
     assert two.config.num_layers - 1 not in begun
 
 
+def test_an_interrupt_before_the_pass_begins_stops_the_comparison(
+    two: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Which waits for the pass, and would wait for ever."""
+    begun, failsafe = [], []
+    compared = exact._compare_chunk
+
+    def noted(pair: Pair, instance: Any, *rest: Any) -> Any:
+        begun.append(instance.layer)
+        return compared(pair, instance, *rest)
+
+    def interrupted(pair: Pair, workers: int, pace: Pace, *_: Any) -> Any:
+        failsafe.append(threading.Timer(20, pace.free))
+        failsafe[0].start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exact, "_compare_chunk", noted)
+    monkeypatch.setattr(together, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        together.compare(two, 2)
+    failsafe[0].cancel()
+    assert two.config.num_layers - 1 not in begun
+
+
 def test_alone_it_reads_past_the_cache(
     two: Pair, sources: Any, imported: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

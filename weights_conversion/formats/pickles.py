@@ -273,9 +273,9 @@ class _Machine(Quick):
             return made
         if function is self._arguments:
             return self._arguments()
-        for argument in arguments:
-            if isinstance(argument, (list, tuple, dict, set)):  # which a stand-in may copy
-                self._spend(8 * len(argument))
+        for group in (arguments, *arguments):  # which a pickle may pass any number of times, and a stand-in copy
+            if isinstance(group, (list, tuple, dict, set)):
+                self._spend(8 * len(group))
         return function(*arguments)
 
     def _op_BUILD(self, _: Any) -> None:

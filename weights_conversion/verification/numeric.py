@@ -161,7 +161,7 @@ class Causes:
             return self._layer(stage, layer, hidden)
         if stage == "embedding":
             return self._embedding(tokens)
-        return self._end(stage, hidden, found)
+        return self._end(stage, layer, hidden, found)
 
     def _layer(self, stage: str, layer: int, hidden: Tensor) -> str | None:
         wanted = self.of_source.layer(layer, hidden)
@@ -241,10 +241,10 @@ class Causes:
                 return sentence
         return None
 
-    def _end(self, stage: str, hidden: Tensor, found: Tensor) -> str | None:
+    def _end(self, stage: str, layer: int | None, hidden: Tensor, found: Tensor) -> str | None:
         """`hidden` is the last agreed state: the last layer's output, or the final norm's."""
-        if stage == "final_norm":
-            name = self.of_checkpoint.convention.names_for(self.of_checkpoint.config).final_norm
+        if stage in ("final_norm", "prediction"):
+            name = predicting.norm_of(self.of_checkpoint.convention, self.of_checkpoint.config, layer)
             ones = bool((self.of_checkpoint.weights(name, None) == 1).all())
             return "the norm's weights are all ones, as they are before a model is loaded" if ones else None
         wanted = _logits(self.of_source, hidden)

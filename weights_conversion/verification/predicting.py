@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weights_conversion.config import ModelConfig
+from weights_conversion.verification.conventions import Convention
 
 # Families whose prediction layers are like their last layer, with two norms and a projection in front of it.
 _FAMILIES = frozenset({"deepseek-v3", "glm4-moe", "glm4-moe-lite", "qwen3-next", "qwen3.5", "qwen3.5-moe"})
@@ -58,3 +59,11 @@ def numbers(title: str, config: ModelConfig) -> range:
     """The prediction layers that are run, counted on behind the last layer."""
     count = config.mtp_num_layers if names_of(title, config) is not None else 0
     return range(config.num_layers, config.num_layers + count)
+
+
+def norm_of(convention: Convention, config: ModelConfig, index: int | None) -> str:
+    """The stored name of the norm behind prediction layer `index`, or (None) behind the model's own layers."""
+    names = names_of(convention.title, config)
+    if index is None or names is None:
+        return convention.names_for(config).final_norm
+    return names.prefix(config, index) + names.norm

@@ -24,10 +24,14 @@ def compare(pair: Pair, workers: int) -> tuple[Exact, Numeric]:
     """What exact.compare and numeric.compare find. An error of the comparison is raised before one of the pass."""
     pace = Pace(pair.config.num_layers, pair.parameters)
     with one_thread_each(), ThreadPoolExecutor(1, thread_name_prefix="proof") as pool:
-        compared = pool.submit(copy_context().run, exact.compare, pair, workers, pace)
-        compared.add_done_callback(lambda done: pace.free() if done.exception() is None else pace.stop())
-        ran = _run(pair, workers, pace, compared)
-        return compared.result(), ran
+        try:
+            compared = pool.submit(copy_context().run, exact.compare, pair, workers, pace)
+            compared.add_done_callback(lambda done: pace.free() if done.exception() is None else pace.stop())
+            ran = _run(pair, workers, pace, compared)
+            return compared.result(), ran
+        except BaseException:  # an interrupt may come at any moment: who still compares is not waited for
+            pace.stop()
+            raise
 
 
 def _run(pair: Pair, workers: int, pace: Pace, compared: Future[Exact]) -> Numeric:
@@ -36,9 +40,6 @@ def _run(pair: Pair, workers: int, pace: Pace, compared: Future[Exact]) -> Numer
     except Exception:
         pace.free()
         compared.result()  # raises its own error, should it have one
-        raise
-    except BaseException:
-        pace.stop()
         raise
     pace.free()
     return ran
