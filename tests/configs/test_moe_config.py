@@ -124,6 +124,7 @@ def test_through_args(family: str) -> None:
     ("family", "changes", "expected"),
     [
         ("qwen3-moe", {"num_experts": ..., "num_local_experts": 4}, {}),
+        ("qwen3-moe", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}, {}),  # Coder's
         ("mixtral", {"num_experts": 4, "num_local_experts": ...}, {}),
         ("glm4-moe", {"n_routed_experts": ..., "num_local_experts": 4}, {}),
         ("qwen3-moe", {"norm_topk_prob": ...}, {"pre_softmax": True}),
@@ -166,6 +167,7 @@ def test_keys_of_other_models(family: str, changes: dict[str, Any], expected: di
         ("qwen3-moe", {"num_experts": 0}, ["num_experts 0"]),
         ("qwen3-moe", {"num_experts_per_tok": 5}, ["5 experts per token"]),
         ("qwen3-moe", {"num_experts_per_tok": 1}, ["1 expert per token"]),
+        ("qwen3-moe", {"use_qk_norm": False}, ["use_qk_norm False", "qwen3-moe models have True"]),
         ("qwen3-moe", {"attention_bias": True}, ["attention_bias True", "output a bias", "add_bias_linear"]),
         ("qwen2-moe", {"use_sliding_window": True}, ["use_sliding_window", "releases of transformers differ"]),
         ("qwen3-moe", {"use_sliding_window": 1.5, "sliding_window": 16}, ["use_sliding_window 1.5"]),

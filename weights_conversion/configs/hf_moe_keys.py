@@ -98,7 +98,8 @@ QWEN3_MOE = ConfigClass(
         "num_experts_per_tok": 8,
         "num_experts": 128,
     },
-    {"hidden_act": SILU, "attention_bias": OFF},
+    # Qwen3-Coder's files say that q and k have norms, as they have in every model of this class
+    {"hidden_act": SILU, "attention_bias": OFF, "use_qk_norm": (True, None)},
     # 5.24 writes the second alone, which 4.57 does not know
     aliases=(("num_experts", "num_local_experts"),),
     idle=IDLE,
