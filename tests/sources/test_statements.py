@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpt_oss_models as gpt_oss
 import pytest
 import tiny_models as tm
 import torch
@@ -22,6 +23,7 @@ SIZES = {
     "qk_layernorm": True, "add_qkv_bias": False, "normalization": "RMSNorm", "add_bias_linear": False,
     "params_dtype": "torch.bfloat16", "bf16": True, "attention_backend": "AttnBackend.auto", "window_size": None,
 }  # fmt: skip
+KINDS = (type(None), bool, int, float, str, list)
 ROPE = {"rotary_base": QWEN.theta, "max_position_embeddings": QWEN.max_positions}
 
 
@@ -141,3 +143,32 @@ def test_another_programs_args_json(trained, to_hf, tmp_path: Path) -> None:
     root = trained()
     (root / "args.json").write_text('{"learning_rate": 1e-5, "hidden_size": 3}')
     assert "args.json" not in export(to_hf, root, tmp_path / "out").succeeded().text
+
+
+@pytest.mark.parametrize("file", ["args.json", "run_config.yaml"])
+def test_a_file_that_repeats_the_args_is_none(file: str, trained, to_hf, tmp_path: Path) -> None:
+    """Where tensors outweigh the checkpoint's own args, they outweigh a copy of these too."""
+    root = trained(qk_layernorm=False)
+    FILES[file](root, SIZES | ROPE | {"qk_layernorm": False})
+    said = export(to_hf, root, tmp_path / "out").succeeded().text
+    assert "the args say qk_layernorm False" in said
+    assert file not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacking"),
+    [({"add_qkv_bias": False}, ()), ({}, ("yarn_correction_range_round_to_int", "yarn_beta_fast", "yarn_beta_slow"))],
+    ids=["biases of all linear layers", "no place for yarn's range"],
+)
+def test_other_words_for_a_gpt_oss(
+    changes: dict[str, Any], lacking: tuple[str, ...], to_megatron, to_hf, tmp_path: Path
+) -> None:
+    line = ("gpt-oss", "--model-path", gpt_oss.write(tmp_path / "hf"), "--out", tmp_path / "mt")
+    to_megatron(*line, "--target", "megatron-core", "--ckpt-format", "torch_dist").succeeded()
+    (tmp_path / "mt" / "conversion_manifest.json").unlink()
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        args = vars(torch.load(tmp_path / "mt" / "release" / "common.pt", weights_only=True)["args"])
+    plain = {name: value for name, value in args.items() if name not in lacking and type(value) in KINDS}
+    (tmp_path / "mt" / "args.json").write_text(json.dumps(plain | changes))
+    said = export(to_hf, tmp_path / "mt", tmp_path / "out").succeeded().text
+    assert "args.json" not in said

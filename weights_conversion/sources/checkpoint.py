@@ -99,7 +99,7 @@ def open_checkpoint(
     if mtp == further.DROP:
         files, left = further.without_in_files(files)
         notes.append(left)
-    shown = _contradicted(files)
+    shown, stored = _contradicted(files), files.args
     model = _family(model, files, said, root, true_vocab_size, notes, flags, model_type)
     files, told = _expressible(files, model, flags, root, compared=compared)
     counted = count(files, true_vocab_size, said, reference_rows, may_grow=may_grow)
@@ -108,7 +108,7 @@ def open_checkpoint(
     fields = manifest.model_fields(said) if said else None
     resolved = megatron_args.resolve(model, args, fields, flags, counted.vocabulary.tokens)
     warnings = [*passed_over(files.args, root), *shown, *counted.warnings, *_warnings(files, resolved, args, said)]
-    problems, others = statements.contradictions(files, resolved)
+    problems, others = statements.contradictions(files, resolved, stored)
     if problems and not compared:
         raise ConversionError(*problems)
     warnings += [*others, *problems]

@@ -26,13 +26,19 @@ _SIZES = ("num_layers", "hidden_size")  # what is no statement of a transformer 
 # Fields that change no number that a short text is given (and that training may have set), or that other checks have.
 _OF_NO_CONSEQUENCE = frozenset({"max_position_embeddings"})
 _ELSEWHERE = frozenset({"num_layernorms", "mtp_num_layers", "hybrid_layer_pattern", "mamba"})
+_OF_YARN = (
+    ("truncate", "yarn_correction_range_round_to_int"), ("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")
+)  # fmt: skip
 _FLAGS = ("rope_theta", "rope_scaling_factor", "layernorm_epsilon", "sliding_window")
 
 
-def contradictions(files: MegatronFiles, resolved: megatron_args.Resolved) -> tuple[list[str], list[str]]:
+def contradictions(
+    files: MegatronFiles, resolved: megatron_args.Resolved, stored: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
     """(problems, warnings): what files beside the checkpoint state otherwise than `resolved`.
 
-    A value that a flag decides is none. A file that is not understood is a warning.
+    A value that a flag decides is none, nor one that the checkpoint's own args (`stored`, normalised) have too: then
+    tensors or a manifest outweigh both. A file that is not understood is a warning.
     """
     problems: list[str] = []
     warnings: list[str] = []
@@ -48,8 +54,8 @@ def contradictions(files: MegatronFiles, resolved: megatron_args.Resolved) -> tu
             warnings.append(f"{path} states a model too, which is not compared: {str(error)[:300]}")
             continue
         for name, said, used in _differing(stated, args, resolved.config):
-            origin = resolved.origins.get(name, "args")
-            if origin != "flag":
+            origin, arg = resolved.origins.get(name, "args"), megatron_args.NAMES[name]
+            if origin != "flag" and not (arg in stored and stored[arg] == args.get(arg)):
                 (warnings if name in _OF_NO_CONSEQUENCE else problems).append(_sentence(path, name, said, used, origin))
     return problems, warnings
 
@@ -76,16 +82,26 @@ def _differing(
         if field == "sliding_window" and name in args:
             said = said or 0
             used = used or 0
+        if field == "add_qkv_bias" and said is False:  # biases of all linear layers are theirs too
+            said = bool(stated.get("add_bias_linear"))
         if said is None or field in _ELSEWHERE or (field == "num_query_groups" and not grouped):
             continue
         if field == "ffn_hidden_size" and config.moe is not None and features.has_one_size(config.family):
             continue
         if isinstance(said, RopeScaling):
             said = rope_core.completed(said, config.rope_scaling, latent=config.mla is not None)
+            said = _stated_yarn(said, stated, config.rope_scaling)
         if isinstance(said, Moe) and config.moe is not None:
             said = _stated_experts(said, stated, config.moe)
         if said != used:
             yield field, said, used
+
+
+def _stated_yarn(said: RopeScaling, stated: Mapping[str, Any], used: RopeScaling | None) -> RopeScaling:
+    """`said`, with `used` where the file has no place for a field of yarn: not every wrapper stores each."""
+    if used is None or isinstance(stated.get("rope_scaling"), Mapping):
+        return said
+    return dataclasses.replace(said, **{field: getattr(used, field) for field, arg in _OF_YARN if arg not in stated})
 
 
 def _stated_experts(said: Moe, stated: Mapping[str, Any], used: Moe) -> Moe:
