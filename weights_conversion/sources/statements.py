@@ -97,9 +97,11 @@ def _differing(
             yield field, said, used
 
 
-def _stated_yarn(said: RopeScaling, stated: Mapping[str, Any], used: RopeScaling | None) -> RopeScaling:
+def _stated_yarn(
+    said: RopeScaling | None, stated: Mapping[str, Any], used: RopeScaling | None
+) -> RopeScaling | None:  # fmt: skip
     """`said`, with `used` where the file has no place for a field of yarn: not every wrapper stores each."""
-    if used is None or isinstance(stated.get("rope_scaling"), Mapping):
+    if said is None or used is None or isinstance(stated.get("rope_scaling"), Mapping):
         return said
     return dataclasses.replace(said, **{field: getattr(used, field) for field, arg in _OF_YARN if arg not in stated})
 
