@@ -100,6 +100,25 @@ def test_the_norm_behind_one_is_another(source: Path, tmp_path: Path, to_megatro
     assert not said.err
 
 
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_a_norm_within_a_layer_is_another(source: Path, tmp_path: Path, to_megatron, norm: str, layer: int) -> None:
+    """Of a dense layer, one with experts, and one that predicts: no cause that is looked for asks for a tensor that
+    such a layer calls otherwise, which would be an error."""
+    out = tmp_path / "out"
+    other = lm.write(tmp_path / "hf", mtp=2)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"model.layers.{layer}.{norm}.weight"].fill_(1)
+
+    lm.edit_tensors(other, change)
+    to_megatron("deepseek-v3", "--model-path", other, "--out", out).succeeded()
+    said = run("weights_conversion.verify", source, out)
+    assert (said.code, said.err) == (1, "")
+    assert f"the sides part at layer {layer} " in said.out
+    assert "the norm's weights are all ones" in said.out
+
+
 def test_rounded_alike(source: Path, tmp_path: Path, to_megatron) -> None:
     whole = lm.write(tmp_path / "hf", mtp=1, dtype=torch.float32)
     for number, layout in enumerate(((), STAGES)):

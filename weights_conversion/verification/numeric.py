@@ -12,12 +12,14 @@ from torch import Tensor
 from weights_conversion.config import ModelConfig
 from weights_conversion.engine import progress
 from weights_conversion.engine.streams import Source
+from weights_conversion.errors import ConversionError
 from weights_conversion.verification import forward, linear, predicting
 from weights_conversion.verification.conventions import CONVENTIONS, Convention, block_of
 from weights_conversion.verification.forward import Weights
 from weights_conversion.verification.reached import Read
 from weights_conversion.verification.sides import NUMBER_FIELDS, Model, shown
 from weights_conversion.verification.stored import head_of, rounded, weights_of
+from weights_conversion.verification.unloaded import SENTENCE, is_unloaded
 
 # Float32 sums in another order differ by about 1e-6 of the spread of values; mistakes of layout by the spread itself.
 BOUND = 1e-3
@@ -173,20 +175,23 @@ class Causes:
         for sentence, runner in _conventions(self.of_source):
             if self._agrees(runner, layer, hidden, wanted, stage):
                 return f"{sentence} (in the source)"
-        name = _norm_name(self.of_checkpoint, stage, layer)
-        start = 0 if self.of_checkpoint.config.layernorm_zero_centered_gamma else 1  # before a model is loaded
-        if name and bool((self.of_checkpoint.weights(name.format(layer), None) == start).all()):
-            return "the norm's weights are all ones, as they are before a model is loaded"
-        return None
+        return self._unloaded(stage, layer)
+
+    def _unloaded(self, stage: str, layer: int | None) -> str | None:
+        run = self.of_checkpoint
+        return SENTENCE if is_unloaded(run.config, run.convention, run.weights, stage, layer) else None
 
     def _agrees(self, runner: Runner, index: int, hidden: Tensor, wanted: dict[str, Tensor], until: str) -> bool:
-        """Whether all stages agree as far as `until`."""
+        """Whether all stages agree as far as `until`. What asks for tensors that a model has not does not fit it."""
         stages = forward.layer(runner.config, runner.convention, runner.weights, index, hidden, runner.positions)
-        for stage, _, output in stages:
-            if stage not in wanted or error_of(wanted[stage], output) > BOUND:
-                return False
-            if stage == until:
-                return True
+        try:
+            for stage, _, output in stages:
+                if stage not in wanted or error_of(wanted[stage], output) > BOUND:
+                    return False
+                if stage == until:
+                    return True
+        except ConversionError:
+            pass
         return False
 
     def _hypotheses(self, layer: int) -> Iterator[tuple[str, Runner, int]]:
@@ -244,9 +249,7 @@ class Causes:
     def _end(self, stage: str, layer: int | None, hidden: Tensor, found: Tensor) -> str | None:
         """`hidden` is the last agreed state: the last layer's output, or the final norm's."""
         if stage in ("final_norm", "prediction"):
-            name = predicting.norm_of(self.of_checkpoint.convention, self.of_checkpoint.config, layer)
-            ones = bool((self.of_checkpoint.weights(name, None) == 1).all())
-            return "the norm's weights are all ones, as they are before a model is loaded" if ones else None
+            return self._unloaded(stage, layer)
         wanted = _logits(self.of_source, hidden)
         for sentence, runner in self._ranks():
             if error_of(wanted, _logits(runner, hidden)) <= BOUND:
@@ -288,12 +291,3 @@ def _conventions(runner: Runner) -> Iterator[tuple[str, Runner]]:
 def _layer_names(runner: Runner) -> tuple[str, ...]:
     names = runner.convention.names_for(runner.config)
     return (*names.qkv, *names.qkv_bias, names.dense, *names.mlp_in, names.mlp_out)
-
-
-def _norm_name(runner: Runner, stage: str, layer: int) -> str | None:
-    names, delta = runner.convention.names_for(runner.config), runner.config.gated_delta
-    linear_layer = delta is not None and layer < len(delta.layers) and delta.layers[layer]
-    before = names.delta.before if linear_layer and names.delta is not None else names.attention_norm
-    behind = {"attention_post_norm": names.after_attention, "mlp_post_norm": names.after_mlp}
-    name = ({"attention_norm": before, "mlp_norm": names.mlp_norm} | behind).get(stage)
-    return names.layer + name if name else None
