@@ -24,6 +24,7 @@ ELSEWHERE = {
     r"python3 -m venv \.venv && ": "CI runs these two word for word in an empty clone",
     r"hf auth login$": "needs an account",
     r"python -m benchmarks\.run ": "measures a disk; its own --help is asked for below",
+    r"python -m benchmarks\.report ": "writes what was measured into these pages",
 }
 
 

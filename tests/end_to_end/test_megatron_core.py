@@ -712,7 +712,7 @@ def edit_common(root: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 def as_bridge(root: Path) -> None:
     """Takes the args out, as Megatron-Bridge has none."""
     folder = iteration_folder(root)
-    common = {"checkpoint_version": 3.0, "iteration": int(folder.name.removeprefix("iter_"))}
+    common = {"checkpoint_version": 3.0, "iteration": 0 if folder.name == "release" else int(folder.name[5:])}
     torch.save(common | {"content_metadata": {"singleton_local_shards": False}}, folder / "common.pt")
 
 

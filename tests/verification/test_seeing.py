@@ -75,15 +75,18 @@ def test_a_picture(parted, tmp_path: Path) -> None:
 def test_progress_lines_in_a_log(sources, imported, to_hf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     found = run(VERIFY, sources("llama2"), sources("llama2"))
-    assert "comparing weights: " in found.err
     assert "running both models: 4 of 4 steps, 0 s left" in found.err
+    assert "comparing weights: " not in found.err  # beside the forward pass, which is at most a layer behind
+    alone = run(VERIFY, sources("llama2"), sources("llama2"), "--exact-only")
+    assert "comparing weights: " in alone.err
     done = to_hf("--input_dir", imported("llama2"), "--output_dir", tmp_path / "hf", "--verify").succeeded()
-    assert [kind in done.err for kind in ("converting: ", "comparing weights: ", "running both models: ")] == [True] * 3
-    assert "0.00 GB/s" not in done.text + found.text
+    assert [kind in done.err for kind in ("converting: ", "running both models: ")] == [True] * 2
+    assert "0.00 GB/s" not in done.text + found.text + alone.text
 
 
 def test_a_bar_on_a_terminal(sources, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
     found = run(VERIFY, sources("llama2"), sources("llama2")).succeeded()
-    assert "comparing weights: 100%" in found.err
     assert "running both models: 100%" in found.err
+    found = run(VERIFY, sources("llama2"), sources("llama2"), "--exact-only").succeeded()
+    assert "comparing weights: 100%" in found.err
