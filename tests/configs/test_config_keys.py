@@ -169,6 +169,12 @@ def test_values_that_ask_for_nothing(to_megatron, to_hf, tmp_path: Path) -> None
         ({"sliding_window": 4096}, "sliding_window 4096"),
         ({"qk_norm": True}, "qk_norm True"),
         ({"head_dim": 32}, "head_dim 32"),
+        ({"n_layers": -60}, "n_layers -60"),
+        ({"n_layers": 0}, "n_layers 0"),
+        ({"n_heads": -8}, "n_heads -8"),
+        ({"n_kv_heads": -4}, "n_kv_heads -4"),
+        ({"norm_eps": -1e-5}, "norm_eps -1e-05"),
+        ({"rope_theta": -1.0}, "rope_theta -1.0"),
         ({"quantization_args": {"group_size": 32}}, "quantization_args"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,12 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
         )
     except (KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConversionError(f"{where} lacks or garbles a field ({type(error).__name__}: {error})") from error
+    sizes = {
+        "dim": hidden, "n_layers": config.num_layers, "n_heads": heads, "n_kv_heads": config.num_query_groups,
+        "norm_eps": config.layernorm_epsilon, "rope_theta": config.rope_theta,
+    }  # fmt: skip
+    if wrong := [f"{key} {raw[key]!r}" for key, size in sizes.items() if not (size > 0 and math.isfinite(size))]:
+        raise ConversionError(f"{where} has {', '.join(wrong)}, where a positive number was expected")
     stated = raw.get("vocab_size", -1)
     if stated not in (-1, None, embedding.rows):
         raise ConversionError(f"{where} says vocab_size {stated}, tok_embeddings.weight has {embedding.rows} rows")
