@@ -58,12 +58,7 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
         )
     except (KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConversionError(f"{where} lacks or garbles a field ({type(error).__name__}: {error})") from error
-    sizes = {
-        "dim": hidden, "n_layers": config.num_layers, "n_heads": heads, "n_kv_heads": config.num_query_groups,
-        "norm_eps": config.layernorm_epsilon, "rope_theta": config.rope_theta,
-    }  # fmt: skip
-    if wrong := [f"{key} {raw[key]!r}" for key, size in sizes.items() if not (size > 0 and math.isfinite(size))]:
-        raise ConversionError(f"{where} has {', '.join(wrong)}, where a positive number was expected")
+    _check_sizes(config, raw, where)
     stated = raw.get("vocab_size", -1)
     if stated not in (-1, None, embedding.rows):
         raise ConversionError(f"{where} says vocab_size {stated}, tok_embeddings.weight has {embedding.rows} rows")
@@ -72,3 +67,13 @@ def read_params(family: str, raw: Mapping[str, Any], tensors: Mapping[str, Place
             raise ConversionError(f"{where} says {key} {raw[key]!r}, but its model has {found}")
     check_heads(config, own_head_dim=False, where=where)
     return config
+
+
+def _check_sizes(config: ModelConfig, raw: Mapping[str, Any], where: str) -> None:
+    """Raises ConversionError where a size or number of params.json is not positive."""
+    sizes = {
+        "dim": config.hidden_size, "n_layers": config.num_layers, "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_query_groups, "norm_eps": config.layernorm_epsilon, "rope_theta": config.rope_theta,
+    }  # fmt: skip
+    if wrong := [f"{key} {raw.get(key)!r}" for key, size in sizes.items() if not (size > 0 and math.isfinite(size))]:
+        raise ConversionError(f"{where} has {', '.join(wrong)}, where a positive number was expected")
