@@ -100,6 +100,15 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory, core, huggingface) -> 
     return result
 
 
+def run_harness(harness: Path, jobs: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Does all `jobs` by one start of a harness beside this folder, which says what they are."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
+    command = [PYTHON, harness, folder / "jobs.json"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def run_jobs(folder: Path, jobs: Sequence[Job], core: Callable[..., Path], huggingface: Callable[[str], Path]) -> None:
     """Starts megatron-core once; job N leaves FOLDER/N or FOLDER/ERROR-N.txt."""
     lines = []

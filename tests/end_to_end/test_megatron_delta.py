@@ -7,7 +7,6 @@ MEGATRON_CORE_PYTHON may name an interpreter that has it.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -23,7 +22,7 @@ from conftest import run
 from delta_models import DELTAS
 from doubled import transformers_logits
 from safetensors.torch import load_file
-from test_megatron_core import PYTHON, TOLERANCE
+from test_megatron_core import PYTHON, TOLERANCE, run_harness
 from test_megatron_gpt_oss import without
 
 HARNESS = Path(__file__).parents[1] / "megatron_stock.py"
@@ -108,12 +107,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Case]
                     lacking = Case(hf, Path(f"{root}{flag}.pt"), base, without(case.flags, flag))
                     cases[layout, flag] = lacking
                     jobs.append({**job, "flags": lacking.flags, "out": str(lacking.out), "may_stop": True})
-    (base / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(
-        [PYTHON, HARNESS, base / "jobs.json"], check=False, capture_output=True, text=True, env=environment, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_harness(HARNESS, jobs, base)
     return cases
 
 

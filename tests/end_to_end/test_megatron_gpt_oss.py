@@ -7,7 +7,6 @@ of torch_dist are loaded.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import pytest
 import torch
 from conftest import run
 from doubled import transformers_logits
-from test_megatron_core import PYTHON, TOLERANCE, without_megatron_core
+from test_megatron_core import PYTHON, TOLERANCE, run_harness, without_megatron_core
 from torch import Tensor
 
 HARNESS = Path(__file__).parents[1] / "megatron_gpt_oss.py"
@@ -81,12 +80,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
                          "may_stop": True})  # fmt: skip
         of["saved"] = base / f"saved-{number}"
         jobs.append({**job, "save": str(of["saved"]), "of": str(root), "hf": str(hf)})
-    (base / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(
-        [PYTHON, HARNESS, base / "jobs.json"], check=False, capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_harness(HARNESS, jobs, base)
     return found.__getitem__
 
 

@@ -5,8 +5,6 @@ As test_megatron_core.py says, MEGATRON_CORE_PYTHON may name an interpreter that
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from conftest import run
 from doubled import transformers_logits
 from safetensors.torch import load_file
-from test_megatron_core import PYTHON, TOLERANCE, without_megatron_core
+from test_megatron_core import PYTHON, TOLERANCE, run_harness, without_megatron_core
 
 HARNESS = Path(__file__).parents[1] / "megatron_hybrid.py"
 EXACT = 1e-10  # in float64
@@ -52,12 +50,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]
             of[f"saved {kind}"] = base / f"{number}-saved-{kind}"
             jobs.append({**job, "save": str(of[f"saved {kind}"]), "of": str(base / f"{number}-torch_dist"),
                          "hf": str(of["hf"] / "model.safetensors"), "format": kind})  # fmt: skip
-    (base / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(
-        [PYTHON, HARNESS, base / "jobs.json"], check=False, capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_harness(HARNESS, jobs, base)
     return found
 
 

@@ -7,10 +7,7 @@ the down projections too (--mla-down-proj-fusion).
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,7 @@ import pytest
 import torch
 from conftest import run
 from safetensors.torch import load_file
-from test_megatron_core import PYTHON, TOLERANCE, without_megatron_core
+from test_megatron_core import TOLERANCE, run_harness, without_megatron_core
 from test_megatron_gpt_oss import release, without
 
 HARNESS = Path(__file__).parents[1] / "megatron_latent.py"
@@ -100,12 +97,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Case]
                     lacking = cases["v3", flag] = Case(hf, logits, base / f"{flag}.pt", base)
                     flags = without(job["flags"], flag)
                     jobs.append({**job, "flags": flags, "out": str(lacking.out), "may_stop": True})
-    (base / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(
-        [PYTHON, HARNESS, base / "jobs.json"], check=False, capture_output=True, text=True, env=environment, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_harness(HARNESS, jobs, base)
     return cases
 
 
