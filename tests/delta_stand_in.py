@@ -5,11 +5,9 @@ The rule is megatron-core's own torch code, what --deterministic-mode runs; conv
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
-import types
 from typing import Any
 
+import modules_stand_in
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,12 +38,4 @@ def install() -> None:
         "fla.modules.l2norm": {"l2norm": l2norm}, "fla.ops": {},
         "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": chunk_gated_delta_rule},
     }  # fmt: skip
-    for name, values in contents.items():
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        module.__path__ = []
-        module.__dict__.update(values)
-        sys.modules[name] = module
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
+    modules_stand_in.install(contents)

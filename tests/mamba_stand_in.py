@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
-import types
 from typing import Any
 
+import modules_stand_in
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,12 +56,4 @@ def install() -> None:
             "mamba_chunk_scan_combined": None, "mamba_split_conv1d_scan_combined": scan,
         },
     }  # fmt: skip
-    for name, values in contents.items():
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        module.__path__ = []
-        module.__dict__.update(values)
-        sys.modules[name] = module
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
+    modules_stand_in.install(contents)

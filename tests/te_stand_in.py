@@ -11,12 +11,12 @@ megatron is imported.
 from __future__ import annotations
 
 import enum
-import importlib.machinery
 import math
 import sys
 import types
 from contextlib import nullcontext
 
+import modules_stand_in
 import torch
 import torch.nn.functional as F
 from torch.nn import Parameter
@@ -317,12 +317,4 @@ def install() -> None:
         "transformer_engine.pytorch.tensor": {},
         "transformer_engine.pytorch.float8_tensor": {},
     }  # fmt: skip
-    for name, names in contents.items():
-        module = _Stub(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        module.__path__ = []
-        module.__dict__.update(names)
-        sys.modules[name] = module
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
+    modules_stand_in.install(contents, _Stub)
