@@ -55,7 +55,7 @@ def stored_args() -> list[tuple[str, dict[str, Any]]]:
     """The args that real Megatron-LM has left in the golden files of the dense families."""
     found = []
     for path in sorted(GOLDEN.glob("core-*/**/.metadata")):
-        _, others = dist_index.read_metadata(path)
+        _, others, _ = dist_index.read_metadata(path)
         if others or (path.parent / "common.pt").is_file():
             args = torch_dist._common(path.parent, others).get("args")
             if args is not None:

@@ -543,9 +543,7 @@ def test_through_megatron_llm(options: list[Any], to_megatron, to_hf, huggingfac
     assert_same_tensors(tm.read_huggingface(out), MODELS["gqa"].tensors())
 
 
-@pytest.mark.parametrize(
-    ("case", "tp", "pp"), [("llama2-gqa", 1, 3), ("codellama-gqa", 2, 2), ("llama2-gqa", 1, 1)]
-)
+@pytest.mark.parametrize(("case", "tp", "pp"), [("llama2-gqa", 1, 3), ("codellama-gqa", 2, 2), ("llama2-gqa", 1, 1)])
 def test_core_to_megatron_llm_is_golden(case: str, tp: int, pp: int, to_megatron, tmp_path: Path) -> None:
     """HF -> Megatron-Core -> Megatron-LLM gives what the original's own code wrote."""
     golden = GOLDEN / case / f"megatron-tp{tp}pp{pp}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import latent_models as lm
@@ -61,6 +63,29 @@ def test_an_exponent_that_is_none(early: bool, tmp_path: Path, to_megatron, monk
     spoil(small / "model.safetensors", name, 255)
     to_megatron("gpt-oss", "--model-path", small, "--out", tmp_path / "out").refused(name, "exponent 255", "damaged")
     assert not (tmp_path / "out").exists()
+
+
+def edit(folder: Path, name: str, change: Callable[[torch.Tensor], None]) -> None:
+    path = next(path for path in folder.glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(path)
+    change(tensors[name])
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before the first byte", "in the stream"])
+def test_zeros_with_a_scale_of_0(early: bool, fp8: Path, tmp_path: Path, to_megatron, monkeypatch) -> None:
+    """Some programs quantise a block of zeros so: it is read. One value in it that is not 0, and it is damage."""
+    folder, values = tmp_path / "hf", O_PROJ.removesuffix("_scale_inv")
+    shutil.copytree(fp8, folder)
+    if not early:
+        monkeypatch.setattr(scales, "_MOST", 0)
+    edit(folder, values, lambda tensor: tensor[128:].zero_())
+    edit(folder, O_PROJ, lambda tensor: tensor[-1].zero_())
+    to_megatron("deepseek-v3", "--model-path", folder, "--out", tmp_path / "out", "--verify").succeeded()
+    edit(folder, values, lambda tensor: tensor[-1:, -1:].copy_(torch.ones(1, 1)))
+    said = to_megatron("deepseek-v3", "--model-path", folder, "--out", tmp_path / "other")
+    said.refused(O_PROJ, "a scale of 0", "values of 0", "damaged")
+    assert not (tmp_path / "other").exists()
 
 
 def test_extremes_that_are_numbers(tmp_path: Path) -> None:

@@ -147,9 +147,7 @@ def test_an_interrupt_before_the_pass_begins_stops_the_comparison(
     assert two.config.num_layers - 1 not in begun
 
 
-def test_alone_it_reads_past_the_cache(
-    two: Pair, sources: Any, imported: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_alone_it_reads_past_the_cache(two: Pair, sources: Any, imported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads it again; beside a forward pass somebody does."""
     made: list[bool] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -576,6 +577,23 @@ def test_forward_is_independent_of_the_mapping_to_core(
     assert result.code == (0 if name == "rotary permutation dropped" else 1), result.text
     if result.code:
         assert "the sides part at layer 0" in result.out
+
+
+def test_whatever_training_loads_is_there(imported, sources, tmp_path: Path) -> None:
+    """Files that hold Transformer Engine's states alone too: no conversion reads them, and training stops at them."""
+    whole = imported("llama2-gqa", *CORE["torch_dist"])
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".distcp", ".pt")]
+    assert len(files) > 2
+    for file in files:
+        for lost in (1, None):
+            broken = tmp_path / f"{file.name}-{lost}"
+            shutil.copytree(whole, broken)
+            if lost is None:
+                (broken / file).unlink()
+            else:
+                os.truncate(broken / file, (broken / file).stat().st_size - lost)
+            check(sources("llama2-gqa"), broken).refused(file.name, code=2)
+            shutil.rmtree(broken)
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------

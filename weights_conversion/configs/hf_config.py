@@ -40,8 +40,9 @@ READ = ("rope_parameters", "rope_scaling", "partial_rotary_factor", "layer_types
 _REASONS = {
     "attention_bias": "it gives attention's output a bias too, which Megatron-Core has with biases of all linear "
     "layers alone (add_bias_linear)",
-    "use_sliding_window": "not all layers have the window, and releases of transformers differ in which do",
+    "use_sliding_window": "not all layers have the window",
 }
+_WINDOW_OF_EXPERTS = ", and releases of transformers differ in which do"  # where max_window_layers is read, or is not
 
 
 def keys_of(family: str) -> Mapping[str, tuple[str, ...]]:
@@ -203,6 +204,7 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
     problems = [
         f"{where} has {key} {raw[key]!r}, where {family} models have {plain[0]!r}: it cannot be expressed"
         + (f", since {_REASONS[key]}" if raw[key] and key in _REASONS else "")
+        + (_WINDOW_OF_EXPERTS if raw[key] and key == "use_sliding_window" and known.experts else "")
         for key, plain in known.plain.items()
         if key in raw and not any(raw[key] is value or raw[key] == value for value in plain)
         if key != "use_sliding_window"

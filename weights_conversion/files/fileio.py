@@ -85,6 +85,15 @@ def is_there(path: str | Path) -> bool:
     return True
 
 
+def size_of(path: Path) -> int | None:
+    """Bytes of a file; None where there is none. Raises OSError where that is not to be known."""
+    try:
+        with named("looking at", path):
+            return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def close_quietly(descriptor: int) -> None:
     """Closes what was only read, or a folder: whatever that says, all that was wanted of it is had."""
     with contextlib.suppress(OSError):

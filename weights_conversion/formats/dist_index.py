@@ -25,6 +25,7 @@ METADATA = ".metadata"
 
 # What a checkpoint holds beside its parameters: optimizer, random, fault-tolerance and Transformer-Engine's state.
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+_STATE = "._extra_state"
 _IGNORED = re.compile(
     r"^(chained_\d+\.)?optimizer\.|^(rng_state|rerun_state_machine_state|common_state)\b|\._extra_state"
 )
@@ -105,9 +106,17 @@ class Stored:
     chunks: tuple[StoredChunk, ...]
 
 
-def read_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk]]:
-    """The model's tensors, and the items that are no tensors, by key. What belongs to training is left out."""
-    return _index(_load(path), path, _is_model)
+def read_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk], dict[str, int]]:
+    """The model's tensors, and the items that are no tensors, by key; and Transformer Engine's states, which nobody
+    here reads, as bytes that each file must have for them. What belongs to training is left out."""
+    content = _load(path)
+    tensors, others = _index(content, path, _is_model)
+    ends: dict[str, int] = {}
+    for index, info in content.storage_data.items():
+        if _STATE in index.fqn and not OPTIMIZER.match(index.fqn):
+            chunk = _chunk(index.fqn, (), (), info, path)
+            ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
+    return tensors, others, ends
 
 
 def read_optimizer(path: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, ...]]]:

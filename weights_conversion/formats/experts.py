@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from math import prod
 
@@ -25,6 +26,7 @@ def experts_apart(tensors: Mapping[str, TensorRef], experts: int, where: str) ->
     found: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         for spelled, part in _apart(name, ref, experts, where):
+            spelled = sys.intern(spelled)  # the same on many ranks
             if spelled in found:
                 raise ConversionError(f"{where} holds {spelled} twice, in two spellings ({name} is one); remove one")
             found[spelled] = part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,9 @@ class RankFiles:
         names = self.ranks[self.last]
         return any(name.endswith((".lm_head", ".output_layer.weight")) for name in names)
 
+    def check_unread(self) -> None:
+        """Each file is read whole: its directory stands at its end."""
+
 
 @without_collector()
 def open_rank_files(folder: Path, iteration: int | str, weights: str = "model") -> RankFiles:
@@ -109,9 +113,11 @@ def open_rank_files(folder: Path, iteration: int | str, weights: str = "model") 
         problems += strays(of_ranks, {rank: files[numbers] for rank, numbers in where.items()}, parallel)
     if problems:
         raise ConversionError(*problems)
-    ranks = {rank: _model_tensors(opened[numbers], parallel, weights, args[first]) for rank, numbers in where.items()}
-    core = any(".decoder." in f".{name}" for tensors in ranks.values() for name in tensors)
     lost = left_out(opened[first].content["args"], args[first])
+    ranks = {}
+    for rank, numbers in where.items():  # each content goes when it is read: those of 512 ranks take half a gigabyte
+        ranks[rank] = _model_tensors(opened.pop(numbers), parallel, weights, args[first])
+    core = any(".decoder." in f".{name}" for tensors in ranks.values() for name in tensors)
     if core:
         stages = {rank.pipeline: names for rank, names in ranks.items() if rank == Rank(0, rank.pipeline)}
         parallel = dataclasses.replace(parallel, layers=layers_of(stages, args[first], lost, parallel, folder))
@@ -179,7 +185,7 @@ def _model_tensors(
         for name, ref in tensors.items():
             if _IGNORED.search(name):
                 continue
-            spelled = f"{key}.{_training_spelling(plain[name])}"
+            spelled = sys.intern(f"{key}.{_training_spelling(plain[name])}")  # the same on many ranks
             if spelled in found:
                 raise ConversionError(f"{file.path} holds {name} in two spellings")
             found[spelled] = ref

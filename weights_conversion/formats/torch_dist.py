@@ -17,6 +17,7 @@ import torch
 
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.formats import bridge_gemma, hybrid, torch_files
 from weights_conversion.formats.dist_index import METADATA, Stored, StoredChunk, read_metadata
 from weights_conversion.formats.dist_masters import masters
@@ -49,6 +50,7 @@ class DistCheckpoint:
     said_by: Path | None = None  # the file that states the args
     adapters: Mapping[str, Stored] = field(default_factory=dict, repr=False)  # beside the base's tensors, or alone
     others: tuple[str, ...] = ()  # tensors beside a text model's, by name
+    states: Mapping[str, int] = field(default_factory=dict, repr=False)  # bytes of files for what nobody here reads
 
     format = "torch_dist"
     layout = "torch_dist"
@@ -78,10 +80,24 @@ class DistCheckpoint:
         """Whether there is an output layer of its own."""
         return "output_layer.weight" in self.stored
 
+    def check_unread(self) -> None:
+        """Raises ConversionError where files lack bytes of Transformer Engine's states, which training loads."""
+        problems = []
+        for name, end in sorted(self.states.items()):
+            size = fileio.size_of(self.folder / name)
+            if size is None or size < end:
+                has = "is not there" if size is None else f"has {size} bytes: it is cut off"
+                problems.append(
+                    f"{self.folder / name} {has}, but {METADATA} places states of Transformer Engine up to byte {end}; "
+                    "copy it again"
+                )
+        if problems:
+            raise ConversionError(*problems)
+
 
 def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> DistCheckpoint:
     """Opens a torch_dist checkpoint: its index and args, no tensors. `weights` "master": the optimizer's."""
-    stored, others = read_metadata(folder / METADATA)
+    stored, others, states = read_metadata(folder / METADATA)
     common = _common(folder, others)
     _check_iteration(folder, iteration, common)
     args, said_by = _args(folder, common, others)
@@ -117,6 +133,7 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
         said_by=None if args is None else said_by,
         adapters=adapters,
         others=others,
+        states=states,
     )
 
 

@@ -10,6 +10,7 @@ import io
 import mmap
 import os
 import struct
+import sys
 import tempfile
 import warnings
 import zlib
@@ -148,6 +149,7 @@ def tensors(file: TorchFile, tree: Any) -> dict[str, TensorRef]:
         if isinstance(leaf, StoredTensor):
             if name in found:
                 raise ConversionError(f"{file.path} holds {name} twice")
+            name = sys.intern(name)  # the same on many ranks
             found[name] = file.ref(leaf, name)
     return found
 

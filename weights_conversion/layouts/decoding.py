@@ -45,15 +45,28 @@ class BlockScaled:
         return matrix * -(-self.height // self.block[0]) + local // self.block[0]
 
     def check_scales(self, scales: Tensor) -> None:
-        """Raises ConversionError for a scale (of any of the rows) that no quantising program makes."""
+        """Raises ConversionError for a scale (of any of the rows) that no quantising program makes.
+
+        Some make a scale of 0 for a block of zeros: whether it is one is seen with the values.
+        """
         numbers = scales.to(torch.float32)
-        wrong = numbers[~((numbers > 0) & numbers.isfinite())]
+        wrong = numbers[~((numbers >= 0) & numbers.isfinite())]
         if len(wrong):
             raise ConversionError(_broken(self.scales.name, f"{wrong[0].item():g}", len(wrong), "a positive number"))
+
+    def zeroed(self, scales: Tensor) -> list[Range]:
+        """The rows of values of which some have a scale of 0, in ranges that share rows of `scales` (all of them)."""
+        per_matrix, found = -(-self.height // self.block[0]), []
+        for row in (scales.to(torch.float32) == 0).any(1).nonzero().flatten().tolist():
+            matrix, block = divmod(row, per_matrix)
+            first = matrix * self.height + block * self.block[0]
+            found.append((first, min(first + self.block[0], (matrix + 1) * self.height)))
+        return found
 
     def decode(self, rows: Range, stored: Sequence[Tensor], into: Tensor) -> None:
         self.check_scales(stored[1])
         values, scales = stored[0], stored[1].to(torch.float32)
+        some_zero = bool((scales == 0).any())
         numbers = torch.arange(*rows)
         of_rows = numbers // self.height * -(-self.height // self.block[0]) + numbers % self.height // self.block[0]
         of_rows -= self._scale_row(rows[0])
@@ -63,6 +76,9 @@ class BlockScaled:
         for start in range(0, len(values), strip):
             part = values[start : start + strip].to(torch.float32)
             factors = scales[of_rows[start : start + strip]]
+            if some_zero and part[factors.repeat_interleave(self.block[1], 1)[:, :width] == 0].any():
+                wanted = "a positive number (or values of 0)"
+                raise ConversionError(_broken(self.scales.name, "0", int((scales == 0).count_nonzero()), wanted))
             if whole:
                 part[:, : width - rest].unflatten(1, (whole, -1)).mul_(factors[:, :whole, None])
             if rest:

@@ -12,21 +12,24 @@ from weights_conversion.engine.execute import read_rows
 from weights_conversion.engine.streams import Scratch, Source
 from weights_conversion.errors import ConversionError
 from weights_conversion.layouts.decoding import BlockScaled, Mxfp4
-from weights_conversion.layouts.placement import Placed, whole
+from weights_conversion.layouts.placement import Placed, TensorRef, whole
 
 _MOST = 4096  # tensors, each a read of its own: a second or a few on a filesystem that many share
 _MOST_BYTES = 64 << 20  # of one tensor's scales
+_STRIP_BYTES = 16 << 20  # of values that are read for scales of 0
 
 
 def check(tensors: Mapping[str, Placed]) -> None:
-    """Raises ConversionError, with all that is wrong, for scales that are no positive numbers. Reads data."""
-    decoders = (block.ref.decoder for placed in tensors.values() for copy in placed.copies for block in copy)
-    scaled = (each for each in decoders if isinstance(each, (BlockScaled, Mxfp4)) and each.scales.nbytes <= _MOST_BYTES)
+    """Raises ConversionError, with all that is wrong, for scales that are no positive numbers. Reads data.
+
+    Where a scale is 0, its values are read too: they must be 0.
+    """
+    refs = (block.ref for placed in tensors.values() for copy in placed.copies for block in copy)
     source, scratch, problems = Source(), Scratch(), []
     try:
-        for decoder in itertools.islice(scaled, _MOST):
+        for ref in itertools.islice(filter(_is_scaled, refs), _MOST):
             try:
-                decoder.check_scales(read_rows(whole(decoder.scales), (0, decoder.scales.shape[0]), source, scratch))
+                _check(ref, source, scratch)
             except ConversionError as error:
                 problems += error.problems
             scratch.reset()
@@ -34,3 +37,23 @@ def check(tensors: Mapping[str, Placed]) -> None:
         source.close()
     if problems:
         raise ConversionError(*problems)
+
+
+def _is_scaled(ref: TensorRef) -> bool:
+    return isinstance(ref.decoder, (BlockScaled, Mxfp4)) and ref.decoder.scales.nbytes <= _MOST_BYTES
+
+
+def _check(ref: TensorRef, source: Source, scratch: Scratch) -> None:
+    decoder = ref.decoder
+    if not isinstance(decoder, (BlockScaled, Mxfp4)):
+        return
+    scales = read_rows(whole(decoder.scales), (0, decoder.scales.shape[0]), source, scratch)
+    decoder.check_scales(scales)
+    if not isinstance(decoder, BlockScaled):
+        return
+    placed = whole(ref)
+    step = max(_STRIP_BYTES // (placed.columns * ref.dtype.itemsize), 1)
+    for first, last in decoder.zeroed(scales):
+        for start in range(first, last, step):
+            scratch.reset()
+            read_rows(placed, (start, min(start + step, last)), source, scratch)
