@@ -44,7 +44,7 @@ def verify(
     source: Path, checkpoint: Path, model: str | None = None, *, workers: int = 2, exact_only: bool = False,
     source_iters: int | str | None = None, checkpoint_iters: int | str | None = None, allow_inconsistent: bool = False,
     fields: Mapping[str, Any] | None = None, true_vocab_size: int | None = None, weights: str = "model",
-    adapter: Path | None = None, adapter_alpha: float | None = None, mtp: str = "keep",
+    adapter: Path | None = None, adapter_alpha: float | None = None, mtp: str = "keep", unread: bool = True,
 ) -> Verification:  # fmt: skip
     """Compares `checkpoint` with `source`, which is taken as right where only one of them can be.
 
@@ -53,7 +53,8 @@ def verify(
     ModelConfig) and `true_vocab_size` are what the user states about a Megatron source; `weights` "master": its
     optimizer's float32 weights are what is compared; `adapter` is one that the source is to have (PEFT's or
     Megatron's), with `adapter_alpha` where its files do not say it; `mtp` "drop": both sides without layers
-    that predict further tokens. Raises ConversionError for a side that cannot be read.
+    that predict further tokens; `unread` False: of the source may be lost what training loads and no conversion reads
+    (Transformer Engine's states). Raises ConversionError for a side that cannot be read.
     """
     from weights_conversion.verification.proof import prove
 
@@ -61,6 +62,7 @@ def verify(
         source, checkpoint, model, workers=workers, exact_only=exact_only, source_iters=source_iters,
         checkpoint_iters=checkpoint_iters, allow_inconsistent=allow_inconsistent, fields=fields,
         true_vocab_size=true_vocab_size, weights=weights, adapter=adapter, adapter_alpha=adapter_alpha, mtp=mtp,
+        unread=unread,
     )  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def proof(source: Path, model: str, **settings: Any) -> Callable[[Path], str]:
     """What --verify does with a finished folder: its report, or ConversionError. `settings` are arguments of verify."""
 
     def prove(folder: Path) -> str:
-        found = verify(source, folder, model, **settings)
+        found = verify(source, folder, model, unread=False, **settings)  # OUT is made of what was read
         if not found.same:
             raise ConversionError("the output has failed its proof", *found.text().splitlines(), whole=True)
         return found.text()

@@ -12,6 +12,7 @@ import torch
 from mxfp4_files import quantised_folder
 from safetensors.torch import load_file, save_file
 
+from weights_conversion.layouts.decoding import BlockScaled
 from weights_conversion.sources import scales
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight_scale_inv"
@@ -102,3 +103,29 @@ def test_extremes_that_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     stored = huggingface.read_hf(tmp_path)
     scales.check(quantised.dequantised(stored, {}, "config.json").tensors)
+
+
+@pytest.mark.parametrize("block", [(4, 3), (4, 1 << 40), (1, 10)], ids=str)
+def test_zeros_of_packed_experts(block: tuple[int, int], tmp_path: Path) -> None:
+    """[E, rows, columns]: the rows of a range of them are those of all experts. A block may be wider than a matrix."""
+    from weights_conversion.errors import ConversionError
+    from weights_conversion.formats import huggingface
+    from weights_conversion.sources import quantised
+
+    values = torch.ones(3, 6, 10).to(torch.float8_e4m3fn)
+    factors = torch.ones(3, -(-6 // block[0]), -(-10 // block[1]))
+    raw = {"torch_dtype": "bfloat16", "quantization_config": {**lm.FP8, "weight_block_size": list(block)}}
+    factors[1:] = 0
+    for damaged in (False, True):
+        values[1:] = 0
+        values[2, 5, 9] = float(damaged)
+        save_file({"a.weight": values, "a.weight_scale_inv": factors}, tmp_path / "model.safetensors")
+        found = quantised.dequantised(huggingface.read_hf(tmp_path), raw, "config.json").tensors
+        decoder = found["a.weight"].copies[0][0].ref.decoder
+        assert isinstance(decoder, BlockScaled)
+        assert decoder.zeroed(factors.flatten(0, 1)) == [(6, 18)]  # one read, not one for each row of scales
+        if damaged:
+            with pytest.raises(ConversionError, match="a scale of 0"):
+                scales.check(found)
+        else:
+            scales.check(found)

@@ -596,6 +596,18 @@ def test_whatever_training_loads_is_there(imported, sources, tmp_path: Path) -> 
             shutil.rmtree(broken)
 
 
+def test_a_proof_of_an_export_needs_what_was_read(imported, to_hf: Script, tmp_path: Path) -> None:
+    """Its source may lack Transformer Engine's states: the export is made of none, and would be refused when written.
+
+    Where the source is compared on its own, they are told.
+    """
+    source, out = tmp_path / "mt", tmp_path / "hf"
+    shutil.copytree(imported("llama2-gqa", *CORE["torch_dist"]), source)
+    (source / "release/__0_0.distcp").unlink()
+    to_hf("--input_dir", source, "--output_dir", out, "--no_tokenizer", "--verify").succeeded()
+    check(source, out).refused("__0_0.distcp", "is not there", "states of Transformer Engine", code=2)
+
+
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 CONFIG_FAULTS: dict[str, tuple[str, dict[str, Any], str, str | None]] = {

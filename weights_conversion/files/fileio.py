@@ -86,12 +86,13 @@ def is_there(path: str | Path) -> bool:
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes of a file; None where there is none. Raises OSError where that is not to be known."""
+    """Bytes of a regular file; None where there is none. Raises OSError where that is not to be known."""
     try:
         with named("looking at", path):
-            return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
+            found = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name that no file can have
         return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def close_quietly(descriptor: int) -> None:

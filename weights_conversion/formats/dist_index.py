@@ -8,6 +8,7 @@ differently read alike.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +113,13 @@ def read_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, StoredChunk]
     content = _load(path)
     tensors, others = _index(content, path, _is_model)
     ends: dict[str, int] = {}
-    for index, info in content.storage_data.items():
-        if _STATE in index.fqn and not OPTIMIZER.match(index.fqn):
-            chunk = _chunk(index.fqn, (), (), info, path)
-            ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
+    try:
+        for index, info in content.storage_data.items():
+            if type(index.fqn) is str and _STATE in index.fqn and not OPTIMIZER.match(index.fqn):
+                name, start, length = _place(info, path)
+                ends[name] = max(ends.get(name, 0), start + length)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _no_index(path, error) from error
     return tensors, others, ends
 
 
@@ -162,8 +166,12 @@ def _index(
             elif (key, None) in items:
                 others[key] = _chunk(key, (), (), items[key, None], path)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ConversionError(f"{path} is not the index of a checkpoint ({type(error).__name__}: {error})") from error
+        raise _no_index(path, error) from error
     return tensors, others
+
+
+def _no_index(path: Path, error: Exception) -> ConversionError:
+    return ConversionError(f"{path} is not the index of a checkpoint ({type(error).__name__}: {error})")
 
 
 def _named(key: Any) -> str:
@@ -216,8 +224,15 @@ def _chunk(key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any
             f"{path}: {key} is compressed ({short(info.transform_descriptors)}), which is not supported; save it "
             "without a compressing storage writer"
         )
+    return StoredChunk(offsets, sizes, *_place(info, path))
+
+
+def _place(info: Any, path: Path) -> tuple[str, int, int]:
+    """An item's file, its first byte there and its bytes."""
     name = info.relative_path
     if not isinstance(name, str) or Path(name).name != name:
         raise ConversionError(f"{path} names {short(name)}, which is not a file of its own folder")
     start, length = _numbers((info.offset, info.length))
-    return StoredChunk(offsets, sizes, name, start, length)
+    if start + length > sys.maxsize:
+        raise ValueError(f"byte {start} of a file")
+    return name, start, length

@@ -55,12 +55,16 @@ class BlockScaled:
             raise ConversionError(_broken(self.scales.name, f"{wrong[0].item():g}", len(wrong), "a positive number"))
 
     def zeroed(self, scales: Tensor) -> list[Range]:
-        """The rows of values of which some have a scale of 0, in ranges that share rows of `scales` (all of them)."""
-        per_matrix, found = -(-self.height // self.block[0]), []
+        """The rows of values of which some have a scale of 0, in ranges as long as can be; `scales` are all of them."""
+        per_matrix = -(-self.height // self.block[0])
+        found: list[Range] = []
         for row in (scales.to(torch.float32) == 0).any(1).nonzero().flatten().tolist():
             matrix, block = divmod(row, per_matrix)
             first = matrix * self.height + block * self.block[0]
-            found.append((first, min(first + self.block[0], (matrix + 1) * self.height)))
+            last = min(first + self.block[0], (matrix + 1) * self.height)
+            if found and found[-1][1] == first:  # a scale per row, and many rows of 0: a read for each took seconds
+                first = found.pop()[0]
+            found.append((first, last))
         return found
 
     def decode(self, rows: Range, stored: Sequence[Tensor], into: Tensor) -> None:
@@ -76,7 +80,7 @@ class BlockScaled:
         for start in range(0, len(values), strip):
             part = values[start : start + strip].to(torch.float32)
             factors = scales[of_rows[start : start + strip]]
-            if some_zero and part[factors.repeat_interleave(self.block[1], 1)[:, :width] == 0].any():
+            if some_zero and part[factors.repeat_interleave(min(self.block[1], width), 1)[:, :width] == 0].any():
                 wanted = "a positive number (or values of 0)"
                 raise ConversionError(_broken(self.scales.name, "0", int((scales == 0).count_nonzero()), wanted))
             if whole:

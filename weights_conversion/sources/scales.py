@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 
 from weights_conversion.engine.execute import read_rows
 from weights_conversion.engine.streams import Scratch, Source
@@ -51,7 +52,8 @@ def _check(ref: TensorRef, source: Source, scratch: Scratch) -> None:
     decoder.check_scales(scales)
     if not isinstance(decoder, BlockScaled):
         return
-    placed = whole(ref)
+    width = ref.shape[-1]
+    placed = whole(replace(ref, shape=(ref.numel // width, width)))  # a decoder's rows: of all experts
     step = max(_STRIP_BYTES // (placed.columns * ref.dtype.itemsize), 1)
     for first, last in decoder.zeroed(scales):
         for start in range(first, last, step):

@@ -37,14 +37,14 @@ def prove(
     source: Path, checkpoint: Path, model: str | None, *, workers: int, exact_only: bool,
     source_iters: int | str | None, checkpoint_iters: int | str | None, allow_inconsistent: bool,
     fields: Mapping[str, Any] | None, true_vocab_size: int | None, weights: str,
-    adapter: Path | None, adapter_alpha: float | None, mtp: str = "keep",
+    adapter: Path | None, adapter_alpha: float | None, mtp: str = "keep", unread: bool = True,
 ) -> Verification:  # fmt: skip
     """See weights_conversion.verify.verify."""
     started = time.monotonic()
     with watching(Watch("nothing is proven")) as seen:
         result = _prove(
             source, checkpoint, model, workers, exact_only, source_iters, checkpoint_iters, allow_inconsistent, fields,
-            true_vocab_size, weights, adapter, adapter_alpha, mtp,
+            true_vocab_size, weights, adapter, adapter_alpha, mtp, unread,
         )  # fmt: skip
         seen.check()  # what has changed meanwhile is neither the same nor different
     result.seconds = time.monotonic() - started
@@ -55,7 +55,7 @@ def _prove(
     source: Path, checkpoint: Path, model: str | None, workers: int, exact_only: bool, source_iters: int | str | None,
     checkpoint_iters: int | str | None, allow_inconsistent: bool, fields: Mapping[str, Any] | None,
     true_vocab_size: int | None, weights: str, adapter: Path | None,
-    adapter_alpha: float | None, mtp: str = "keep",
+    adapter_alpha: float | None, mtp: str = "keep", unread: bool = True,
 ) -> Verification:  # fmt: skip
     one_side, other_side = detect(source, source_iters), detect(checkpoint, checkpoint_iters)
     source, source_iters = one_side.root, one_side.iteration
@@ -75,6 +75,9 @@ def _prove(
         ),
         open_model(checkpoint, family, checkpoint_iters, mtp=mtp),
     )
+    for side in (one, two) if unread else (two,):
+        if side.files is not None:
+            side.files.check_unread()
     of_source, of_checkpoint = adopt_assumed(one, two), adopt_assumed(two, one)
     result = Verification(family, of_source, of_checkpoint, ())
     _compare_configs(result, one, two)

@@ -245,7 +245,6 @@ def _open_megatron(
         compared=True, weights=weights, mtp=mtp,
     )  # fmt: skip
     files, config = opened.files, opened.config
-    files.check_unread()
     placed, _, _ = locate_merged(files, FAMILIES[family], config, adapter, adapter_alpha)
     assumed = {name for name, origin in opened.origins.items() if origin == "family"}
     if "rope_scaling_factor" not in fields and core_args.unused_factor(files.args, files.iteration, files.folder):
