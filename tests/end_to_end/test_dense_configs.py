@@ -73,8 +73,8 @@ def test_computes_the_same(case: str, to_megatron, to_hf, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "changes", "word"),
     [
-        ("qwen2", IDLE | {"max_window_layers": 1}, "use_sliding_window"),
-        ("qwen3", IDLE | {"max_window_layers": 0}, "use_sliding_window"),
+        ("qwen2", IDLE | {"max_window_layers": 1}, "cannot be expressed, since not all layers have the window"),
+        ("qwen3", IDLE | {"max_window_layers": 0}, "where qwen3 models have False: it cannot be expressed\n"),
         ("qwen2", IDLE | {"max_window_layers": 28, "layer_types": ["sliding_attention"] * 2}, "layer_types"),
         ("llama3", {"attention_bias": True}, "attention_bias"),
         ("llama3", {"mlp_bias": True}, "mlp_bias"),

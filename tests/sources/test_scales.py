@@ -66,7 +66,7 @@ def test_an_exponent_that_is_none(early: bool, tmp_path: Path, to_megatron, monk
     assert not (tmp_path / "out").exists()
 
 
-def edit(folder: Path, name: str, change: Callable[[torch.Tensor], None]) -> None:
+def edit(folder: Path, name: str, change: Callable[[torch.Tensor], object]) -> None:
     path = next(path for path in folder.glob("*.safetensors") if name in load_file(path))
     tensors = load_file(path)
     change(tensors[name])

@@ -20,6 +20,7 @@ from weights_conversion.configs import (
     rope,
     windows,
 )
+from weights_conversion.configs.config_class import ConfigClass
 from weights_conversion.configs.features import class_of
 from weights_conversion.configs.hf_keys import GENERIC
 from weights_conversion.errors import ConversionError
@@ -40,9 +41,7 @@ READ = ("rope_parameters", "rope_scaling", "partial_rotary_factor", "layer_types
 _REASONS = {
     "attention_bias": "it gives attention's output a bias too, which Megatron-Core has with biases of all linear "
     "layers alone (add_bias_linear)",
-    "use_sliding_window": "not all layers have the window",
 }
-_WINDOW_OF_EXPERTS = ", and releases of transformers differ in which do"  # where max_window_layers is read, or is not
 
 
 def keys_of(family: str) -> Mapping[str, tuple[str, ...]]:
@@ -203,8 +202,7 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
     reader = FAMILIES[family].hf_class.removesuffix("ForCausalLM") + "Config of transformers"
     problems = [
         f"{where} has {key} {raw[key]!r}, where {family} models have {plain[0]!r}: it cannot be expressed"
-        + (f", since {_REASONS[key]}" if raw[key] and key in _REASONS else "")
-        + (_WINDOW_OF_EXPERTS if raw[key] and key == "use_sliding_window" and known.experts else "")
+        + (f", since {reason}" if raw[key] and (reason := _reason(key, known.completed(raw), known)) else "")
         for key, plain in known.plain.items()
         if key in raw and not any(raw[key] is value or raw[key] == value for value in plain)
         if key != "use_sliding_window"
@@ -222,6 +220,15 @@ def foreign(family: str, raw: Mapping[str, Any], where: str) -> list[str]:
         problems.append(f"{where} has layer_types {sorted(_kinds(kinds))}, where all layers are full_attention")
     read = {*known.plain, *READ, *(key for key in raw if known.knows(key))}
     return problems + foreign_keys.refusals(raw, read, where, reader)
+
+
+def _reason(key: str, full: Mapping[str, Any], known: ConfigClass) -> str | None:
+    """Why what a key asks for cannot be expressed, where its name does not say it."""
+    if key != "use_sliding_window":
+        return _REASONS.get(key)
+    if known.experts is not None:  # max_window_layers is read, or is not
+        return "not all layers have the window, and releases of transformers differ in which do"
+    return None if full.get("max_window_layers") == 0 else "not all layers have the window"
 
 
 def unread(family: str, raw: Mapping[str, Any]) -> list[str]:
