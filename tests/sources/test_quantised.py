@@ -235,8 +235,9 @@ def test_scales_that_do_not_fit(
         (compressed(num_bits=4, type="int", strategy="group"), ("4 bits", "int")),
         (compressed(strategy="tensor_group"), ("tensor_group",)),
         ({**lm.FP8, "weight_block_size": [128]}, ("weight_block_size", "[128]")),
+        ({**lm.FP8, "weight_block_size": [128, 1 << 70]}, ("weight_block_size", "[128, 118")),
     ],
-    ids=["mxfp4", "awq", "bitsandbytes", "nvfp4", "int4", "groups", "block"],
+    ids=["mxfp4", "awq", "bitsandbytes", "nvfp4", "int4", "groups", "block", "no block is as wide"],
 )
 def test_others_are_refused_by_name(config: dict[str, Any], words: tuple[str, ...], bfloat16: Path, tmp_path: Path,
                                     to_megatron) -> None:  # fmt: skip

@@ -89,6 +89,8 @@ def _pair(value: Any) -> tuple[int, int] | None:
     """Two positive sizes, as [128, 128] or "128x128"."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,6})x(\d{1,6})", value)):
         value = [int(match[1]), int(match[2])]
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(type(n) is int and n > 0 for n in value):
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    if not all(type(size) is int and 0 < size < 1 << 31 for size in value):
         return None
     return value[0], value[1]
