@@ -95,6 +95,7 @@ class Ground:
             ("import torch_dist", "hf_to_megatron", (*self._hf, *core), "--out"),
             ("layout to layout", "hf_to_megatron", ("llama2", "--model-path", mt), "--out"),
             ("checksums", "hf_to_megatron", (*self._hf, "--checksums"), "--out"),
+            ("export with checksums", "megatron_to_hf", ("--input_dir", mt, "--checksums"), "--output_dir"),
             ("import and verify", "hf_to_megatron", (*self._hf, "--verify"), "--out"),
         ]
         for name, module, arguments, out in both:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 CASES = (
     "import TP2 PP2", "export", "export torch_dist", "import torch_dist", "layout to layout", "checksums",
-    "import and verify",
+    "export with checksums", "import and verify",
 )  # fmt: skip
 FURTHER = (
     "import TP2 PP2 --overwrite, no exchange", "as large runs, import TP2 PP2",

@@ -11,27 +11,19 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from weights_conversion.engine.crew import Crew
 from weights_conversion.engine.recentring import recentred
-from weights_conversion.engine.streams import Scratch, Source, bytes_of
+from weights_conversion.engine.streams import Scratch, Sink, Source, bytes_of
+from weights_conversion.engine.sums import RunningSums, Taped
 from weights_conversion.errors import ConversionError
-from weights_conversion.layouts.placement import Block, Decoder, Placed, TensorRef, Written, overlaps
+from weights_conversion.layouts.placement import Block, Decoder, Placed, Written, overlaps
 from weights_conversion.layouts.plan import Chunk, Plan, Step
 from weights_conversion.mapping.dialects import HF
 from weights_conversion.mapping.ops import Context, Op, Range, to_hf, to_megatron
-
-
-class Sink(Protocol):
-    """What takes the bytes of tensors, from several threads: files (streams.Target), or what compares with them."""
-
-    def write(self, ref: TensorRef, start: int, data: Tensor) -> None:
-        """The contiguous tensor `data` belongs at byte `start` of `ref`."""
-        ...
 
 
 def read_rows(placed: Placed, rows: Range, source: Source, scratch: Scratch, copy: int = 0) -> Tensor:
@@ -221,8 +213,11 @@ def execute(
     workers: int,
     done: Callable[[int, Chunk, list[Written]], None],
     stop: threading.Event | None = None,
+    sums: RunningSums | None = None,
 ) -> str:
     """Converts `chunks` (number, chunk). `done` is called as each is finished, from its thread; `stop` ends it early.
+
+    `sums` gets what is written, in the order of `chunks`.
 
     Returns what is to be said of the number of threads (crew.Crew), if anything.
     """
@@ -231,7 +226,7 @@ def execute(
     crew = Crew(workers, sum(chunk.nbytes for _, chunk in chunks))
 
     def work(thread: int) -> None:
-        scratch = Scratch()
+        scratch, sink = Scratch(), target if sums is None else Taped(target)
         try:
             while crew.admits(thread) and not (stop.is_set() or failed.is_set()):
                 index = next(taken)
@@ -240,10 +235,14 @@ def execute(
                 number, chunk = chunks[index]
                 if index + crew.limit < len(chunks):
                     prefetch_chunk(plan, chunks[index + crew.limit][1], source)
-                done(number, chunk, convert_chunk(plan, chunk, source, target, scratch))
+                done(number, chunk, convert_chunk(plan, chunk, source, sink, scratch))
+                if sums is not None and isinstance(sink, Taped):
+                    sums.take(index, sink.taken())
                 crew.count(chunk.nbytes)
         except BaseException:
             failed.set()
+            if sums is not None:
+                sums.end()
             raise
         finally:
             if thread < crew.few:  # the others may be sent away before the end

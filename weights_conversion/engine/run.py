@@ -19,6 +19,7 @@ from weights_conversion.engine.job import Job, RunOptions
 from weights_conversion.engine.prediction import predictions
 from weights_conversion.engine.report import Report
 from weights_conversion.engine.streams import Source, Target
+from weights_conversion.engine.sums import RunningSums
 from weights_conversion.errors import ConversionError, Problems
 from weights_conversion.errors.text import size
 from weights_conversion.files import watch
@@ -165,9 +166,12 @@ def _convert(
     target = Target(hold.shown, output.offsets, folder=hold.checkpoint)
     files = [each.file for each in job.targets]
     note = None if output.durable else lambda: hold.note_digest(run_digest)
+    sums = RunningSums(hold.checkpoint, hold.shown, output.offsets if options.checksums else {})
+    # Bytes are final when they are written, and this process writes all of them.
+    in_order = options.checksums and not (job.plan.keeps_crcs or output.done or ranks.size > 1)
     try:
         with Durability(output.journal, target, files, assembly.folder_syncs(hold, files), note) as durability:
-            _write_chunks(job, options, mine, source, output, target, durability, needed)
+            _write_chunks(job, options, mine, source, output, target, durability, needed, sums if in_order else None)
             if ranks.rank == 0:
                 ranks.settle()
                 done = output.journal.load_all(len(chunks)) if ranks.size > 1 and remaining else output.done
@@ -177,9 +181,11 @@ def _convert(
                 finishing.finish(
                     hold, job.targets, output.offsets, written, job.files, job.last, options.overwrite, durability,
                     options.workers if options.checksums else 0, _proof(job) if options.verify else None, stands,
+                    sums.finish,
                 )  # fmt: skip
     finally:
         target.close()
+        sums.close()
     if ranks.rank:
         ranks.hear("finished")
     else:
@@ -189,7 +195,7 @@ def _convert(
 
 def _write_chunks(
     job: Job, options: RunOptions, mine: Sequence[tuple[int, Chunk]], source: Source, output: start.Output,
-    target: Target, durability: Durability, needed: int,
+    target: Target, durability: Durability, needed: int, sums: RunningSums | None,
 ) -> None:  # fmt: skip
     """This rank's share of the chunks. Rank 0 comes back when all ranks have written theirs."""
     ranks, seen = distributed.current(), watch.current()
@@ -210,7 +216,7 @@ def _write_chunks(
             durability.add(number, written)
             ranks.count(sum(w.length for w in written))
 
-        said = execute(job.plan, mine, source, target, options.workers, finished, ranks.stop)
+        said = execute(job.plan, mine, source, target, options.workers, finished, ranks.stop, sums)
         job.report.notes += [said] if said else []
         durability.stop()
         if ranks.size > 1:  # what this rank has written is noted before the others build upon it

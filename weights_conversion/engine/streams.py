@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -145,6 +146,14 @@ def _cached(descriptor: int, position: int) -> bool:
     except (AttributeError, OSError):
         pass
     return True
+
+
+class Sink(Protocol):
+    """What takes the bytes of tensors, from several threads: files (streams.Target), or what compares with them."""
+
+    def write(self, ref: TensorRef, start: int, data: Tensor) -> None:
+        """The contiguous tensor `data` belongs at byte `start` of `ref`."""
+        ...
 
 
 class Target:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,15 +24,22 @@ def written(names: Iterable[str]) -> list[str]:
     return [*_listings(names), NAME]
 
 
-def sums(root: Path, names: Sequence[str], further: Mapping[str, bytes], workers: int) -> dict[str, bytes]:
+def sums(
+    root: Path, names: Sequence[str], further: Mapping[str, bytes], workers: int,
+    running: Callable[[str, threading.Event], str | None] = lambda *_: None,
+) -> dict[str, bytes]:  # fmt: skip
     """The files of sums (`written`), of files below `root`, and of `further` contents, on so many threads.
 
-    Reads the disk.
+    Reads the disk, but for what `running` says (of a file by its name; None: nothing) until it is told to stop.
     """
     stop = threading.Event()
+
+    def of(name: str) -> str:
+        return running(name, stop) or sha256(root / name, stop)
+
     with ThreadPoolExecutor(workers, thread_name_prefix="checksums") as pool:
         try:
-            found = dict(zip(names, pool.map(lambda name: sha256(root / name, stop), names), strict=True))
+            found = dict(zip(names, pool.map(of, names), strict=True))
         except BaseException:
             stop.set()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,11 +43,12 @@ def finish(
     held: Partial, targets: Sequence[assembly.TargetFile], offsets: Mapping[TensorRef, int], written: Iterable[Written],
     files: Mapping[str, bytes | Path], last: Mapping[str, bytes], overwrite: bool, durability: Durability,
     sum_workers: int = 0, prove: Callable[[Path], None] | None = None, stands: Callable[[], None] = lambda: None,
+    running: Callable[[str, threading.Event], str | None] = lambda *_: None,
 ) -> None:  # fmt: skip
     """CRCs, small files (`last` ones after all others are on the disk), then the rename that makes OUT appear.
 
-    `sum_workers` > 0: SHA-256 sums are written too, on so many threads. `prove` is called with the
-    finished folder just before the rename; should it raise ConversionError, the folder becomes OUT.unverified instead.
+    `sum_workers` > 0: SHA-256 sums are written too, on so many threads (`running`: file_sums.sums). `prove` is called
+    with the finished folder just before the rename; should it raise ConversionError, the folder becomes OUT.unverified.
     `stands` raises ConversionError where the source has changed: then nothing is renamed.
     """
     names = [*(target.file for target in targets), *files]
@@ -59,7 +61,7 @@ def finish(
         return
     _remove_strays(held.checkpoint, {*names})
     _finish_files(held, targets, offsets, combine_crcs(targets, written), files, durability)
-    sums = file_sums.sums(held.shown, names, last, sum_workers) if sum_workers else {}
+    sums = file_sums.sums(held.shown, names, last, sum_workers, running) if sum_workers else {}
     early = [held.note_publishing] if prove is None else []  # what fails its proof will not be OUT
     together([durability.note, lambda: _write_last(held, sums, last), *early])
     durability.files.close()
