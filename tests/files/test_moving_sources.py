@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from tests.robustness import sources
 from weights_conversion.engine import run as engine
 from weights_conversion.errors import ConversionError
 from weights_conversion.output import finishing
-from weights_conversion.verification import exact
+from weights_conversion.verification import exact, together
 from weights_conversion.verify import verify
+
+verify_module = sys.modules["weights_conversion.verify"]  # the package has a function of that name
 
 GQA = tm.MODELS["llama2-gqa"]
 
@@ -154,6 +157,36 @@ def test_between_two_runs(change: str, sources, tmp_path: Path, to_megatron: Scr
 
 def sources_tree(folder: Path) -> dict[str, str]:
     return sources.tree(folder)
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "after it is compared"])
+@pytest.mark.parametrize("change", ["in_place", "renamed_away"])
+def test_a_source_that_moves_in_a_proof_has_not_failed_it(
+    change: str, moment: str, sources, imported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to_megatron: Script
+) -> None:
+    """The output may be right: it is not set aside as one that differs, and the same command goes on."""
+    source = copied(sources("llama2-gqa"), tmp_path)
+    arguments = ("llama2", "--model-path", source, "--out", tmp_path / "out", "--verify")
+    module, name = (verify_module, "verify") if moment.startswith("before") else (together, "compare")
+    function = getattr(module, name)
+
+    def changed(*arguments: Any, **named: Any) -> Any:
+        if moment.startswith("before"):
+            CHANGES[change](source / "model.safetensors")
+            return function(*arguments, **named)
+        found = function(*arguments, **named)
+        CHANGES[change](source / "model.safetensors")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, changed)
+        said = to_megatron(*arguments).refused("model.safetensors has changed while it was read")
+    assert "failed its proof" not in said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "source"]
+    shutil.copy2(sources("llama2-gqa") / "model.safetensors", source)
+    (source / "old").unlink(missing_ok=True)
+    assert "starting over" in to_megatron(*arguments).succeeded().text
+    assert sources_tree(tmp_path / "out") == sources_tree(imported("llama2-gqa"))
 
 
 def test_a_proof_is_of_what_stands_still(sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

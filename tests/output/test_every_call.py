@@ -32,6 +32,21 @@ def test_a_sample_of_points(options: tuple[str, ...]) -> None:
     assert "; 0 wrong ends" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.skipif(faults.lacking() is not None, reason=str(faults.lacking()))
+@pytest.mark.parametrize(
+    ("lacks", "found"), [("watch", "it has moved): exit 0"), ("stamps", "on what has moved: the rerun's bytes differ")]
+)
+def test_a_converter_that_trusts_a_moving_source_is_found(lacks: str, found: str) -> None:
+    """One that publishes without a last look at the source, and one that continues on other files of equal sizes."""
+    case = "moving, import TP2 PP2: a weight file rewritten in place"
+    call = [sys.executable, "-m", "tests.robustness", "--case", case, "--exactly", "--sample", "16", "--action", "fail"]
+    done = subprocess.run(
+        [*call, "--jobs", "1", "--without", lacks], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert found in done.stdout
+
+
 def failing(number: int, path: object = None):
     def fails(*_, **__):
         raise OSError(number, os.strerror(number), path)

@@ -5,6 +5,12 @@ with one error, is cut short, comes late, or is the last before the process is k
 whole and right, or what was there before; foreign files and the source are untouched; one sentence names the file; the
 exit code is 1 (2 of a proof); no traceback. Then the same command without a fault must give the same bytes.
 
+Among the cases are some ("moving, ...") in which somebody else, at a fixed moment of the run, moves a file of the
+source (writes, replaces, removes or truncates it) or puts a folder of another user's in the place of OUT or OUT.partial
+(moves.py, moving.py). Such a run ends with exit 1, OUT as it was, what has moved left alone and named, whatever else
+fails; and the same command then gives the bytes of the source that it finds, the moved one or the first, and never of
+both. --case moving runs these alone; with --without watch or stamps they find the wrong ends of a broken converter.
+
 --power-cuts N looks at every state that ext4 and XFS may show after a power cut at any moment (powercut.py), and runs
 the same command on N of them.
 
@@ -45,7 +51,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--power-cuts", type=int, default=0, metavar="N",
         help="power cuts instead: every state of the disk is looked at, and the command run again on N of each case",
     )  # fmt: skip
-    parser.add_argument("--without-sync", action="store_true", help="with runs that sync nothing: wrong ends are found")
+    parser.add_argument(
+        "--without", choices=("sync", "watch", "stamps"), default="",
+        help="with a broken converter, which lacks this: wrong ends are found",
+    )  # fmt: skip
+    parser.add_argument("--without-sync", action="store_const", dest="without", const="sync", help="--without sync")
     parser.add_argument("--ranks", type=int, default=1, help="so many processes a run, of which one meets the fault")
     parser.add_argument("--folder", type=Path, help="where to convert: a folder of the filesystem to be tried")
     parser.add_argument("--list", action="store_true", help="say how many points each case has, and stop")
@@ -87,8 +97,10 @@ def _otherwise(options: argparse.Namespace, root: Path) -> int:
     findings: list[str] = []
     ends: Counter[str] = Counter()
     for case in ground.cases:
+        if case.move is not None:  # whose moment is no call
+            continue
         if options.power_cuts and case.out:
-            case = replace(case, syncs=not options.without_sync)
+            case = replace(case, lacks=options.without)
             found, problems = cuts.wrong(ground, case, options.power_cuts, options.seed)
             findings += problems
             ends += found

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+from tests.robustness import moves
 from tests.robustness.sources import GQA, clear, tm, tree, write_older
 from tests.robustness.warm import Warm
 
 TINY = replace(GQA, name="two-layers", layers=2)
+FOUR = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+CORE = ("--target", "megatron-core")
 NEIGHBOURS = {"notes.txt": "mine", "out.partial.txt": "mine too", "out.d/a.txt": "a foreign folder"}
 
 
@@ -25,8 +29,9 @@ class Case:
     out: str | None
     older: bool = False
     exchange: bool = True  # whether the filesystem can exchange two folders
-    syncs: bool = True  # False: a broken converter, to see that its faults are found
+    lacks: str = ""  # a broken converter, to see that its faults are found: one of LACKING
     often: bool = False  # as large runs: the thread that syncs does so all the time, and what is read is read directly
+    move: moves.Move | None = field(default=None, compare=False)  # what somebody else does meanwhile
 
     @property
     def trouble(self) -> int:
@@ -49,8 +54,29 @@ class Case:
 
             direct.LEAST_BYTES, direct.cached_bytes = 1, lambda *_: 0
             durability.FIRST_SECONDS = durability.SYNC_SECONDS = 0.002
-        if not self.syncs:
-            os.fsync = lambda _: None
+        if self.lacks:
+            LACKING[self.lacks]()
+        if self.move is not None:
+            moves.hook(self.move)
+
+
+def _syncs() -> None:
+    os.fsync = lambda _: None
+
+
+def _watch() -> None:
+    from weights_conversion.files import watch
+
+    watch.Watch.check = lambda self: None
+
+
+def _stamps() -> None:
+    from weights_conversion.engine import identity
+
+    identity.watch = SimpleNamespace(Stamp=SimpleNamespace(of=lambda status: status.st_size))
+
+
+LACKING = {"sync": _syncs, "watch": _watch, "stamps": _stamps}
 
 
 class Ground:
@@ -58,41 +84,50 @@ class Ground:
 
     def __init__(self, root: Path, warm: Warm, wanted: str = "", exactly: bool = False) -> None:
         """`wanted`: only cases whose names begin so, or (`exactly`) the one of that name."""
+        from tests.robustness import moving
+
         self.root, self.warm, self.place = root, warm, root / "place"
+        self._wanted, self._exactly = wanted, exactly
         self.sources = root / "src"
         hf = self.sources / "hf"
         tm.write_huggingface(hf, TINY, parts=2)
         self.reset()
-        four = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
         self._hf = ("llama2", "--model-path", str(hf))
-        self._made(Case("", "hf_to_megatron", (*self._hf, *four), "--out"), "mt")
-        self._made(Case("", "hf_to_megatron", (*self._hf, "--target", "megatron-core"), "--out"), "dist")
-        self.cases = [
-            case for case in self._cases(four) if (case.name == wanted if exactly else case.name.startswith(wanted))
-        ]
+        self.make_megatron(hf, self.sources)
+        plain = {case.name: case for case in self._cases()}
+        self.cases = [case for case in plain.values() if self.wants(case.name)]
+        self.cases += moving.cases(self, plain)
         self.expected: dict[str, dict[str, str]] = {}
+        self.moved: dict[str, dict[str, str] | None] = {}  # what is expected of what has moved
         for case in self.cases:
             self.reset(case)
             ended = warm.learn(case.line(self.place))
             if ended.code:
                 raise RuntimeError(f"{case.name}: exit {ended.code}\n{ended.text}")
             self.expected[case.name] = tree(self.place / "out") if case.out else {}
+            if case.move is not None:
+                self.moved[case.name] = moving.learn(self, case)
         self.source_state = self.look_at_sources()
 
-    def _made(self, case: Case, name: str) -> None:
-        ended = self.warm.learn(case.line(self.place))
-        if ended.code:
-            raise RuntimeError(ended.text)
-        shutil.move(self.place / "out", self.sources / name)
+    def wants(self, name: str) -> bool:
+        return name == self._wanted if self._exactly else name.startswith(self._wanted)
 
-    def _cases(self, four: tuple[str, ...]) -> Iterator[Case]:
+    def make_megatron(self, hf: Path, into: Path) -> None:
+        """Rank files (`mt`) and a torch_dist folder (`dist`) of a model."""
+        for name, further in (("mt", FOUR), ("dist", CORE)):
+            case = Case("", "hf_to_megatron", ("llama2", "--model-path", str(hf), *further), "--out")
+            ended = self.warm.learn(case.line(self.place))
+            if ended.code:
+                raise RuntimeError(ended.text)
+            shutil.move(self.place / "out", into / name)
+
+    def _cases(self) -> Iterator[Case]:
         mt, dist = str(self.sources / "mt"), str(self.sources / "dist")
-        core = ("--target", "megatron-core")
         both = [
-            ("import TP2 PP2", "hf_to_megatron", (*self._hf, *four), "--out"),
+            ("import TP2 PP2", "hf_to_megatron", (*self._hf, *FOUR), "--out"),
             ("export", "megatron_to_hf", ("--input_dir", mt, "--num_output_shards", "2"), "--output_dir"),
             ("export torch_dist", "megatron_to_hf", ("--input_dir", dist), "--output_dir"),
-            ("import torch_dist", "hf_to_megatron", (*self._hf, *core), "--out"),
+            ("import torch_dist", "hf_to_megatron", (*self._hf, *CORE), "--out"),
             ("layout to layout", "hf_to_megatron", ("llama2", "--model-path", mt), "--out"),
             ("checksums", "hf_to_megatron", (*self._hf, "--checksums"), "--out"),
             ("export with checksums", "megatron_to_hf", ("--input_dir", mt, "--checksums"), "--output_dir"),
@@ -111,6 +146,8 @@ class Ground:
     def reset(self, case: Case | None = None) -> dict[str, str] | None:
         """An empty place but for the neighbours, and what stands at OUT before: its tree."""
         clear(self.place)
+        if case is not None and case.move is not None:
+            case.move.prepare()
         for name, text in NEIGHBOURS.items():
             (self.place / name).parent.mkdir(parents=True, exist_ok=True)
             (self.place / name).write_text(text)
@@ -123,8 +160,8 @@ class Ground:
         found = {path: path.stat() for path in sorted(self.sources.rglob("*")) if path.is_file()}
         return {str(path): (s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found.items()}
 
-    def damage(self) -> str | None:
-        """What has happened to files that are none of the conversion's."""
+    def damage(self, further: Collection[str] = ()) -> str | None:
+        """What has happened to files that are none of the conversion's; `further` names may stand there too."""
         for name, text in NEIGHBOURS.items():
             path = self.place / name
             if not path.is_file() or path.read_text() != text:
@@ -132,5 +169,5 @@ class Ground:
         if self.look_at_sources() != self.source_state:
             return "the source was touched"
         names = {path.name for path in self.place.iterdir()} - {name.split("/")[0] for name in NEIGHBOURS}
-        strange = names - {"out", "out.partial"}
+        strange = names - {"out", "out.partial", *further}
         return f"{', '.join(sorted(strange))} was left" if strange else None

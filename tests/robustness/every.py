@@ -10,10 +10,10 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.robustness import batch, points
+from tests.robustness import batch, moving, points
 from tests.robustness.cases import Case, Ground
 from tests.robustness.faults import ACTIONS, Fault
 from tests.robustness.progress import Progress
@@ -34,11 +34,12 @@ class Choice:
     sample: int
     minutes: float
     only_count: bool
+    lacks: str
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Choice:
         o = options
-        return cls(o.case, o.exactly, o.kind, o.action or "", o.seed, o.sample, o.minutes, o.list)
+        return cls(o.case, o.exactly, o.kind, o.action or "", o.seed, o.sample, o.minutes, o.list, o.without)
 
     def points(self, case: Case, counts: Mapping[str, int]) -> list[Fault]:
         """In an order that is random and always the same."""
@@ -56,10 +57,12 @@ def _work(root: Path, choice: Choice, progress: Progress, turn: int, jobs: int) 
     warm.faults.begin()
     ground = Ground(root, warm, choice.case, choice.exactly)
     plan: list[tuple[Case, list[Fault]]] = []
-    for case in ground.cases:
-        ground.reset(case)
-        counts = ground.warm.run(case.line(ground.place), change=case.change).counts
-        faults = choice.points(case, counts)
+    for case in (replace(case, lacks=choice.lacks) for case in ground.cases):
+        old = ground.reset(case)
+        ended = ground.warm.run(case.line(ground.place), change=case.change)
+        if turn == 0 and case.move is not None and (problem := moving.undisturbed(ground, case, ended, old)):
+            _found(progress, problem)
+        faults = choice.points(case, ended.counts)
         if turn == 0 and case.name not in progress.totals:
             progress.note("total", case.name, len(faults))
         plan.append((case, [fault for fault in faults if (case.name, str(fault)) not in progress.done]))
@@ -70,11 +73,15 @@ def _work(root: Path, choice: Choice, progress: Progress, turn: int, jobs: int) 
             mine = faults[which::ROUNDS] if (number + which) % jobs == turn else ()
             for fault, result in batch.tried(ground, case, mine, known):
                 if result.problem:
-                    progress.note("finding", result.problem)
-                    sys.stderr.write(f"{result.problem}\n")
+                    _found(progress, result.problem)
                 progress.note("point", case.name, str(fault), result.how, int(result.rerun))
                 if time.monotonic() > end:
                     return
+
+
+def _found(progress: Progress, problem: str) -> None:
+    progress.note("finding", problem)
+    sys.stderr.write(f"{problem}\n")
 
 
 def run(root: Path, choice: Choice, progress: Progress, jobs: int) -> int:

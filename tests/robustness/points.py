@@ -61,11 +61,15 @@ class Result:
 
 def wrong(ground: Ground, case: Case, fault: Fault, known: set[str] | None = None) -> Result:
     """`known`: the states from which a rerun ended right; grows. None: each is run again."""
+    if case.move is not None:
+        from tests.robustness import moving
+
+        return moving.wrong(ground, case, fault, known)
     old = ground.reset(case)
     ended = ground.warm.run(case.line(ground.place), fault, change=case.change)
     if not ended.hit:
         return Result("not reached")
-    how, state, rerun = _how(ended), "", False
+    state, rerun = "", False
     problem = _after(ground, case, fault, ended, old)
     if problem is None and case.out:
         state = f"{states.digest(ground.place)} {ended.code == 0}"
@@ -75,12 +79,12 @@ def wrong(ground: Ground, case: Case, fault: Fault, known: set[str] | None = Non
     if problem is None:
         if known is not None and state:
             known.add(state)
-        return Result(how, None, state, rerun)
+        return Result(how(ended), None, state, rerun)
     said = f"{case.name}: {fault} ({ended.hit}): {problem}\n    it said: {ended.text.strip()[-600:]}"
-    return Result(how, said, rerun=rerun)
+    return Result(how(ended), said, rerun=rerun)
 
 
-def _how(ended: Ended) -> str:
+def how(ended: Ended) -> str:
     if ended.code is None:
         return "hung"
     return "killed" if ended.code == -9 else "went on" if ended.code == 0 else "one sentence"
@@ -139,8 +143,8 @@ def unsaid(ended: Ended, root: Path, sticky: bool) -> str | None:
     return None
 
 
-def again(ground: Ground, case: Case, done: bool) -> str | None:
-    """What is wrong after the same command without a fault.
+def again(ground: Ground, case: Case, done: bool, expected: dict[str, str] | None = None) -> str | None:
+    """What is wrong after the same command without a fault, which is to give `expected`, or what the case gives.
 
     `done`: the run with the fault has ended well. Where it could not note whose OUT is, the same command is refused.
     """
@@ -148,7 +152,7 @@ def again(ground: Ground, case: Case, done: bool) -> str | None:
     refused = done and ended.code == 1 and f"{ground.place / 'out'} exists and is" in ended.text
     if ended.code != 0 and not refused:
         return f"the rerun ended with exit {ended.code}: {ended.text.strip()[-400:]}"
-    if tree(ground.place / "out") != ground.expected[case.name]:
+    if tree(ground.place / "out") != (expected or ground.expected[case.name]):
         return "the rerun's bytes differ"
     if (ground.place / "out.partial").exists() and not refused:
         return "the rerun left OUT.partial"

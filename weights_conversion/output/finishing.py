@@ -54,7 +54,7 @@ def finish(
     names = [*(target.file for target in targets), *files]
     if held.complete:
         _check_complete(held, {*names, *last, *(file_sums.written(names) if sum_workers else [])})
-        _prove(held, prove)
+        _prove(held, prove, stands)
         with descriptors.shown_as("syncing", held.out.absolute().parent):
             descriptors.sync_folder(".", held.parent)  # which may be what the earlier run did not come to
         held.remove()
@@ -67,7 +67,7 @@ def finish(
     durability.files.close()
     stands()
     if prove is not None:
-        _prove(held, prove)
+        _prove(held, prove, stands)
         stands()
     try:
         held.publish(overwrite)
@@ -128,10 +128,11 @@ def _write_last(held: Partial, sums: Mapping[str, bytes], last: Mapping[str, byt
         together(assembly.folder_syncs(held, files))
 
 
-def _prove(held: Partial, prove: Callable[[Path], None] | None) -> None:
+def _prove(held: Partial, prove: Callable[[Path], None] | None, stands: Callable[[], None]) -> None:
     """Proves the finished folder, wherever it is; what fails is named OUT.unverified, never OUT.
 
-    What could not be read has not failed: it stays where it is, and the same command proves it again.
+    What could not be read, or was compared with a source that has changed, has not failed: it stays where it is, and
+    the same command proves it again, or starts over.
     """
     if prove is None:
         return
@@ -140,6 +141,7 @@ def _prove(held: Partial, prove: Callable[[Path], None] | None) -> None:
     except ConversionError as error:
         if _is_trouble(error):
             raise
+        stands()
         kept = f"the output is kept as {held.set_aside()} for inspection"
         raise ConversionError(*error.problems, kept, whole=error.whole) from error
 
