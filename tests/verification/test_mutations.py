@@ -7,7 +7,8 @@ on the unchanged converter and fail on the mutated one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from conftest import GOLDEN, Script
 from megatron_files import Checkpoint, assert_same_ranks, assert_same_tensors, read_checkpoint
 from naive_layout import megatron_ranks, padded_rows
 
-from weights_conversion.layouts import rank_files
+from weights_conversion.layouts import planners, rank_files
+from weights_conversion.layouts.placement import Placed
 from weights_conversion.mapping import ops
-from weights_conversion.mapping.parameters import Shard
+from weights_conversion.mapping.parameters import Instance, Shard
+from weights_conversion.sources import locate
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 GLU_NAME, QKV_NAME = "dense_h_to_4h.weight", "query_key_value.weight"
@@ -72,12 +75,16 @@ def cut_as(pattern: str, shard: Shard) -> Mutation:
     """Tensors whose name matches are cut as `shard` says, whatever the architecture declares."""
 
     def mutate(patch: pytest.MonkeyPatch) -> None:
-        right = rank_files.rank_blocks
+        right = rank_files.place_megatron
 
-        def wrong(ref: Any, shape: Sequence[int], declared: Any, rank: int, tp: int) -> Iterator[Any]:
-            return right(ref, shape, shard if re.search(pattern, ref.name) else declared, rank, tp)
+        def wrong(instance: Instance, *others: Any) -> Placed:
+            placed = right(instance, *others)
+            if not re.search(pattern, placed.name):
+                return placed
+            return right(replace(instance, row=replace(instance.row, shard=shard)), *others)
 
-        patch.setattr(rank_files, "rank_blocks", wrong)
+        for module in (planners, locate):
+            patch.setattr(module, "place_megatron", wrong)
 
     return mutate
 

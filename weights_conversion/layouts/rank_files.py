@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from math import lcm
@@ -75,16 +75,12 @@ def rank_shape(shape: Sequence[int], shard: Shard | None, tp: int) -> tuple[int,
     return tuple(size // tp if dim == shard.dim else size for dim, size in enumerate(shape))
 
 
-def rank_blocks(ref: TensorRef, shape: Sequence[int], shard: Shard | None, rank: int, tp: int) -> Iterator[Block]:
-    """The blocks of a full tensor of `shape` that `ref` holds as rank `rank` of `tp`."""
-    return (Block(ref, *where) for where in _parts_of(tuple(shape), shard, rank, tp))
+_Part = tuple[int, tuple[int, int], tuple[int, int]]  # first element in what the rank stores, rows, columns
 
 
 @lru_cache(maxsize=4096)  # for each row and rank: there are a million blocks of them
-def _parts_of(
-    shape: tuple[int, ...], shard: Shard | None, rank: int, tp: int
-) -> tuple[tuple[int, tuple[int, int], tuple[int, int]], ...]:
-    """The parts of a full tensor of `shape` that a rank holds: first element there, rows, columns."""
+def _parts_of(shape: tuple[int, ...], shard: Shard | None, rank: int, tp: int) -> tuple[_Part, ...]:
+    """The parts of a full tensor of `shape` that a rank holds."""
     rows, columns = two_dimensional(shape)
     if shard is None:
         return ((0, (0, rows), (0, columns)),)
@@ -106,7 +102,8 @@ def place_megatron(
     """A full Megatron tensor of `shape` (vocabulary padding included) on the ranks of a checkpoint."""
     row = instance.row
     cut = parallel.experts_tensor if row.per_expert else parallel.tensor
-    stored, begin = tuple(shape), 0
+    stored = full_shape = tuple(shape)
+    begin = 0
     if row.live is not None:  # each rank holds its share of every part, one behind the other
         stored, begin = parts.joined_shape(row.live, shape, config), parts.before(row.live, config) // cut
     part = rank_shape(stored, row.shard, cut)
@@ -116,8 +113,9 @@ def place_megatron(
     for stage, name in _places(instance, config, parallel, dialect):
         held: list[list[tuple[Block, ...]]] = []
         for number, ranks in enumerate(holders):
+            where = _from_row(begin, _parts_of(full_shape, row.shard, number, cut))
             refs = [find(Rank(tp, stage, ep), name, part) for tp, ep in ranks]
-            held.append([_from_row(begin, rank_blocks(ref, shape, row.shard, number, cut)) for ref in refs])
+            held.append([tuple([Block(ref, *each) for each in where]) for ref in refs])
         if row.shard is None:
             copies += [blocks for ranks in held for blocks in ranks]
         else:  # every part has as many holders
@@ -127,11 +125,11 @@ def place_megatron(
     return Placed(full, copies[0][0].ref.dtype, rows, columns, tuple(copies))
 
 
-def _from_row(first: int, blocks: Iterator[Block]) -> tuple[Block, ...]:
-    """`blocks` of a tensor that begins at row `first` of the stored one."""
+def _from_row(first: int, where: tuple[_Part, ...]) -> tuple[_Part, ...]:
+    """Parts of a tensor that begins at row `first` of the stored one."""
     if not first:
-        return tuple(blocks)
-    return tuple(replace(each, start=each.start + first * (each.columns[1] - each.columns[0])) for each in blocks)
+        return where
+    return tuple((at + first * (columns[1] - columns[0]), rows, columns) for at, rows, columns in where)
 
 
 def _places(
