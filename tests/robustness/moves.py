@@ -216,7 +216,7 @@ def hook(move: Move) -> None:
         return
     execute = run.execute
 
-    def halfway(plan: Any, chunks: Sequence[Any], source: Any, target: Any, workers: int, done: Any, stop: Any) -> str:
+    def halfway(plan: Any, chunks: Sequence[Any], source: Any, target: Any, workers: int, done: Any, *rest: Any) -> str:
         """Behind half of the chunks."""
         finished = itertools.count(1)
 
@@ -225,7 +225,7 @@ def hook(move: Move) -> None:
             if next(finished) == len(chunks) // 2:
                 happens()
 
-        return execute(plan, chunks, source, target, workers, counted, stop)
+        return execute(plan, chunks, source, target, workers, counted, *rest)
 
     run.execute = halfway
 
