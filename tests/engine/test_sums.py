@@ -157,12 +157,71 @@ def test_nobody_waits_for_a_turn_that_will_not_come(tmp_path: Path, opened: Any)
         waiting.result(30)
 
 
+def test_a_long_read_ends_with_the_run(tmp_path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written ahead is read back piece by piece, and no further once another thread has failed."""
+    monkeypatch.setattr("weights_conversion.engine.sums.READ_BYTES", 10)
+    file = File(tmp_path, "f", [10, 1000])
+    file.path.write_bytes(file.content)
+    sums, fill, read = opened(file), RunningSums._fill, list[int]()
+
+    def slow(self: RunningSums, *asked: Any) -> int:
+        read.append(fill(self, *asked))
+        if sum(read) > HEADER + 100:
+            sums.end()
+        return read[-1]
+
+    monkeypatch.setattr(RunningSums, "_fill", slow)
+    sums.take(0, [file.piece(file.refs[1], 0, 1000)])
+    sums.take(1, [file.piece(file.refs[0], 0, 10)])
+    assert sum(read) < HEADER + 200
+
+
+def test_files_are_closed_when_they_are_summed(tmp_path: Path, opened: Any) -> None:
+    """An export has hundreds of them, and a process may have few descriptors."""
+    files = [File(tmp_path, f"f{number}", [100, 60]) for number in range(20)]
+    sums, before = opened(*files), len(os.listdir("/proc/self/fd"))
+    for turn, file in enumerate(files):
+        file.path.write_bytes(file.content)
+        first, second = file.refs
+        sums.take(turn, [file.piece(second, 0, 60), file.piece(first, 0, 100)])
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert [sums.finish(file.name, GO_ON) for file in files] == [file.sum() for file in files]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_without_a_thread_it_reads_by_itself(tmp_path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weights_conversion.engine.sums.READ_BYTES", 50)
+
+    def refused(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    file = File(tmp_path, "f", [100, 60])
+    file.path.write_bytes(file.content)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refused)
+    assert opened(file).finish("f", GO_ON) == file.sum()
+
+
+CUT_OFF = r"f ends at byte 111; somebody has cut it off"
+
+
 def test_a_file_that_is_cut_off_is_named(tmp_path: Path, opened: Any) -> None:
     file = File(tmp_path, "f", [100, 60])
     sums = opened(file)
     file.path.write_bytes(file.content[: HEADER + 100])
-    with pytest.raises(ConversionError, match=r"f ends at byte 111; somebody has cut it off"):
-        sums.take(0, [file.piece(file.refs[1], 0, 60), file.piece(file.refs[0], 0, 100)])
+    sums.take(0, [file.piece(file.refs[1], 0, 60)])
+    with pytest.raises(ConversionError, match=CUT_OFF):
+        sums.take(1, [file.piece(file.refs[0], 0, 100)])
+
+
+def test_a_file_that_is_cut_off_later_is_named(tmp_path: Path, opened: Any) -> None:
+    """When all of it has been summed from memory."""
+    file = File(tmp_path, "f", [100, 60])
+    sums = opened(file)
+    file.path.write_bytes(file.content)
+    sums.take(0, [file.piece(file.refs[0], 0, 100), file.piece(file.refs[1], 0, 60)])
+    file.path.write_bytes(file.content[: HEADER + 100])
+    with pytest.raises(ConversionError, match=CUT_OFF):
+        sums.finish("f", GO_ON)
 
 
 def test_sums_of_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

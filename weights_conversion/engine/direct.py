@@ -93,6 +93,13 @@ class Direct:
                 self._files[descriptor] = _reopened(descriptor)
             return self._files[descriptor]
 
+    def forget(self, descriptor: int) -> None:
+        """Before a descriptor that nobody is reading by is closed."""
+        with self._lock:
+            direct = self._files.pop(descriptor, None)
+        if direct is not None:
+            fileio.close_quietly(direct)
+
     def close(self) -> None:
         """Before the descriptors that it was given are closed."""
         for direct in [*self._files.values(), *self._refused]:

@@ -225,6 +225,11 @@ def execute(
     taken = itertools.count()
     crew = Crew(workers, sum(chunk.nbytes for _, chunk in chunks))
 
+    def give_up() -> None:
+        failed.set()
+        if sums is not None:
+            sums.end()
+
     def work(thread: int) -> None:
         scratch, sink = Scratch(), target if sums is None else Taped(target)
         try:
@@ -240,19 +245,17 @@ def execute(
                     sums.take(index, sink.taken())
                 crew.count(chunk.nbytes)
         except BaseException:
-            failed.set()
-            if sums is not None:
-                sums.end()
+            give_up()
             raise
         finally:
             if thread < crew.few:  # the others may be sent away before the end
                 crew.end()
 
-    _on_threads(crew, work, failed)
+    _on_threads(crew, work, give_up)
     return crew.says()
 
 
-def _on_threads(crew: Crew, work: Callable[[int], None], failed: threading.Event) -> None:
+def _on_threads(crew: Crew, work: Callable[[int], None], give_up: Callable[[], None]) -> None:
     """Calls `work` with the number of each thread, in it; what ends one of them, or this call, ends all."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the parallelism; torch's own threads would fight them
@@ -262,7 +265,7 @@ def _on_threads(crew: Crew, work: Callable[[int], None], failed: threading.Event
                 futures = [pool.submit(work, thread) for thread in range(crew.most)]
                 wait(futures, return_when=FIRST_EXCEPTION)
             except BaseException:
-                failed.set()
+                give_up()
                 crew.end()
                 raise
     finally:
