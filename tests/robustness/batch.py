@@ -47,6 +47,7 @@ class Here:
         apart._started = functools.cache(apart._started)
         saying.open_standard_streams()
         signals.begin()
+        gc.freeze()  # what is there by now is looked at no more
         self._open = _descriptors()
 
     def run(
