@@ -16,7 +16,7 @@ the same command on N of them.
 
 --ranks R does the same with R processes, as torchrun starts them: any of them fails, or is killed, at any call.
 
---sample N takes N points of each case, --case and --kind the points of one; without them it runs for an hour or more,
+--sample N takes N points of each case, --case and --kind the points of one; without them it runs for hours,
 and with --progress FILE it may be ended at any time and goes on when it is run again.
 """
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import signal
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,10 +42,12 @@ class Choice:
         return cls(o.case, o.exactly, o.kind, o.action or "", o.seed, o.sample, o.minutes, o.list, o.without)
 
     def points(self, case: Case, counts: Mapping[str, int]) -> list[Fault]:
-        """In an order that is random and always the same."""
+        """In an order that is random and always the same, also where one process counts a call more than another."""
         found = [fault for fault in points.faults(counts) if self._has(fault)]
-        shuffled = random.Random(f"{self.seed} {case.name}").sample(found, len(found))
-        return shuffled[: self.sample or None]
+        return sorted(found, key=lambda fault: self.place(case, fault))[: self.sample or None]
+
+    def place(self, case: Case, fault: Fault) -> int:
+        return zlib.crc32(f"{self.seed} {case.name} {fault}".encode())
 
     def _has(self, fault: Fault) -> bool:
         return self.kind in ("", fault.kind) and self.action in ("", ACTIONS[fault.action])
@@ -70,7 +72,8 @@ def _work(root: Path, choice: Choice, progress: Progress, turn: int, jobs: int) 
     end = time.monotonic() + choice.minutes * 60 if choice.minutes else float("inf")
     for which in range(0 if choice.only_count else ROUNDS):
         for number, (case, faults) in enumerate(plan):
-            mine = faults[which::ROUNDS] if (number + which) % jobs == turn else ()
+            mine = [] if (number + which) % jobs != turn else faults
+            mine = [fault for fault in mine if choice.place(case, fault) % ROUNDS == which]
             for fault, result in batch.tried(ground, case, mine, known):
                 if result.problem:
                     _found(progress, result.problem)
