@@ -72,8 +72,8 @@ def _work(root: Path, choice: Choice, progress: Progress, turn: int, jobs: int) 
     end = time.monotonic() + choice.minutes * 60 if choice.minutes else float("inf")
     for which in range(0 if choice.only_count else ROUNDS):
         for number, (case, faults) in enumerate(plan):
-            mine = [] if (number + which) % jobs != turn else faults
-            mine = [fault for fault in mine if choice.place(case, fault) % ROUNDS == which]
+            due = (number + which) % jobs == turn
+            mine = [fault for fault in faults if due and choice.place(case, fault) % ROUNDS == which]
             for fault, result in batch.tried(ground, case, mine, known):
                 if result.problem:
                     _found(progress, result.problem)

@@ -231,7 +231,7 @@ def execute(
             sums.end()
 
     def work(thread: int) -> None:
-        scratch, sink = Scratch(), target if sums is None else Taped(target)
+        scratch, tape = Scratch(), Taped(target)
         try:
             while crew.admits(thread) and not (stop.is_set() or failed.is_set()):
                 index = next(taken)
@@ -240,9 +240,10 @@ def execute(
                 number, chunk = chunks[index]
                 if index + crew.limit < len(chunks):
                     prefetch_chunk(plan, chunks[index + crew.limit][1], source)
-                done(number, chunk, convert_chunk(plan, chunk, source, sink, scratch))
-                if sums is not None and isinstance(sink, Taped):
-                    sums.take(index, sink.taken())
+                done(number, chunk, convert_chunk(plan, chunk, source, tape, scratch))
+                pieces = tape.taken()
+                if sums is not None:
+                    sums.take(index, pieces)
                 crew.count(chunk.nbytes)
         except BaseException:
             give_up()

@@ -40,8 +40,8 @@ def plan_digest(job: Job, dtype: str) -> str:
     for target in job.targets:
         sha.update(f"{target.file} {_without_refs(getattr(target, 'content', None))}\n".encode())
         dtypes = {ref.dtype: str(ref.dtype) for ref in target.refs}
-        said_refs = tuple((ref.name, dtypes[ref.dtype], ref.shape) for ref in target.refs)
-        sha.update(marshal.dumps(said_refs, _BY_VALUE))
+        refs = tuple((ref.name, dtypes[ref.dtype], ref.shape) for ref in target.refs)
+        sha.update(marshal.dumps(refs, _BY_VALUE))
     return sha.hexdigest()
 
 

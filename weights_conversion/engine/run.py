@@ -167,7 +167,7 @@ def _convert(
     files = [each.file for each in job.targets]
     note = None if output.durable else lambda: hold.note_digest(run_digest)
     sums = RunningSums(hold.checkpoint, hold.shown, output.offsets if options.checksums else {})
-    # Bytes are final when they are written, and this process writes all of them.
+    # Else bytes change after they are written, or others write some of them, and sums are taken of what is read back.
     in_order = options.checksums and not (job.plan.keeps_crcs or output.done or ranks.size > 1)
     try:
         with Durability(output.journal, target, files, assembly.folder_syncs(hold, files), note) as durability:
