@@ -8,8 +8,8 @@ next run. Each run's ratio is to the disk's own rate in the same setting and rou
 
 Settings: warm and cold sources; a disk on which every fsync takes 0.3 s longer, and one that takes no more than --cap
 GB/s (both by a library that is built on the spot and loaded into everything that is measured, raw writes too); a
-control group of 700 MB, where one can be made (root). What the table is about runs in every round, the rest in the
-first ones (contenders.rounds_of). After --minutes nothing more begins. Each run is in --json as soon as it has ended.
+control group of 700 MB, where one can be made (root). What is promised runs in every round, the rest in the first
+ones (contenders.rounds_of). After --minutes nothing more begins. Each run is in --json as soon as it has ended.
 
 Each run begins on a machine that has been idle for --settle seconds, as when someone types the command: a virtual
 machine that gives its free memory back makes a page of it cost several times more than one freed a moment ago.

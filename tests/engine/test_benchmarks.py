@@ -52,7 +52,8 @@ def test_slow_runs_are_few() -> None:
     """What the table is about runs in every round; its limits with it."""
     assert contenders.rounds_of("warm", "import-tp1", 5) == contenders.rounds_of("warm", "raw-write", 5) == 5
     assert contenders.rounds_of("cold", "raw-copy", 5) == 5
-    assert contenders.rounds_of("sync", "import-tp1", 5) == contenders.rounds_of("sync", "raw-write", 5) == 2
+    assert contenders.rounds_of("sync", "import-tp1", 5) == contenders.rounds_of("cold", "verify", 5) == 5
+    assert contenders.rounds_of("warm", "layout", 5) == 2
     assert contenders.rounds_of("cap", "export-1", 5) == contenders.rounds_of("cap", "raw-write", 5) == 1
 
 
