@@ -103,6 +103,24 @@ def refuses(code: int):
     return call
 
 
+@pytest.mark.parametrize(
+    ("code", "kind", "said"),
+    [
+        (errno.EINVAL, OSError, "out.partial/lock"),
+        (errno.EAGAIN, ConversionError, "has just begun to write {}/out.partial"),
+    ],
+)
+def test_a_lock_that_cannot_be_shared_is_named(
+    code: int, kind: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other process is blamed for what the filesystem refuses (flock(2): EWOULDBLOCK alone is another's lock)."""
+    monkeypatch.setattr(locks.fcntl, "flock", refuses(code))
+    with pytest.raises(kind) as caught:
+        locks.share(3, tmp_path / "out.partial")
+    assert said.format(tmp_path) in str(caught.value)
+    locks.share(-1, tmp_path / "out.partial")  # there are no locks
+
+
 @pytest.mark.parametrize("lacking", ["locks", "access lists", "files without a name", "modes", "syncing folders"])
 def test_what_a_filesystem_may_lack(
     lacking: str, line, interrupted, to_megatron, imported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -64,13 +64,19 @@ def take_alone(top: int, partial: Path) -> int | None:
         return None
 
 
-def share(descriptor: int) -> None:
-    """From the one process that has prepared OUT.partial to all ranks of its job, which take it with `take`."""
-    if descriptor >= 0:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConversionError("another process has just begun to write the same output; wait for it") from error
+def share(descriptor: int, partial: Path) -> None:
+    """From the one process that has prepared OUT.partial to all ranks of its job, which take it with `take`.
+
+    Raises ConversionError where another process was faster, OSError where the filesystem no longer locks.
+    """
+    if descriptor < 0:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _BUSY:
+            raise ConversionError(f"another process has just begun to write {partial}; wait for it") from error
+        raise OSError(error.errno, error.strerror, str(partial / NAME)) from error
 
 
 def _is_shared(descriptor: int) -> bool:

@@ -67,7 +67,7 @@ class Partial:
         return self.path / "journal"
 
     def share(self) -> None:
-        locks.share(self.lock)
+        locks.share(self.lock, self.path)
 
     # --- folders ------------------------------------------------------------------------------------------------------
 
