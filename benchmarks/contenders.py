@@ -48,7 +48,7 @@ class Contender:
 
 MEMORY_BYTES = 700 << 20
 
-# Beside what README and docs/speed.md promise, and so in the first rounds only; what is capped takes minutes.
+# Beside what README and docs/speed.md promise, and so in the first rounds only.
 ASIDE = ("export-5gb", "layout")
 FEW_ROUNDS = 2
 
@@ -66,7 +66,7 @@ def settings(cap: float) -> list[Setting]:
 
 def rounds_of(setting: str, name: str, rounds: int) -> int:
     """In how many of `rounds` a contender runs: the first ones."""
-    if setting == "cap":
+    if setting == "cap":  # its rate is given, so that rounds tell nothing more
         return 1
     return min(rounds, FEW_ROUNDS) if name in ASIDE else rounds
 

@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, metavar="N", help="layers, a multiple of 4 (default: the shape's)")
     parser.add_argument("--folder", type=Path, required=True, help="where to work, on the filesystem to be measured")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each contender (default: 5)")
-    parser.add_argument("--minutes", type=float, default=40.0, help="then no further run begins (default: 40)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="then no further run begins (default: 60)")
     parser.add_argument(
         "--settle", type=float, default=3.0, metavar="SECONDS", help="idle before every run (default: 3)"
     )

@@ -49,7 +49,7 @@ def test_pages_get_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_slow_runs_are_few() -> None:
-    """What the table is about runs in every round; its limits with it."""
+    """What is promised runs in every round; its limits with it."""
     assert contenders.rounds_of("warm", "import-tp1", 5) == contenders.rounds_of("warm", "raw-write", 5) == 5
     assert contenders.rounds_of("cold", "raw-copy", 5) == 5
     assert contenders.rounds_of("sync", "import-tp1", 5) == contenders.rounds_of("cold", "verify", 5) == 5
