@@ -24,7 +24,14 @@ from weights_conversion.verification import whole
 
 
 @pytest.mark.skipif(faults.lacking() is not None, reason=str(faults.lacking()))
-@pytest.mark.parametrize("options", [("--sample", "2"), ("--ranks", "2", "--sample", "4", "--case", "export")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--sample", "2"),
+        ("--ranks", "2", "--sample", "4", "--case", "export"),
+        ("--ranks", "2", "--kind", "lock", "--action", "fail", "--case", "export", "--exactly"),
+    ],
+)
 def test_a_sample_of_points(options: tuple[str, ...]) -> None:
     call = [sys.executable, "-m", "tests.robustness", *options]
     done = subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)

@@ -14,7 +14,8 @@ both. --case moving runs these alone; with --without watch or stamps they find t
 --power-cuts N looks at every state that ext4 and XFS may show after a power cut at any moment (powercut.py), and runs
 the same command on N of them.
 
---ranks R does the same with R processes, as torchrun starts them: any of them fails, or is killed, at any call.
+--ranks R does the same with R processes, as torchrun starts them: any of them fails, or is killed, at any call. These
+points are drawn at random, half of them kills; with --kind or --action they are all points of that kind.
 
 --sample N takes N points of each case, --case and --kind the points of one; without them it runs for hours,
 and with --progress FILE it may be ended at any time and goes on when it is run again.
@@ -63,7 +64,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--progress", type=Path, help="a file of what was tried: an interrupted run goes on from it")
     parser.add_argument("--minutes", type=float, default=0, help="stop after them; --progress goes on")
     parser.add_argument("--summary", action="store_true", help="only print the counts of --progress")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.power_cuts and (options.kind or options.action):
+        parser.error("a power cut is at no call: --power-cuts takes neither --kind nor --action")
+    return options
 
 
 def work(options: argparse.Namespace, root: Path) -> int:
@@ -99,8 +103,8 @@ def _otherwise(options: argparse.Namespace, root: Path) -> int:
     for case in ground.cases:
         if case.move is not None:  # whose moment is no call
             continue
+        case = replace(case, lacks=options.without)
         if options.power_cuts and case.out:
-            case = replace(case, lacks=options.without)
             found, problems = cuts.wrong(ground, case, options.power_cuts, options.seed)
             findings += problems
             ends += found
@@ -115,14 +119,18 @@ def _otherwise(options: argparse.Namespace, root: Path) -> int:
 
 def _ranks(ground: Ground, case: Case, options: argparse.Namespace, ends: Counter[str]) -> list[str]:
     """The points of one case on several ranks; what is wrong with them."""
-    from tests.robustness import ranks
+    from tests.robustness import every, ranks
 
     ground.reset(case)
     whole = ranks.run(ground, case, options.ranks)
     if any(ended.code for ended in whole):
         raise RuntimeError("".join(ended.text for ended in whole))
     findings, here = [], Counter[str]()
-    wanted = ranks.points([ended.counts for ended in whole], options.sample or 1000, f"{options.seed} {case.name}")
+    counts, choice = [ended.counts for ended in whole], every.Choice.of(options)
+    if options.kind or options.action:
+        wanted = ranks.chosen(counts, choice)
+    else:
+        wanted = ranks.points(counts, options.sample or 1000, f"{options.seed} {case.name}")
     for rank, fault in wanted:
         how, problem = ranks.wrong(ground, case, options.ranks, rank, fault)
         here[how] += 1

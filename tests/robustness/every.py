@@ -43,13 +43,13 @@ class Choice:
 
     def points(self, case: Case, counts: Mapping[str, int]) -> list[Fault]:
         """In an order that is random and always the same, also where one process counts a call more than another."""
-        found = [fault for fault in points.faults(counts) if self._has(fault)]
+        found = [fault for fault in points.faults(counts) if self.has(fault)]
         return sorted(found, key=lambda fault: self.place(case, fault))[: self.sample or None]
 
     def place(self, case: Case, fault: Fault) -> int:
         return zlib.crc32(f"{self.seed} {case.name} {fault}".encode())
 
-    def _has(self, fault: Fault) -> bool:
+    def has(self, fault: Fault) -> bool:
         return self.kind in ("", fault.kind) and self.action in ("", ACTIONS[fault.action])
 
 

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 
 from tests.robustness.cases import Case, Ground
+from tests.robustness.every import Choice
 from tests.robustness.faults import FAIL, KILL, Fault
 from tests.robustness.points import after_output, again, faults, unsaid
 from tests.robustness.sources import tree
@@ -64,6 +65,12 @@ def points(counts: Sequence[Mapping[str, int]], number: int, seed: str) -> Itera
         else:
             kind = rng.choice([kind for kind in ("any", "changing") if counts[rank][kind]])
             yield rank, Fault(kind, rng.randint(1, counts[rank][kind]), KILL)
+
+
+def chosen(counts: Sequence[Mapping[str, int]], choice: Choice) -> list[tuple[int, Fault]]:
+    """Every (rank, fault) of the kinds that are asked for, in an order that is random and always the same."""
+    found = [(rank, fault) for rank, calls in enumerate(counts) for fault in faults(calls) if choice.has(fault)]
+    return random.Random(choice.seed).sample(found, min(choice.sample or len(found), len(found)))
 
 
 def wrong(ground: Ground, case: Case, size: int, rank: int, fault: Fault) -> tuple[str, str | None]:
