@@ -1,6 +1,7 @@
 """Seconds and memory of planning: dry runs of models with 36,000 to 100,000 tensors, which sparse files stand for.
 
-Each is a process of its own. Seconds count from `import torch` to the report; memory is the most that was resident, of
+Each is a process of its own. Seconds count from `import torch` to the report, without those in which tensors that are
+stored several times were compared (their bytes are read: the rate of a disk); memory is the most that was resident, of
 which torch takes the first part. The disk's space is not checked, since no disk here would hold them.
 
     python -m benchmarks.plan --folder bench
@@ -38,8 +39,19 @@ began = time.perf_counter()
 import torch
 imported, first = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sys.path.insert(0, {repository!r})
+from weights_conversion.engine import run as engine
 from weights_conversion.output import space
 space.check_space = lambda *_: None
+compare, compared = engine.inconsistencies, [0.0]
+
+def timed(*given):
+    start = time.perf_counter()
+    try:
+        return compare(*given)
+    finally:
+        compared[0] += time.perf_counter() - start
+
+engine.inconsistencies = timed
 module, lay, argv = {module!r}, {lay!r}, {argv!r}
 if lay:
     from pathlib import Path
@@ -60,20 +72,21 @@ if lay:
     to_megatron.run = run
 code = __import__(module).main(argv)
 most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([time.perf_counter() - imported, time.process_time(), first / 1e6 * 1.024, most / 1e6 * 1.024, code]))
+seconds = time.perf_counter() - imported - compared[0]
+print(json.dumps([seconds, *compared, first / 1e6 * 1.024, most / 1e6 * 1.024, code]))
 """
 
 
 def child(module: str, argv: list[str], lay: bool = False) -> tuple[float, float, float, float]:
-    """(seconds from `import torch` on, of processor time in all, GB resident behind `import torch`, and at most)."""
+    """(seconds of planning, of comparing, GB resident behind `import torch`, and at most)."""
     text = CHILD.format(repository=str(REPOSITORY), module=module, argv=argv, lay=lay)
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{module} {' '.join(argv)} failed:\n{done.stdout}{done.stderr}")
-    seconds, processor, first, most, code = json.loads(done.stdout.splitlines()[-1])
+    seconds, compared, first, most, code = json.loads(done.stdout.splitlines()[-1])
     if code:
         raise SystemExit(f"{module} {' '.join(argv)} ended with {code}:\n{done.stdout}{done.stderr}")
-    return seconds, processor, first, most
+    return seconds, compared, first, most
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="where to work; a few GB of headers and archives")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose names hold this")
     args = parser.parse_args(argv)
-    print("| case | tensors | direction | seconds | processor seconds | GB behind import torch | GB at most |")
+    print("| case | tensors | direction | seconds | comparing | GB behind import torch | GB at most |")
     print("|---|---|---|---|---|---|---|")
     for name, model, layers, options in CASES:
         if args.only not in name:

@@ -101,7 +101,7 @@ class Source:
             left, position = left[count:], position + count
         if whole[:2] in self._absent:
             self._absent.discard(whole[:2])
-            _advise(*whole, "POSIX_FADV_DONTNEED")
+            fileio.advise(*whole, "POSIX_FADV_DONTNEED")
 
     def prefetch(self, ref: TensorRef, start: int, length: int) -> None:
         """Ask the kernel to begin reading these bytes; where it cannot be asked, nothing is lost."""
@@ -111,7 +111,7 @@ class Source:
                 return
             if not _cached(descriptor, position + length // 2):  # its ends may share pages with what is read before
                 self._absent.add((descriptor, position))
-            _advise(descriptor, position, length, "POSIX_FADV_WILLNEED")
+            fileio.advise(descriptor, position, length, "POSIX_FADV_WILLNEED")
 
     def _open(self, file: str) -> int:
         with self._lock:
@@ -129,12 +129,6 @@ class Source:
             with contextlib.suppress(OSError):  # all that was wanted of it has been read
                 os.close(descriptor)
         self._files.clear()
-
-
-def _advise(descriptor: int, position: int, length: int, advice: str) -> None:
-    """A hint to the kernel, which may refuse it: then nothing is lost but speed."""
-    with contextlib.suppress(OSError, AttributeError, ValueError):
-        os.posix_fadvise(descriptor, position, length, getattr(os, advice))
 
 
 def _cached(descriptor: int, position: int) -> bool:

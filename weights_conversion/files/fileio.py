@@ -13,7 +13,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -36,11 +36,15 @@ def named(doing: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and not isinstance(error.filename, (str, bytes)):  # none, or a descriptor's number
-            error.filename = str(path)
-        if not hasattr(error, "doing"):
-            error.doing = f"{doing} {path}"  # pyright: ignore[reportAttributeAccessIssue]
+        _name(error, doing, path)
         raise
+
+
+def _name(error: OSError, doing: str, path: str | Path) -> None:
+    if error.errno is not None and not isinstance(error.filename, (str, bytes)):  # none, or a descriptor's number
+        error.filename = str(path)
+    if not hasattr(error, "doing"):
+        error.doing = f"{doing} {path}"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def failed(error: OSError) -> str:
@@ -135,14 +139,30 @@ def open_file(path: str | Path, *, noted: bool = True) -> BinaryIO:
 def read_at(descriptor: int, length: int, position: int, path: str | Path) -> bytes:
     """`length` bytes of an open file from `position` on, as many as there are; `path` is for errors."""
     parts: list[bytes] = []
-    while length:
-        with named("reading", path):
-            part = os.pread(descriptor, length, position)
-        if not part:
-            break
-        parts.append(part)
-        length, position = length - len(part), position + len(part)
+    try:  # `named` would cost as much as the call: a checkpoint has hundreds of thousands of small pieces
+        while length and (part := os.pread(descriptor, length, position)):
+            parts.append(part)
+            length, position = length - len(part), position + len(part)
+    except OSError as error:
+        _name(error, "reading", path)
+        raise
     return b"".join(parts)
+
+
+def advise(descriptor: int, position: int, length: int, advice: str) -> None:
+    """A hint to the kernel (POSIX_FADV_...), which may refuse it: then nothing is lost but speed."""
+    with contextlib.suppress(OSError, AttributeError, ValueError, OverflowError):
+        os.posix_fadvise(descriptor, position, length, getattr(os, advice))
+
+
+def expect(descriptor: int, pieces: Iterable[tuple[int, int]]) -> None:
+    """Asks for small pieces (first byte, bytes) of a file before they are read one by one.
+
+    A disk, and a parallel filesystem more so, brings many at a time, but each only after its own while. A hint, too.
+    """
+    with contextlib.suppress(OSError, AttributeError, ValueError, OverflowError):
+        for position, length in pieces:
+            os.posix_fadvise(descriptor, position, length, os.POSIX_FADV_WILLNEED)
 
 
 def _kind(mode: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio
 
+_HEADER = 30  # bytes in front of a record's name
 LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _DESCRIPTOR, _END64, _LOCATOR = b"PK\x07\x08", b"PK\x06\x06", b"PK\x06\x07"
 _MAX_DIRECTORY_BYTES = 256 << 20
@@ -59,12 +60,16 @@ class Window(io.RawIOBase):
         self._position += len(data)
         return len(data)
 
-    def reader(self, path: Path) -> Callable[[int, int], bytes] | None:
-        """(first byte, length) -> those bytes, as many as the window has; None where the file is none of the system."""
+    def reader(self, path: Path, headers: Iterable[int]) -> Callable[[int, int], bytes] | None:
+        """(first byte, length) -> those bytes, as many as the window has; None where the file is none of the system.
+
+        `headers` is where the reads will begin.
+        """
         try:
             descriptor = self._file.fileno()
         except (OSError, AttributeError):
             return None
+        fileio.expect(descriptor, ((self._start + at, _HEADER) for at in headers))
 
         def read(position: int, length: int) -> bytes:
             return fileio.read_at(descriptor, max(min(length, self._size - position), 0), self._start + position, path)
@@ -114,7 +119,7 @@ def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
     for why, breaks in RULES.items():
         if broken := next(filter(breaks, entries), None):
             raise damaged(f"record {broken.orig_filename} {why}")
-    read_at = _reader(file, path)
+    read_at = _reader(file, path, [entry.header_offset for entry in entries])
     found = [
         Record(entry.orig_filename, _data_at(read_at, size, entry, damaged), entry.file_size, entry.CRC)
         for entry in entries
@@ -125,13 +130,13 @@ def directory(file: BinaryIO, size: int, path: Path) -> list[Record]:
     return found
 
 
-def _reader(file: BinaryIO, path: Path) -> Callable[[int, int], bytes]:
-    """(first byte, length) -> those bytes of an archive, as many as there are: a header of each record, no more.
+def _reader(file: BinaryIO, path: Path, headers: Iterable[int]) -> Callable[[int, int], bytes]:
+    """(first byte, length) -> those bytes of an archive, as many as there are: the `headers` of records, no more.
 
     Buffers would read a few KB for each of 30 bytes, of a checkpoint of 512 ranks a million times.
     """
     window = getattr(file, "raw", None)
-    if isinstance(window, Window) and (read_at := window.reader(path)) is not None:
+    if isinstance(window, Window) and (read_at := window.reader(path, headers)) is not None:
         return read_at
 
     def read(position: int, length: int) -> bytes:
@@ -171,11 +176,11 @@ def _data_at(
     read_at: Callable[[int, int], bytes], size: int, entry: zipfile.ZipInfo, damaged: Callable[[str], ConversionError]
 ) -> int:
     """The first byte of a record's data, by the header in front of it."""
-    header = read_at(min(entry.header_offset, size), 30)
-    if len(header) != 30 or header[:4] != LOCAL:
+    header = read_at(min(entry.header_offset, size), _HEADER)
+    if len(header) != _HEADER or header[:4] != LOCAL:
         raise damaged(f"record {entry.orig_filename} does not begin where the directory says")
     name, extra = struct.unpack_from("<HH", header, 26)
-    return entry.header_offset + 30 + name + extra
+    return entry.header_offset + _HEADER + name + extra
 
 
 def _check_apart(records: Sequence[Record], end: int, damaged: Callable[[str], ConversionError]) -> None:

@@ -39,9 +39,10 @@ class _Record:
         self.args = args
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state
-        if isinstance(state, dict):
-            self.__dict__.update(state)
+        if type(state) is dict:
+            self.__dict__ = state  # not a copy: an index has five such objects for each tensor
+        else:
+            self.state = state
 
 
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -206,8 +207,9 @@ def _stored(key: str, entry: Any, items: Mapping[tuple[str, tuple[int, ...] | No
 
 def _numbers(values: Any) -> tuple[int, ...]:
     numbers = tuple(values)
-    if not all(type(value) is int and value >= 0 for value in numbers):
-        raise ValueError(f"sizes {short(numbers)}")
+    for value in numbers:
+        if type(value) is not int or value < 0:
+            raise ValueError(f"sizes {short(numbers)}")
     return numbers
 
 
@@ -230,7 +232,7 @@ def _chunk(key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any
 def _place(info: Any, path: Path) -> tuple[str, int, int]:
     """An item's file, its first byte there and its bytes."""
     name = info.relative_path
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
         raise ConversionError(f"{path} names {short(name)}, which is not a file of its own folder")
     start, length = _numbers((info.offset, info.length))
     if start + length > sys.maxsize:

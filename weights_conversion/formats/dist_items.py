@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from weights_conversion.formats.stand_ins import StoredTensor
 from weights_conversion.layouts.placement import TensorRef
 
 _MAX_AROUND = 1 << 16
+_MANY = 8  # items of a tensor: one more look at the first is little then
 _MAX_OPEN = 128
 
 
@@ -48,42 +51,58 @@ class Items:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, tuple[int, int]] = {}
+        self._files: dict[str, tuple[int, int, str]] = {}  # descriptor, bytes, path
         self._known: dict[tuple[int, tuple[int, ...], torch.dtype], list[_Around]] = defaultdict(list)
 
     def __enter__(self) -> Items:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for descriptor, _size in self._files.values():
+    def __exit__(self, *exception: object) -> None:
+        for descriptor, _, _ in self._files.values():
             fileio.close_quietly(descriptor)
         self._files.clear()
 
     def ref(self, key: str, chunk: StoredChunk, dtype: torch.dtype) -> TensorRef:
         """Where a chunk's data stand. What the item holds must be what the index says."""
-        descriptor, size = self._open(key, chunk.file)
-        if chunk.start + chunk.length > size:
+        descriptor, size, path = self._open(key, chunk.file)
+        end = chunk.start + chunk.length
+        if end > size:
             raise ConversionError(
-                f"{self._folder / chunk.file} has {size} bytes, but {METADATA} places a part of {key} up to byte "
-                f"{chunk.start + chunk.length}: it is cut off; copy it again"
+                f"{path} has {size} bytes, but {METADATA} places a part of {key} up to byte {end}: it is cut off; copy "
+                "it again"
             )
         name = f"{key} {list(chunk.offsets)}"
         known = self._known[chunk.length, chunk.item_sizes, dtype]
         for around in known:
-            tail_at = chunk.start + chunk.length - len(around.tail)
-            path = self._folder / chunk.file
+            tail_at = end - len(around.tail)
             if (
                 fileio.read_at(descriptor, len(around.head), chunk.start, path) == around.head
                 and around.plain(fileio.read_at(descriptor, len(around.tail), tail_at, path)) == around.tail
             ):
-                return replace(around.ref, file=str(path), name=name,
-                               offset=chunk.start + around.ref.offset)  # fmt: skip
+                # Without the CRC, which is of the item's own data: two items with one pickle need not be equal.
+                ref = around.ref
+                return TensorRef(path, name, ref.dtype, ref.shape, chunk.start + ref.offset)
         ref, around = self._read(key, chunk, dtype, name, descriptor)
         if around is not None and len(known) < 8:
             known.append(around)
         return ref
 
-    def _open(self, key: str, file: str) -> tuple[int, int]:
+    def expect(self, key: str, chunks: Sequence[StoredChunk], dtype: torch.dtype) -> None:
+        """Asks for what is read of a tensor's items, where they are many, before they are opened one by one."""
+        if len(chunks) < _MANY:
+            return
+        self.ref(key, chunks[0], dtype)  # which shows how much that is of each
+        for file, there in groupby(sorted(chunks, key=attrgetter("file", "start")), key=attrgetter("file")):
+            descriptor, *_ = self._open(key, file)
+            fileio.expect(descriptor, (piece for chunk in there for piece in self._around(chunk, dtype)))
+
+    def _around(self, chunk: StoredChunk, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+        """The first byte, and bytes, of what is read of an item if it is as one of its shape was."""
+        for around in self._known[chunk.length, chunk.item_sizes, dtype][:1]:
+            yield chunk.start, len(around.head)
+            yield chunk.start + chunk.length - len(around.tail), len(around.tail)
+
+    def _open(self, key: str, file: str) -> tuple[int, int, str]:
         if file not in self._files:
             if len(self._files) >= _MAX_OPEN:  # a training run leaves two files a rank
                 fileio.close_quietly(self._files.pop(next(iter(self._files)))[0])
@@ -94,8 +113,10 @@ class Items:
                 raise ConversionError(
                     f"{path}, which holds a part of {key}, cannot be read ({error.strerror}); copy it again"
                 ) from error
+            # A little of each item is read, here and there: reading on behind it would read a tenth of the file.
+            fileio.advise(descriptor, 0, 0, "POSIX_FADV_RANDOM")
             with fileio.named("opening", path):
-                self._files[file] = descriptor, os.fstat(descriptor).st_size
+                self._files[file] = descriptor, os.fstat(descriptor).st_size, str(path)
         return self._files[file]
 
     def _read(

@@ -80,8 +80,7 @@ class _Machine(Quick):
             **GLOBALS,
             **further,
         }
-        self._stubs = (Foreign, *(stub for stub in further.values() if isinstance(stub, type)))
-        self._marks: list[int] = []
+        self._stubs = {Foreign, *(stub for stub in further.values() if isinstance(stub, type))}
 
     def run(self, data: bytes) -> Any:
         handlers = {name.removeprefix("_op_"): getattr(self, name) for name in dir(self) if name.startswith("_op_")}
@@ -131,7 +130,7 @@ class _Machine(Quick):
             for part in key:
                 self._key(part)
         elif not (
-            key is None or isinstance(key, (str, bytes, self._stubs)) or type(key) is bool
+            key is None or isinstance(key, (str, bytes)) or type(key) in self._stubs or type(key) is bool
             or (type(key) is int and abs(key) < 1 << 63)
             or (isinstance(key, EnumMember) and (key.value is None or type(key.value) is str))
             or (isinstance(key, EnumMember) and type(key.value) is int and abs(key.value) < 1 << 63)
@@ -144,9 +143,10 @@ class _Machine(Quick):
             return
         if not isinstance(target, dict):
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
+        pairs = tuple(pairs)
+        self._spend(COST * len(pairs))
         for key, value in pairs:
-            self._spend(COST)
-            target[self._key(key)] = value
+            target[key if type(key) is str else self._key(key)] = value
 
     def _append(self, target: Any, items: list[Any]) -> None:
         if isinstance(target, Foreign):
@@ -257,10 +257,9 @@ class _Machine(Quick):
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(arguments, tuple):
             raise pickle.UnpicklingError("a call without arguments")
-        self._stack.append(self._call(function, arguments))
+        self._stack.append(self._call(function, arguments) if arguments else function())
 
-    def _op_NEWOBJ(self, _: Any) -> None:
-        self._op_REDUCE(None)
+    _op_NEWOBJ = _op_REDUCE
 
     def _op_NEWOBJ_EX(self, _: Any) -> None:
         self._stack.pop()  # keyword arguments: no stand-in has any
@@ -282,7 +281,7 @@ class _Machine(Quick):
         state, target = self._stack.pop(), self._stack[-1]
         if isinstance(state, dict):
             self._spend(COST * len(state))
-        if isinstance(target, self._stubs):
+        if type(target) in self._stubs:
             if hasattr(target, "__setstate__"):
                 target.__setstate__(state)
         elif isinstance(target, self._arguments):

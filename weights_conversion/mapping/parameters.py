@@ -254,6 +254,8 @@ class Architecture:
     def copies(self, instance: Instance, config: ModelConfig) -> tuple[str, ...]:
         """HF names of the copies of a tensor that prediction layers have, or a tied head."""
         tied = config.tie_word_embeddings and instance.row.role is Role.EMBEDDING  # it is the head too
+        if not tied and instance.row.megatron not in self.mtp_copies:
+            return ()
         rows = [instance.row, *(row for row in self.rows if tied and row.role is Role.HEAD)]
         numbers = range(config.num_layers, config.num_layers + config.mtp_num_layers)
         templates = [self.mtp_copies[row.megatron] for row in rows if row.megatron in self.mtp_copies]

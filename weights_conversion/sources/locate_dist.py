@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 
 from weights_conversion.config import ModelConfig
@@ -27,7 +28,7 @@ def in_torch_dist(files: DistCheckpoint, architecture: Architecture, config: Mod
     expert_counts.check_forms(files.stored.keys(), str(files.folder))
     placed: Located = {}
     with Items(files.folder) as items:
-        search = _Search(files, config, Parts(files.stored, items))
+        search = _Search(files, architecture, config, Parts(files.stored, items))
         for instance in architecture.instances(config):
             found = search.find(instance, instance.row.megatron_shape(config, files.vocabulary))
             if found:
@@ -61,25 +62,32 @@ class _Search:
     """Looks for the parameters of a torch_dist checkpoint one by one; collects what is wrong, missing and used."""
 
     files: DistCheckpoint
+    architecture: Architecture
     config: ModelConfig
     parts: Parts
     used: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def spellings(self) -> dict[str, tuple[str, ...]]:
+        """The names that a row's tensor may have, by the row's own."""
+        dialect, found = self.files.dialect, {}
+        for row in self.architecture.rows:
+            names = *dialect.spellings(row.megatron), *dialect.dist_spellings(row.megatron)
+            found[row.megatron] = tuple(dict.fromkeys((*names, dialect.live(row.megatron))))  # as Megatron-FSDP has it
+        return found
+
     def _candidates(self, instance: Instance, shape: tuple[int, ...]) -> list[list[_Candidate]]:
-        """For each spelling: in a stacked tensor, in one of its own (layers that differ), or in a GLU's two halves."""
-        dialect, row = self.files.dialect, instance.row
-        experts = self.config.moe.num_experts if self.config.moe is not None else 0
-        sizes = {0: (), 1: (self.config.num_layers,), 2: (self.config.num_layers, experts)}
+        """Where it is, for each spelling: stacked, in one of its own (layers that differ), or in a GLU's two halves."""
+        stored, dialect, row = self.files.stored, self.files.dialect, instance.row
         several = []
-        names = *dialect.spellings(row.megatron), *dialect.dist_spellings(row.megatron)
-        for spelled in dict.fromkeys((*names, dialect.live(row.megatron))):  # Megatron-FSDP stores live names
+        for spelled in self.spellings[row.megatron]:
             found = []
             for stacked in (True, False) if instance.index and not instance.predicts else (False,):
                 key, lead = dist_key(instance, spelled, stacked=stacked)
-                leading = sizes[len(instance.index)][len(instance.index) - len(lead) :]
-                found.append(_Candidate(((key, 0),), (*leading, *shape), lead))
+                if key in stored:
+                    found.append(self._stacked(instance, key, lead, shape))
             own = [instance.megatron(spelled)]
             if instance.expert is not None:  # by its number in the name, as singletons and Megatron-FSDP have it
                 name, end = own[0].rsplit(".", 1)
@@ -88,9 +96,9 @@ class _Search:
                 own += [f"{before}.{inner}.{instance.expert}.{module}.{kind}" for inner in ("experts", "local_experts")]
                 own.append(f"{name}.{end}")
             for name in dict.fromkeys(own):
-                if instance.expert is not None:
+                if instance.expert is not None and name in stored:
                     found.append(_Candidate(((name, 0),), shape))
-                if row.shard and row.shard.blocks == 2:
+                if row.shard and row.shard.blocks == 2 and (f"{name}_w" in stored or f"{name}_v" in stored):
                     half = shape[0] // 2
                     found.append(_Candidate(((f"{name}_w", 0), (f"{name}_v", half)), (half, *shape[1:])))
             several.append(found)
@@ -98,18 +106,25 @@ class _Search:
             whole = joined_shape(row.live, shape, self.config)
             for name in dict.fromkeys((row.live.name, dialect.other_spelling(row.live.name))):
                 keys = (instance.megatron(dialect.live(name)), instance.megatron(name))
-                several += [[_Candidate(((key, 0),), whole, part=row.live)] for key in dict.fromkeys(keys)]
+                several += [
+                    [_Candidate(((key, 0),), whole, part=row.live)] for key in dict.fromkeys(keys) if key in stored
+                ]
         return several
+
+    def _stacked(self, instance: Instance, key: str, lead: Index, shape: tuple[int, ...]) -> _Candidate:
+        """A tensor with a leading axis for each index in `lead`."""
+        experts = self.config.moe.num_experts if self.config.moe is not None else 0
+        sizes = (self.config.num_layers, experts)[: len(instance.index)]
+        return _Candidate(((key, 0),), (*sizes[len(instance.index) - len(lead) :], *shape), lead)
 
     def find(self, instance: Instance, shape: tuple[int, ...]) -> Placed | None:
         """The parameter of full `shape`, or None and a problem."""
         stored, where = self.files.stored, self.files.folder.name
         full = instance.megatron()
-        spellings = self._candidates(instance, shape)
-        found = [[c for c in candidates if any(key in stored for key, _ in c.keys)] for candidates in spellings]
+        found = self._candidates(instance, shape)
         if not any(found):
-            first = spellings[0][0]
-            ((key, _),) = first.keys
+            key, lead = dist_key(instance, self.spellings[instance.row.megatron][0], stacked=bool(instance.index))
+            first = self._stacked(instance, key, lead, shape)
             self.missing.setdefault(key, f"{where} has no tensor {key}, which should have shape {list(first.shape)}")
             return None
         for same in found:
@@ -157,7 +172,7 @@ class Parts:
     def __init__(self, stored: Mapping[str, Stored], items: Items) -> None:
         self._stored, self._items = stored, items
         self._by_lead: dict[tuple[str, int], dict[Index, list[StoredChunk]]] = {}
-        self._refs: dict[StoredChunk, TensorRef] = {}
+        self._refs: dict[int, TensorRef] = {}  # by the chunk's identity: a hash of all its numbers takes longer
 
     def blocks(self, key: str, lead: Index, first: int) -> Iterator[Block]:
         """Chunks of `key` (those that hold index `lead`), as blocks of a tensor whose row `first` is their first."""
@@ -171,15 +186,17 @@ class Parts:
             row, column = offsets[0], 0
             for offset, size in zip(offsets[1:], stored.size[depth + 1 :], strict=True):
                 column = column * size + offset
-            if chunk not in self._refs:
-                self._refs[chunk] = self._items.ref(key, chunk, stored.dtype)
+            ref = self._refs.get(id(chunk))
+            if ref is None:
+                ref = self._refs[id(chunk)] = self._items.ref(key, chunk, stored.dtype)
             rows = (first + row, first + row + height)
             start = chunk.first + number * height * width
-            yield Block(self._refs[chunk], start, rows, (column, column + width))
+            yield Block(ref, start, rows, (column, column + width))
 
     def _at(self, key: str, depth: int) -> dict[Index, list[StoredChunk]]:
         """The chunks of `key` by the indices of its first `depth` axes that they hold."""
         if (key, depth) not in self._by_lead:
+            self._items.expect(key, self._stored[key].chunks, self._stored[key].dtype)
             found = self._by_lead[key, depth] = defaultdict(list)
             for chunk in self._stored[key].chunks:
                 spans = [range(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True)]
