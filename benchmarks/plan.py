@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         found = child("hf_to_megatron", [*given, "--dry-run"])
         print(f"| {name} | {count} | import | " + " | ".join(f"{n:.2f}" for n in found) + " |", flush=True)
         child("hf_to_megatron", given, lay=True)
+        os.sync()  # writing back what was laid out takes a processor
         back = ["--input_dir", str(checkpoint), "--output_dir", str(args.folder / "out"), "--no_tokenizer"]
         found = child("megatron_to_hf", [*back, "--num_output_shards", "100", "--dry-run"])
         print(f"| {name} | {count} | export | " + " | ".join(f"{n:.2f}" for n in found) + " |", flush=True)
