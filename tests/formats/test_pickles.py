@@ -56,3 +56,26 @@ def test_calls_of_a_shared_tuple_take_no_square_of_the_time(
     data = b"\x80\x02" + function + b"q\x00" + SHARED + b"0" + b"h\x00h\x01R0" * 2000 + b"N."
     with pytest.raises(ConversionError, match="far more objects"):
         pickles.load(data, "x.pt", training=training)
+
+
+def text(length: int) -> bytes:
+    """The opcodes of a string of so many characters, each of which would be an object of its own in a tuple."""
+    data = ("\u0100" * length).encode()
+    return b"X" + len(data).to_bytes(4, "little") + data
+
+
+COPIED = {
+    "sizes of a string": b"ctorch\nSize\nq\x00" + text(200_000) + b"q\x01" + b"0h\x00h\x01\x85R" * 50 + b".",
+    "sizes of bytes": b"ctorch\nSize\nq\x00B" + (1 << 20).to_bytes(4, "little") + bytes(1 << 20)
+    + b"q\x01" + b"0h\x00h\x01\x85R" * 50 + b".",
+    "items of a string": b"ccollections\nOrderedDict\n" + text(400_000) + b"\x85R.",
+    "states by a call that a state brought":
+        b"cmegatron\nAny\n)\x81q\x00}X\x0c\x00\x00\x00__setstate__ctorch\nSize\nsb0" + text(200_000)
+        + b"q\x01" + b"0h\x00h\x01b" * 50 + b".",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_nothing_is_copied_uncounted(name: str) -> None:
+    """A string of a megabyte, which six bytes name again, made objects of ten each time."""
+    assert peak(lambda: pickles.load(b"\x80\x02" + COPIED[name], "x.pt", training=True)) < 8 << 20

@@ -16,7 +16,4 @@ def without_collector() -> Iterator[None]:
         yield
     finally:
         if enabled:
-            if not gc.get_freeze_count():  # what was made goes to the oldest generation, without a look at each
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()

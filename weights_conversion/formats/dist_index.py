@@ -39,8 +39,8 @@ class _Record:
         self.args = args
 
     def __setstate__(self, state: Any) -> None:
-        if type(state) is dict:
-            self.__dict__ = state  # not a copy: an index has five such objects for each tensor
+        if isinstance(state, dict):
+            self.__dict__.update(state)
         else:
             self.state = state
 

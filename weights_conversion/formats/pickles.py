@@ -14,7 +14,7 @@ there, and the hash of a nested tuple that is shared takes twice as long with ea
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -31,7 +31,7 @@ from weights_conversion.formats.pickle_opcodes import (
     Operations,
 )
 from weights_conversion.formats.pickle_quick import Quick
-from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Foreign, Storage, storage_of
+from weights_conversion.formats.stand_ins import ENUMS, GLOBALS, EnumMember, Foreign, Storage, member_of, storage_of
 
 MAX_PICKLE_BYTES = 64 << 20  # hundreds of thousands of tensors
 CERTAIN = 8  # bytes: further in front of the end, an argument of few bytes is whole
@@ -138,13 +138,17 @@ class _Machine(Quick):
             raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
         return key
 
+    def _counted(self, pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """Pairs that a pickle may pass any number of times."""
+        for pair in pairs:
+            self._spend(COST)
+            yield pair
+
     def _fill(self, target: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
         if isinstance(target, Foreign):  # a dict of some class: nothing of it is needed
             return
         if not isinstance(target, dict):
             raise pickle.UnpicklingError(f"items for a {type(target).__name__}")
-        pairs = tuple(pairs)
-        self._spend(COST * len(pairs))
         for key, value in pairs:
             target[key if type(key) is str else self._key(key)] = value
 
@@ -160,7 +164,7 @@ class _Machine(Quick):
             return self._allowed[module, name]
         if (module, name) == ("builtins", "getattr") and self._training:
             self._by_name = "builtins.getattr, and then for "
-            return _member_of
+            return member_of
         if (module, name) in ENUMS:
             return lambda value=None, *_: EnumMember(name, value)
         if not self._training or unlisted.is_harmful(module, name):
@@ -217,15 +221,18 @@ class _Machine(Quick):
 
     def _op_DICT(self, _: Any) -> None:
         items, made = self._since_mark(), {}
+        self._spend(COST * (len(items) // 2))
         self._fill(made, zip(items[::2], items[1::2], strict=True))
         self._stack.append(made)
 
     def _op_SETITEM(self, _: Any) -> None:
         value, key = self._stack.pop(), self._stack.pop()
+        self._spend(COST)
         self._fill(self._stack[-1], [(key, value)])
 
     def _op_SETITEMS(self, _: Any) -> None:
         items = self._since_mark()
+        self._spend(COST * (len(items) // 2))
         self._fill(self._stack[-1], zip(items[::2], items[1::2], strict=True))
 
     def _op_ADDITEMS(self, _: Any) -> None:
@@ -268,7 +275,7 @@ class _Machine(Quick):
     def _call(self, function: Callable[..., Any], arguments: tuple) -> Any:
         if function is self._ordered:
             made = self._ordered()
-            self._fill(made, *(arguments or ((),)))
+            self._fill(made, *map(self._counted, arguments))
             return made
         if function is self._arguments:
             return self._arguments()
@@ -282,18 +289,11 @@ class _Machine(Quick):
         if isinstance(state, dict):
             self._spend(COST * len(state))
         if type(target) in self._stubs:
-            if hasattr(target, "__setstate__"):
-                target.__setstate__(state)
+            if (set_state := getattr(type(target), "__setstate__", None)) is not None:  # not one that a state brought
+                set_state(target, state)
         elif isinstance(target, self._arguments):
             if not isinstance(state, dict) or not all(type(name) is str for name in state):
                 raise pickle.UnpicklingError("malformed arguments")
             vars(target).update(state)
         elif not isinstance(target, self._ordered):
             raise pickle.UnpicklingError(f"a state for a {type(target).__name__}")
-
-
-def _member_of(owner: object, name: object, *_: object) -> EnumMember:
-    """What Python 3.11.0 to 3.11.3 pickle as getattr(class of an enumeration, name). Nothing is looked up."""
-    if type(name) is not str or name.startswith("_") or not callable(owner):
-        raise pickle.UnpicklingError("getattr of what is no enumeration")
-    return EnumMember(getattr(owner, "name", "an enumeration"), name)

@@ -148,6 +148,8 @@ _TENSOR_TYPES = (_TENSOR, _PARAMETER)
 
 
 def _size(*values: Any) -> tuple:
+    if values and not isinstance(values[0], (list, tuple)):  # whose copies are counted
+        raise pickle.UnpicklingError("a malformed torch.Size")
     return tuple(values[0]) if values else ()
 
 
@@ -159,6 +161,13 @@ def storage_of(pid: Any) -> Storage:
     if type(key) is not str or type(numel) is not int or numel < 0:
         raise pickle.UnpicklingError("a malformed storage")
     return Storage(key, storage_type.dtype, numel)
+
+
+def member_of(owner: object, name: object, *_: object) -> EnumMember:
+    """What Python 3.11.0 to 3.11.3 pickle as getattr(class of an enumeration, name). Nothing is looked up."""
+    if type(name) is not str or name.startswith("_") or not callable(owner):
+        raise pickle.UnpicklingError("getattr of what is no enumeration")
+    return EnumMember(getattr(owner, "name", "an enumeration"), name)
 
 
 # All that a checkpoint's pickle may name, with what stands for it (beside ENUMS, Namespace and OrderedDict).
