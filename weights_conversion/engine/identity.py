@@ -16,12 +16,10 @@ import torch
 from weights_conversion import __version__
 from weights_conversion.engine.job import Job, RunOptions
 from weights_conversion.files import fileio, watch
-from weights_conversion.files.collector import without_collector
 from weights_conversion.layouts.placement import Block, Placed, TensorRef
 from weights_conversion.layouts.plan import CHUNK_BYTES
 
 
-@without_collector()
 def plan_digest(job: Job, dtype: str) -> str:
     """Changes with everything that decides an output byte: sources (by their stamps), plan, options, releases."""
     plan = job.plan

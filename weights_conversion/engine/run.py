@@ -23,7 +23,7 @@ from weights_conversion.engine.sums import RunningSums
 from weights_conversion.errors import ConversionError, Problems
 from weights_conversion.errors.text import size
 from weights_conversion.files import watch
-from weights_conversion.files.collector import without_collector
+from weights_conversion.files.collector import with_collector
 from weights_conversion.launch import distributed, signals
 from weights_conversion.layouts.placement import Written
 from weights_conversion.layouts.plan import Chunk
@@ -47,8 +47,7 @@ def run(job: Job, options: RunOptions) -> Report:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     needed = sum(ref.nbytes for target in job.targets for ref in target.refs)
-    with without_collector():
-        chunks = job.plan.chunks()
+    chunks = job.plan.chunks()
     plan, small = identity.plan_digest(job, options.dtype), identity.small_files(job)
     if ranks.size > 1:
         ranks.agree(identity.view(job, plan, small))
@@ -73,7 +72,8 @@ def run(job: Job, options: RunOptions) -> Report:
         if not options.dry_run:
             if ranks.rank == 0:
                 report.begin()
-            _write(job, options, chunks, source, run_digest, needed)
+            with with_collector():
+                _write(job, options, chunks, source, run_digest, needed)
     finally:
         source.close()
     return report
@@ -115,7 +115,8 @@ def _is_complete(job: Job, options: RunOptions, run_digest: str) -> bool:
     if complete:
         job.report.complete(job.out)
         if options.verify and not options.dry_run:
-            _proof(job)(job.out)
+            with with_collector():
+                _proof(job)(job.out)
     return complete
 
 

@@ -79,6 +79,7 @@ class ExportOptions(RunOptions):
 
 
 @watched
+@without_collector()
 def megatron_to_hf(options: ExportOptions) -> Report:
     """Writes a Hugging Face folder. Raises ConversionError, before a byte is written, for everything that is wrong.
 
@@ -127,7 +128,6 @@ class _Read:
     warnings: list[str]
 
 
-@without_collector()
 def _read(options: ExportOptions, held: ExitStack) -> _Read:
     opened, reference = _open(options)
     config, files, problems = opened.config, opened.files, Problems()
@@ -150,7 +150,6 @@ def _read(options: ExportOptions, held: ExitStack) -> _Read:
     return _Read(opened, located, reference, said, tokenizer, notes, [*opened.warnings, *warnings])
 
 
-@without_collector()
 def _plan(options: ExportOptions, source: _Read) -> Job:
     opened, config = source.opened, source.opened.config
     dtype = DTYPES.get(options.dtype) or opened.files.trained_dtype

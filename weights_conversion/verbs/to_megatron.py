@@ -54,6 +54,7 @@ def hf_to_megatron(options: ImportOptions) -> Report:
 
 
 @watched
+@without_collector()
 def _hf_to_megatron(options: ImportOptions, headers: Path | None) -> Report:
     wanted = replace(check_arguments(options), headers=headers)
     options = replace(options, adapter=adapter_folder(options.adapter, options.cache_dir, options.verify))
@@ -65,7 +66,6 @@ def _hf_to_megatron(options: ImportOptions, headers: Path | None) -> Report:
     return run(job, options)
 
 
-@without_collector()
 def _open(options: ImportOptions, wanted: Wanted) -> tuple[Opened, Located, list[str]]:
     """The source, where its parameters are, and what is to be reported of it."""
     opened = open_source(
@@ -109,7 +109,6 @@ def _shape(options: ImportOptions, wanted: Wanted, opened: Opened) -> tuple[Shap
     return shape, rows
 
 
-@without_collector()
 def _plan(options: ImportOptions, wanted: Wanted, opened: Opened, located: Located, notes: list[str]) -> Job:
     config, dialect = opened.config, wanted.dialect
     shape, rows = _shape(options, wanted, opened)
