@@ -7,10 +7,11 @@ nothing that the machine needs is pushed out, and no writer is stopped for long.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections import deque
+
+from weights_conversion.files import fileio
 
 KEPT = 4  # pieces of a file that may still be on their way to the disk when the next is written
 
@@ -35,6 +36,5 @@ class Behind:
             self._let_go(older)
 
     def _let_go(self, piece: tuple[int, int]) -> None:
-        """Begins to write what is not on the disk yet and drops what is. A hint: a refusal costs speed alone."""
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(self._descriptor, *piece, os.POSIX_FADV_DONTNEED)
+        """Begins to write what is not on the disk yet and drops what is."""
+        fileio.advise(self._descriptor, "POSIX_FADV_DONTNEED", piece)

@@ -101,7 +101,7 @@ class Source:
             left, position = left[count:], position + count
         if whole[:2] in self._absent:
             self._absent.discard(whole[:2])
-            fileio.advise(*whole, "POSIX_FADV_DONTNEED")
+            fileio.advise(descriptor, "POSIX_FADV_DONTNEED", whole[1:])
 
     def prefetch(self, ref: TensorRef, start: int, length: int) -> None:
         """Ask the kernel to begin reading these bytes; where it cannot be asked, nothing is lost."""
@@ -111,7 +111,7 @@ class Source:
                 return
             if not _cached(descriptor, position + length // 2):  # its ends may share pages with what is read before
                 self._absent.add((descriptor, position))
-            fileio.advise(descriptor, position, length, "POSIX_FADV_WILLNEED")
+            fileio.advise(descriptor, "POSIX_FADV_WILLNEED", (position, length))
 
     def _open(self, file: str) -> int:
         with self._lock:

@@ -13,7 +13,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -149,20 +149,15 @@ def read_at(descriptor: int, length: int, position: int, path: str | Path) -> by
     return b"".join(parts)
 
 
-def advise(descriptor: int, position: int, length: int, advice: str) -> None:
-    """A hint to the kernel (POSIX_FADV_...), which may refuse it: then nothing is lost but speed."""
-    with contextlib.suppress(OSError, AttributeError, ValueError, OverflowError):
-        os.posix_fadvise(descriptor, position, length, getattr(os, advice))
+def advise(descriptor: int, advice: str, *pieces: tuple[int, int]) -> None:
+    """A hint to the kernel (POSIX_FADV_...) about pieces of a file (first byte, bytes; 0: up to its end).
 
-
-def expect(descriptor: int, pieces: Iterable[tuple[int, int]]) -> None:
-    """Asks for small pieces (first byte, bytes) of a file before they are read one by one.
-
-    A disk, and a parallel filesystem more so, brings many at a time, but each only after its own while. A hint, too.
+    It may refuse: then nothing is lost but speed.
     """
     with contextlib.suppress(OSError, AttributeError, ValueError, OverflowError):
+        number = getattr(os, advice)
         for position, length in pieces:
-            os.posix_fadvise(descriptor, position, length, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(descriptor, position, length, number)
 
 
 def _kind(mode: int) -> str:

@@ -69,7 +69,8 @@ class Window(io.RawIOBase):
             descriptor = self._file.fileno()
         except (OSError, AttributeError):
             return None
-        fileio.expect(descriptor, ((self._start + at, _HEADER) for at in headers))
+        # A parallel filesystem brings many at a time, but each of them only after a while.
+        fileio.advise(descriptor, "POSIX_FADV_WILLNEED", *((self._start + at, _HEADER) for at in headers))
 
         def read(position: int, length: int) -> bytes:
             return fileio.read_at(descriptor, max(min(length, self._size - position), 0), self._start + position, path)

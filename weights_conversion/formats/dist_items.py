@@ -94,7 +94,8 @@ class Items:
         self.ref(key, chunks[0], dtype)  # which shows how much that is of each
         for file, there in groupby(sorted(chunks, key=attrgetter("file", "start")), key=attrgetter("file")):
             descriptor, *_ = self._open(key, file)
-            fileio.expect(descriptor, (piece for chunk in there for piece in self._around(chunk, dtype)))
+            pieces = (piece for chunk in there for piece in self._around(chunk, dtype))
+            fileio.advise(descriptor, "POSIX_FADV_WILLNEED", *pieces)
 
     def _around(self, chunk: StoredChunk, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
         """The first byte, and bytes, of what is read of an item if it is as one of its shape was."""
@@ -114,7 +115,7 @@ class Items:
                     f"{path}, which holds a part of {key}, cannot be read ({error.strerror}); copy it again"
                 ) from error
             # A little of each item is read, here and there: reading on behind it would read a tenth of the file.
-            fileio.advise(descriptor, 0, 0, "POSIX_FADV_RANDOM")
+            fileio.advise(descriptor, "POSIX_FADV_RANDOM", (0, 0))
             with fileio.named("opening", path):
                 self._files[file] = descriptor, os.fstat(descriptor).st_size, str(path)
         return self._files[file]
