@@ -59,7 +59,7 @@ def test_norms_that_disagree(options: tuple[str, ...], folder: Path, to_hf) -> N
 def test_one_item_for_two_tensors_of_different_types(folder: Path, to_hf) -> None:
     """Each is looked at: what the index says of the second is wrong."""
     index = index_of(folder)
-    first, second = NORM, "decoder.layers.pre_mlp_layernorm.weight"
+    first, second = "decoder.layers.pre_mlp_layernorm.weight", NORM  # in the order in which they are looked for
     entry = index.state_dict_metadata[second]
     entry.properties = dataclasses.replace(entry.properties, dtype=torch.float16)
     for key in [key for key in index.storage_data if key.fqn == second]:
