@@ -11,6 +11,9 @@ source (writes, replaces, removes or truncates it) or puts a folder of another u
 fails; and the same command then gives the bytes of the source that it finds, the moved one or the first, and never of
 both. --case moving runs these alone; with --without watch or stamps they find the wrong ends of a broken converter.
 
+Others ("continue, ...", starts.py) start from what a kill has left: behind the rename or the exchange, between the two
+renames, or half written; or from the finished output of the same command.
+
 --power-cuts N looks at every state that ext4 and XFS may show after a power cut at any moment (powercut.py), and runs
 the same command on N of them.
 
@@ -101,7 +104,7 @@ def _otherwise(options: argparse.Namespace, root: Path) -> int:
     findings: list[str] = []
     ends: Counter[str] = Counter()
     for case in ground.cases:
-        if case.move is not None:  # whose moment is no call
+        if case.move is not None or case.start is not None:  # whose moment is no call; of which a kill was the start
             continue
         case = replace(case, lacks=options.without)
         if options.power_cuts and case.out:

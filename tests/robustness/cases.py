@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.robustness import moves
-from tests.robustness.sources import GQA, clear, tm, tree, write_older
+from tests.robustness import copies, moves
+from tests.robustness.access import Access, dress
+from tests.robustness.sources import GQA, clear, tm, tree
 from tests.robustness.warm import Warm
 
 TINY = replace(GQA, name="two-layers", layers=2)
@@ -21,7 +22,8 @@ NEIGHBOURS = {"notes.txt": "mine", "out.partial.txt": "mine too", "out.d/a.txt":
 
 @dataclass(frozen=True)
 class Case:
-    """A command. `out` is the flag of its output, None for a proof; `older`: something stands at OUT already."""
+    """A command. `out` is the flag of its output, None for a proof; `older`: it is told to overwrite, and another
+    model's output stands at OUT."""
 
     name: str
     module: str
@@ -32,6 +34,12 @@ class Case:
     lacks: str = ""  # a broken converter, to see that its faults are found: one of LACKING
     often: bool = False  # as large runs: the thread that syncs does so all the time, and what is read is read directly
     move: moves.Move | None = field(default=None, compare=False)  # what somebody else does meanwhile
+    of: str = ""  # the command's name, where the case's has more in it
+    start: Path | None = None  # what an earlier run of the command has left, as copies.keep keeps it
+
+    @property
+    def command(self) -> str:
+        return self.of or self.name
 
     @property
     def trouble(self) -> int:
@@ -84,7 +92,7 @@ class Ground:
 
     def __init__(self, root: Path, warm: Warm, wanted: str = "", exactly: bool = False) -> None:
         """`wanted`: only cases whose names begin so, or (`exactly`) the one of that name."""
-        from tests.robustness import moving
+        from tests.robustness import moving, starts
 
         self.root, self.warm, self.place = root, warm, root / "place"
         self._wanted, self._exactly = wanted, exactly
@@ -94,20 +102,26 @@ class Ground:
         self.reset()
         self._hf = ("llama2", "--model-path", str(hf))
         self.make_megatron(hf, self.sources)
-        plain = {case.name: case for case in self._cases()}
-        self.cases = [case for case in plain.values() if self.wants(case.name)]
-        self.cases += moving.cases(self, plain)
+        self._plain = {case.name: case for case in self._cases()}
+        self.cases = [case for case in self._plain.values() if self.wants(case.name)]
+        self.cases += moving.cases(self, self._plain)
         self.expected: dict[str, dict[str, str]] = {}
         self.moved: dict[str, dict[str, str] | None] = {}  # what is expected of what has moved
+        self.access: Access | None = None  # to what stands at OUT before a run
+        self.cases += starts.cases(self, self._plain)
         for case in self.cases:
-            self.reset(case)
-            ended = warm.learn(case.line(self.place))
-            if ended.code:
-                raise RuntimeError(f"{case.name}: exit {ended.code}\n{ended.text}")
-            self.expected[case.name] = tree(self.place / "out") if case.out else {}
+            self._learn(case)
             if case.move is not None:
                 self.moved[case.name] = moving.learn(self, case)
         self.source_state = self.look_at_sources()
+
+    def _learn(self, case: Case) -> None:
+        """What its output is; where it goes on from something, that is the one of a run from the beginning."""
+        self.reset(case)
+        ended = self.warm.learn(case.line(self.place))
+        found = tree(self.place / "out") if case.out else {}
+        if ended.code or self.expected.setdefault(case.name, found) != found:
+            raise RuntimeError(f"{case.name}: exit {ended.code}\n{ended.text}")
 
     def wants(self, name: str) -> bool:
         return name == self._wanted if self._exactly else name.startswith(self._wanted)
@@ -135,11 +149,11 @@ class Ground:
         ]
         for name, module, arguments, out in both:
             yield Case(name, module, arguments, out)
-            yield Case(f"{name} --overwrite", module, arguments, out, older=True)
+            yield Case(f"{name} --overwrite", module, arguments, out, older=True, of=name)
         name, module, arguments, out = both[0]
-        yield Case(f"{name} --overwrite, no exchange", module, arguments, out, older=True, exchange=False)
-        yield Case(f"as large runs, {name}", module, arguments, out, often=True)
-        yield Case(f"as large runs, {name} --overwrite", module, arguments, out, older=True, often=True)
+        yield Case(f"{name} --overwrite, no exchange", module, arguments, out, older=True, exchange=False, of=name)
+        yield Case(f"as large runs, {name}", module, arguments, out, often=True, of=name)
+        yield Case(f"as large runs, {name} --overwrite", module, arguments, out, older=True, often=True, of=name)
         for name, side in (("verify", mt), ("verify torch_dist", dist)):
             yield Case(name, "weights_conversion.verify", (str(self.sources / "hf"), side, "--workers", "1"), None)
 
@@ -151,10 +165,34 @@ class Ground:
         for name, text in NEIGHBOURS.items():
             (self.place / name).parent.mkdir(parents=True, exist_ok=True)
             (self.place / name).write_text(text)
-        if case is None or not case.older:
+        self.access = None
+        if case is None or not (case.older or case.start):
             return None
-        write_older(self.place / "out")
-        return tree(self.place / "out")
+        copies.put_back(case.start or self._older(case.command), self.place)
+        stands = self.stands()
+        self.access = Access.of(stands) if stands else None
+        return tree(stands) if stands else None
+
+    def stands(self) -> Path | None:
+        """What is OUT, or was until a run was ended between its two renames."""
+        return next(filter(Path.exists, (self.place / "out", self.place / "out.partial" / "replaced")), None)
+
+    def _older(self, command: str) -> Path:
+        """What the command makes of another model of the same shapes, shared with others; made once."""
+        kept, sources = self.root / "older" / command, self.root / "older sources"
+        if kept.exists():
+            return kept
+        if not sources.exists():
+            hf = tm.write_huggingface(sources / "hf", replace(TINY, name="older"), parts=2)
+            self.make_megatron(hf, sources)
+        case = self._plain[command]
+        theirs = {str(self.sources / name): str(sources / name) for name in ("hf", "mt", "dist")}
+        ended = self.warm.run(replace(case, arguments=tuple(theirs.get(a, a) for a in case.arguments)).line(self.place))
+        if ended.code:
+            raise RuntimeError(f"{command}, of another model: exit {ended.code}\n{ended.text}")
+        dress(self.place / "out")
+        copies.keep(self.place, kept)
+        return kept
 
     def look_at_sources(self) -> dict[str, tuple[int, int, int]]:
         found = {path: path.stat() for path in sorted(self.sources.rglob("*")) if path.is_file()}

@@ -77,7 +77,13 @@ def cases(ground: Ground, plain: dict[str, Case]) -> Iterator[Case]:
         before, after = str(ground.sources / reads), str(source.folder)
         arguments = tuple(after if argument == before else argument for argument in plain[plan.of].arguments)
         yield replace(
-            plain[plan.of], name=plan.name, arguments=arguments, older=plan.older, often=plan.often, move=move
+            plain[plan.of],
+            name=plan.name,
+            arguments=arguments,
+            older=plan.older,
+            often=plan.often,
+            move=move,
+            of=plan.of,
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.robustness import states
+from tests.robustness.access import Access, taken_over
 from tests.robustness.cases import Case, Ground
 from tests.robustness.faults import DELAY, FAIL, KILL, SHORTEN, TEAR, Fault
 from tests.robustness.sources import tree
@@ -100,7 +101,17 @@ def _after(ground: Ground, case: Case, fault: Fault, ended: Ended, old: dict[str
         return damage
     if ended.code == case.trouble and (problem := unsaid(ended, ground.root, fault.sticky)):
         return problem
-    return after_output(ground, case, ended.code, ended.text, old)
+    problem = after_output(ground, case, ended.code, ended.text, old)
+    return problem or _after_access(ground, case, ended.text, fault.action == FAIL, old)
+
+
+def _after_access(ground: Ground, case: Case, text: str, failed: bool, old: dict[str, str] | None) -> str | None:
+    """What is wrong with who may use what stands at OUT, where something stood there before."""
+    stands = ground.stands()
+    if ground.access is None or stands is None:
+        return None
+    replaced = tree(stands) != old or old == ground.expected[case.name]
+    return taken_over(ground.access, Access.of(stands), text, failed and replaced)
 
 
 def after_output(ground: Ground, case: Case, code: int, text: str, old: dict[str, str] | None) -> str | None:
@@ -110,7 +121,7 @@ def after_output(ground: Ground, case: Case, code: int, text: str, old: dict[str
     out, partial = ground.place / "out", ground.place / "out.partial"
     there, expected = tree(out) if out.exists() else None, ground.expected[case.name]
     if there == expected:
-        if code == case.trouble and "nothing that was there is changed" in text:
+        if old != expected and code == case.trouble and "nothing that was there is changed" in text:
             return "it says that nothing is changed, and OUT is the new one"
     elif code == 0:
         return "exit 0 without a right OUT"
@@ -148,6 +159,7 @@ def again(ground: Ground, case: Case, done: bool, expected: dict[str, str] | Non
 
     `done`: the run with the fault has ended well. Where it could not note whose OUT is, the same command is refused.
     """
+    kept = ground.access is not None and (stood := ground.stands()) is not None and Access.of(stood) == ground.access
     ended = ground.warm.run(case.line(ground.place), change=case.change)
     refused = done and ended.code == 1 and f"{ground.place / 'out'} exists and is" in ended.text
     if ended.code != 0 and not refused:
@@ -156,4 +168,6 @@ def again(ground: Ground, case: Case, done: bool, expected: dict[str, str] | Non
         return "the rerun's bytes differ"
     if (ground.place / "out.partial").exists() and not refused:
         return "the rerun left OUT.partial"
+    if kept and (now := Access.of(ground.place / "out")) != ground.access:
+        return f"after the rerun others may do other things with OUT: {now}, before {ground.access}"
     return ground.damage()

@@ -60,10 +60,14 @@ class State:
     def key(self) -> str:
         digest = hashlib.sha256()
         for name, node in sorted(self.names.items()):
-            marks = [value for at, _, value in node.attributes if at < self.first]
+            marks = self._marks(node)
             _, sha = self.files.get(name, (b"", ""))
             digest.update(f"{name} {node.folder} {self._mode(node):o} {marks} {sha}\n".encode())
         return digest.hexdigest()
+
+    def _marks(self, node: Node) -> list[bytes]:
+        """What a run has noted in a folder; its access lists are no matter of power cuts."""
+        return [value for at, name, value in node.attributes if at < self.first and name.startswith("user.")]
 
     def _mode(self, node: Node) -> int:
         return next((mode for at, mode in reversed(node.modes) if at < self.first), node.mode)
@@ -94,7 +98,7 @@ class State:
         from weights_conversion.output import descriptors, finished
 
         for name, node in self.names.items():
-            marks = [value for at, _, value in node.attributes if at < self.first]
+            marks = self._marks(node)
             if marks and node.folder:
                 with descriptors.folder(place / name) as folder:
                     finished.mark(folder, marks[-1].decode().split()[0])

@@ -20,7 +20,8 @@ _DIGEST = "out.partial/journal/digest"
 
 
 def digest(place: Path, of_any_run: bool = False) -> str:
-    """SHA-256 over names, types, modes, owners, contents, links and notes; inodes as the names that they have.
+    """SHA-256 over names, types, modes, owners, access lists, contents, links and notes; inodes as the names that they
+    have.
 
     Times do not count: no run looks at those of its own files, but for the note of a finished OUT, which is compared.
     `of_any_run`: nor does by which digest a run knows its own; for runs that had the same source in other files.
@@ -30,7 +31,7 @@ def digest(place: Path, of_any_run: bool = False) -> str:
     inodes = {status.st_ino: name for name, status in entries.items() if stat.S_ISDIR(status.st_mode)}
     for name, status in entries.items():
         path = place / name
-        content, note = b"", ""
+        content, note = b"", "" if stat.S_ISLNK(status.st_mode) else _note(path)
         if stat.S_ISREG(status.st_mode):
             content = path.read_bytes()
             if name == _PUBLISHING:
@@ -40,11 +41,10 @@ def digest(place: Path, of_any_run: bool = False) -> str:
             elif of_any_run and name == _DIGEST:
                 content = re.sub(rb"[0-9a-f]", b"x", content)
         elif stat.S_ISDIR(status.st_mode):
-            note = _note(path)
             note = re.sub(r"[0-9a-f]{64}", "run", note) if of_any_run else note
         else:
             content = os.fsencode(os.readlink(path))
-        found.update(f"{name} {status.st_mode:o} {status.st_uid} {note} {len(content)}\n".encode())
+        found.update(f"{name} {status.st_mode:o} {status.st_uid} {status.st_gid} {note} {len(content)}\n".encode())
         found.update(content)
     return found.hexdigest()
 
@@ -67,10 +67,10 @@ def _by_name(content: bytes, inodes: dict[int, str]) -> bytes:
 
 
 def _note(path: Path) -> str:
-    """Of a folder's notes that a run wrote it: by which, and whether nothing has changed since."""
+    """Access lists, and of a folder's note that a run wrote it, by which, and whether nothing has changed since."""
     notes = []
     for name in sorted(os.listxattr(path)):
-        value = os.getxattr(path, name).decode(errors="replace")
+        value = os.getxattr(path, name).decode(errors="backslashreplace")
         if name == finished._NAME and len(value.split()) == 2:
             run, state = value.split()
             with descriptors.folder(path) as top:
