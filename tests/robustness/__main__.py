@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="power cuts instead: every state of the disk is looked at, and the command run again on N of each case",
     )  # fmt: skip
     parser.add_argument(
-        "--without", choices=("sync", "watch", "stamps"), default="",
+        "--without", choices=("sync", "sync-errors", "mark", "watch", "stamps"), default="",
         help="with a broken converter, which lacks this: wrong ends are found",
     )  # fmt: skip
     parser.add_argument("--without-sync", action="store_const", dest="without", const="sync", help="--without sync")

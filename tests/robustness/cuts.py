@@ -34,7 +34,7 @@ def wrong(ground: Ground, case: Case, reruns: int, seed: int) -> tuple[Counter[s
         where, state = different[key]
         counts["reruns"] += 1
         state.write(ground.place)
-        if problem := again(ground, case, False):
+        if problem := again(ground, case):
             findings.append(f"{case.name}, power cut after {where}: {problem}")
     return counts, findings
 

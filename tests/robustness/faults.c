@@ -262,7 +262,11 @@ ssize_t writev(int fd, const struct iovec *pieces, int number) {
 }
 ssize_t readv(int fd, const struct iovec *pieces, int number) { REAL(readv); FAILS("readv", READ, fd, NULL, -1); return real(fd, pieces, call.half && number > 1 ? number / 2 : number); }
 
-int fsync(int fd) { REAL(fsync); FAILS("fsync", SYNC, fd, NULL, -1); int result = real(fd); DONE(result, !result, 'S', 0, fd, 0, 0, NULL, NULL, 0); }
+static const char *of_folder(int fd, const char *file, const char *folder) {
+    struct stat status;
+    return armed.on && !syscall(SYS_fstat, fd, &status) && S_ISDIR(status.st_mode) ? folder : file;
+}
+int fsync(int fd) { REAL(fsync); FAILS(of_folder(fd, "fsync", "fsyncdir"), SYNC, fd, NULL, -1); int result = real(fd); DONE(result, !result, 'S', 0, fd, 0, 0, NULL, NULL, 0); }
 int fdatasync(int fd) { REAL(fdatasync); FAILS("fdatasync", SYNC, fd, NULL, -1); int result = real(fd); DONE(result, !result, 'S', 0, fd, 0, 0, NULL, NULL, 0); }
 int ftruncate64(int fd, off64_t size) { REAL(ftruncate64); FAILS("ftruncate", TRUNCATE, fd, NULL, -1); int result = real(fd, size); DONE(result, !result, 'T', 0, fd, size, 0, NULL, NULL, 0); }
 int ftruncate(int fd, off_t size) { return ftruncate64(fd, size); }
@@ -299,14 +303,36 @@ int fchmod(int fd, mode_t mode) { REAL(fchmod); FAILS("fchmod", CHMOD, fd, NULL,
 int fchmodat(int at, const char *path, mode_t mode, int flags) { REAL(fchmodat); FAILS("chmod", CHMOD, at, path, -1); int result = real(at, path, mode, flags); DONE(result, !result, 'M', 0, -1, mode, 0, NULL, NULL, 0); }
 int chmod(const char *path, mode_t mode) { return fchmodat(AT_FDCWD, path, mode, 0); }
 int fchown(int fd, uid_t user, gid_t group) { REAL(fchown); FAILS("fchown", CHOWN, fd, NULL, -1); int result = real(fd, user, group); finish(&call); return result; }
+static const char *setting(const char *name) { return strncmp(name, "system.", 7) ? "setxattr" : "setlist"; }
 int fsetxattr(int fd, const char *name, const void *value, size_t size, int flags) {
     REAL(fsetxattr);
-    FAILS("setxattr", XATTR, fd, NULL, -1);
+    FAILS(setting(name), XATTR, fd, NULL, -1);
     int result = real(fd, name, value, size, flags);
     struct iovec piece = {(void *)value, size};
     DONE(result, !result, 'E', flags, fd, 0, size, name, &piece, 1);
 }
 ssize_t fgetxattr(int fd, const char *name, void *value, size_t size) { REAL(fgetxattr); FAILS("getxattr", STAT, fd, NULL, -1); return real(fd, name, value, size); }
+int setxattr(const char *path, const char *name, const void *value, size_t size, int flags) { REAL(setxattr); FAILS(setting(name), XATTR, AT_FDCWD, path, -1); int result = real(path, name, value, size, flags); finish(&call); return result; }
+int lsetxattr(const char *path, const char *name, const void *value, size_t size, int flags) { REAL(lsetxattr); FAILS(setting(name), XATTR, AT_FDCWD, path, -1); int result = real(path, name, value, size, flags); finish(&call); return result; }
+int fremovexattr(int fd, const char *name) { REAL(fremovexattr); FAILS("removexattr", XATTR, fd, NULL, -1); int result = real(fd, name); finish(&call); return result; }
+int removexattr(const char *path, const char *name) { REAL(removexattr); FAILS("removexattr", XATTR, AT_FDCWD, path, -1); int result = real(path, name); finish(&call); return result; }
+int lremovexattr(const char *path, const char *name) { REAL(lremovexattr); FAILS("removexattr", XATTR, AT_FDCWD, path, -1); int result = real(path, name); finish(&call); return result; }
+ssize_t getxattr(const char *path, const char *name, void *value, size_t size) { REAL(getxattr); FAILS("getxattr", STAT, AT_FDCWD, path, -1); return real(path, name, value, size); }
+ssize_t lgetxattr(const char *path, const char *name, void *value, size_t size) { REAL(lgetxattr); FAILS("getxattr", STAT, AT_FDCWD, path, -1); return real(path, name, value, size); }
+/* Where a descriptor stands is asked of /proc, which is no disk. */
+static int of_proc(const char *path) { return !strncmp(path, "/proc/", 6); }
+ssize_t readlinkat(int at, const char *path, char *into, size_t size) {
+    REAL(readlinkat);
+    if (of_proc(path)) return real(at, path, into, size);
+    FAILS("readlink", STAT, at, path, -1);
+    return real(at, path, into, size);
+}
+ssize_t readlink(const char *path, char *into, size_t size) { return readlinkat(AT_FDCWD, path, into, size); }
+int statx(int at, const char *path, int flags, unsigned mask, struct statx *into) {
+    REAL(statx);
+    FAILS("statx", STAT, at, path, -1); /* how safetensors looks, by Rust's library */
+    return real(at, path, flags, mask, into);
+}
 int fstat64(int fd, struct stat64 *into) { REAL(fstat64); FAILS("fstat", STAT, fd, NULL, -1); return real(fd, into); }
 int fstatat64(int at, const char *path, struct stat64 *into, int flags) { REAL(fstatat64); FAILS("stat", STAT, at, path, -1); return real(at, path, into, flags); }
 int stat64(const char *path, struct stat64 *into) { return fstatat64(AT_FDCWD, path, into, 0); }

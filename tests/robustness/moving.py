@@ -190,7 +190,7 @@ def _unsaid(ground: Ground, case: Case, fault: Fault | None, ended: Ended, moved
         return None
     if fault is None or fault.action != FAIL:
         return "the sentence does not name what has moved"
-    return points.unsaid(ended, ground.root, fault.sticky)
+    return points.unsaid(ended, ground.root, fault)
 
 
 def _again(ground: Ground, case: Case, fault: Fault, moved: bool, old: dict[str, str] | None) -> str | None:
@@ -200,10 +200,10 @@ def _again(ground: Ground, case: Case, fault: Fault, moved: bool, old: dict[str,
         problem = _refused(ground, case, old) if moved else None
         if moved and not problem:
             move.taken_back()
-        return problem or points.again(ground, case, False)
+        return problem or points.again(ground, case)
     move.act()
     new = ground.moved[case.name]
-    problem = _refused(ground, case, old) if new is None else points.again(ground, case, False, new)
+    problem = _refused(ground, case, old) if new is None else points.again(ground, case, expected=new)
     if problem or (problem := move.damage()):
         return f"on what has moved: {problem}"
     ground.reset(case)
@@ -211,7 +211,7 @@ def _again(ground: Ground, case: Case, fault: Fault, moved: bool, old: dict[str,
     if _settled(move, ended):
         move.prepare()
         move.armed = False
-    problem = points.again(ground, case, False, expected) or move.damage()
+    problem = points.again(ground, case, expected=expected) or move.damage()
     return f"on what it was: {problem}" if problem else None
 
 

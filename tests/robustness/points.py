@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +21,19 @@ ERRORS = (
     errno.ENOSYS, errno.EINVAL,
 )  # fmt: skip
 STAYING = (errno.EIO, errno.ENOSPC, errno.ESTALE, errno.EACCES)  # and so do full disks and dead servers
+SERVER = (errno.EIO, errno.ESTALE)  # from a moment on, of all that is read from it
 _LOOKS = (errno.EIO, errno.EACCES, errno.ESTALE, errno.EINTR)  # what looking at something fails with
 _OF = {
-    "read": (errno.EIO, errno.ESTALE, errno.EINTR, errno.EINVAL), "stat": _LOOKS, "list": _LOOKS, "access": _LOOKS,
+    "read": (errno.EIO, errno.ESTALE, errno.EINTR, errno.EINVAL), "stat": _LOOKS, "access": _LOOKS,
+    "list": (*_LOOKS, errno.EMFILE), "open": (*ERRORS, errno.EMFILE), "lock": (*ERRORS, errno.ENOLCK),
     "close": (errno.EIO, errno.EINTR, errno.ENOSPC, errno.EDQUOT), "dup": (errno.EMFILE, errno.EINTR),
     "map": (errno.ENOMEM, errno.EACCES, errno.EINVAL),
     "direct": (errno.EIO, errno.ESTALE, errno.EINTR, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOMEM),
 }  # fmt: skip
+UNNOTED = "setxattr "  # the call by which OUT is noted as finished; one that sets an access list has another name
 _TOTALS = ("changing", "any")
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES)  # what an fsync of a folder may always say
+_NOTHING_ELSE = (errno.EIO, errno.ENOSPC, errno.ESTALE)  # no call is answered otherwise after these
 
 
 def faults(counts: Mapping[str, int]) -> Iterator[Fault]:
@@ -48,6 +54,11 @@ def faults(counts: Mapping[str, int]) -> Iterator[Fault]:
         yield Fault("changing", number, DELAY, 20)
         for value in STAYING:
             yield Fault("changing", number, FAIL, value, sticky=True)
+    for kind in ("read", "direct", "open", "stat"):
+        count = counts.get(kind, 0)
+        for number in sorted({1 + count * part // 8 for part in range(8)}) if count else ():
+            for value in SERVER:
+                yield Fault(kind, number, FAIL, value, sticky=True)
 
 
 @dataclass(frozen=True)
@@ -73,9 +84,10 @@ def wrong(ground: Ground, case: Case, fault: Fault, known: set[str] | None = Non
     state, rerun = "", False
     problem = _after(ground, case, fault, ended, old)
     if problem is None and case.out:
-        state = f"{states.digest(ground.place)} {ended.code == 0}"
+        hit = ended.hit if ended.code == 0 else ""
+        state = f"{states.digest(ground.place)} {hit.startswith(UNNOTED)}"
         rerun = known is None or f"{case.name} {state}" not in known
-        problem = again(ground, case, ended.code == 0) if rerun else None
+        problem = again(ground, case, hit) if rerun else None
         state = f"{case.name} {state}"
     if problem is None:
         if known is not None and state:
@@ -99,19 +111,32 @@ def _after(ground: Ground, case: Case, fault: Fault, ended: Ended, old: dict[str
         return "a traceback"
     if damage := ground.damage():
         return damage
-    if ended.code == case.trouble and (problem := unsaid(ended, ground.root, fault.sticky)):
+    if ended.code == case.trouble and (problem := unsaid(ended, ground.root, fault)):
         return problem
+    if ended.code == 0 and _is_lost(fault, ended.hit):
+        return "it went on after a failed sync"
     problem = after_output(ground, case, ended.code, ended.text, old)
-    return problem or _after_access(ground, case, ended.text, fault.action == FAIL, old)
+    return problem or after_access(ground, case, ended.text, fault.action == FAIL, old)
 
 
-def _after_access(ground: Ground, case: Case, text: str, failed: bool, old: dict[str, str] | None) -> str | None:
+def after_access(ground: Ground, case: Case, text: str, failed: bool, old: dict[str, str] | None) -> str | None:
     """What is wrong with who may use what stands at OUT, where something stood there before."""
     stands = ground.stands()
     if ground.access is None or stands is None:
         return None
     replaced = tree(stands) != old or old == ground.expected[case.name]
     return taken_over(ground.access, Access.of(stands), text, failed and replaced)
+
+
+def _is_lost(fault: Fault, hit: str) -> bool:
+    """Whether a sync has failed, behind which nothing says that what was written is on the disk.
+
+    Python itself makes an interrupted one once more. A filesystem may know no syncs of folders, or let no one read them.
+    """
+    name = hit.partition(" ")[0]
+    if fault.action != FAIL or name not in ("fsync", "fdatasync", "fsyncdir") or fault.value == errno.EINTR:
+        return False
+    return not (name == "fsyncdir" and fault.value in _NO_SYNC)
 
 
 def after_output(ground: Ground, case: Case, code: int, text: str, old: dict[str, str] | None) -> str | None:
@@ -133,8 +158,9 @@ def after_output(ground: Ground, case: Case, code: int, text: str, old: dict[str
     return None
 
 
-def unsaid(ended: Ended, root: Path, sticky: bool) -> str | None:
-    """What the sentence lacks: it is one, and names the file that the call failed on, or a folder that it stands in.
+def unsaid(ended: Ended, root: Path, fault: Fault) -> str | None:
+    """What the sentence lacks: it is one, and names the file that the call failed on, or a folder that it stands in,
+    and says why, where that is an error which nothing can answer.
 
     Where all later calls fail too, it may be the file of one of these.
     """
@@ -146,27 +172,33 @@ def unsaid(ended: Ended, root: Path, sticky: bool) -> str | None:
     if path.name == "checkpoint" and path.parent.name.endswith(".partial"):  # which becomes OUT
         names.add(str(path.parent).removesuffix(".partial"))
     # A folder of the output is a name that the user gave, with what is added to it.
-    said = re.findall(r"/[^\s:;,()]+", lines[0])
-    if sticky and any(word.startswith(str(root)) for word in said):
+    said = [word.rstrip(".'\"`") for word in re.findall(r"/[^\s:;,()]+", lines[0])]
+    if fault.sticky and any(word.startswith(str(root)) for word in said):
         return None
-    if not any(word.rstrip(".") in names or path.name in word for word in said):
+    if not any(word in names or path.name in Path(word).parts for word in said):
         return "the sentence does not name the file"
-    return None
+    why = fault.action == FAIL and not fault.sticky and fault.value in _NOTHING_ELSE
+    return "the sentence does not say why" if why and os.strerror(fault.value) not in lines[0] else None
 
 
-def again(ground: Ground, case: Case, done: bool, expected: dict[str, str] | None = None) -> str | None:
+def again(
+    ground: Ground, case: Case, hit: str = "", expected: dict[str, str] | None = None,
+    run: Callable[[], Ended] | None = None,
+) -> str | None:  # fmt: skip
     """What is wrong after the same command without a fault, which is to give `expected`, or what the case gives.
 
-    `done`: the run with the fault has ended well. Where it could not note whose OUT is, the same command is refused.
+    `hit`: the call that failed in a run that has ended well. Where it could not note whose OUT is, the same command is
+    refused. `run`: how it is run, where not by one process.
     """
     kept = ground.access is not None and (stood := ground.stands()) is not None and Access.of(stood) == ground.access
-    ended = ground.warm.run(case.line(ground.place), change=case.change)
-    refused = done and ended.code == 1 and f"{ground.place / 'out'} exists and is" in ended.text
+    ended = run() if run else ground.warm.run(case.line(ground.place), change=case.change)
+    unnoted = hit.startswith(UNNOTED) or (hit and not ground.has_attributes)
+    refused = unnoted and ended.code == 1 and f"{ground.place / 'out'} exists and is" in ended.text
     if ended.code != 0 and not refused:
         return f"the rerun ended with exit {ended.code}: {ended.text.strip()[-400:]}"
     if tree(ground.place / "out") != (expected or ground.expected[case.name]):
         return "the rerun's bytes differ"
-    if (ground.place / "out.partial").exists() and not refused:
+    if (ground.place / "out.partial").exists():
         return "the rerun left OUT.partial"
     if kept and (now := Access.of(ground.place / "out")) != ground.access:
         return f"after the rerun others may do other things with OUT: {now}, before {ground.access}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from tests.robustness.cases import Case, Ground
 from tests.robustness.every import Choice
 from tests.robustness.faults import FAIL, KILL, Fault
-from tests.robustness.points import after_output, again, faults, unsaid
+from tests.robustness.points import after_access, after_output, again, faults, unsaid
 from tests.robustness.sources import tree
 from tests.robustness.warm import Ended
 
@@ -80,33 +81,49 @@ def wrong(ground: Ground, case: Case, size: int, rank: int, fault: Fault) -> tup
     if not ended[rank].hit:
         return "not reached", None
     how = f"{'killed' if ended[rank].code == -9 else 'failed' if ended[rank].code else 'went on'}"
-    problem = _after(ground, case, ended, rank, fault, old) or again(ground, case, ended[0].code == 0)
+    hit = "" if any(end.code for end in ended) else ended[rank].hit
+    problem = _after(ground, case, ended, rank, fault, old) or again(
+        ground, case, hit, run=lambda: _worst(run(ground, case, size))
+    )
     if problem is None:
         return how, None
     said = "".join(f"\n    {number} ({end.code}): {end.text.strip()[-400:]}" for number, end in enumerate(ended))
     return how, f"{case.name}, {size} ranks: {rank}: {fault} ({ended[rank].hit}): {problem}{said}"
 
 
+def _worst(ended: Sequence[Ended]) -> Ended:
+    """The first rank that has not ended well, with what all have said."""
+    text = "".join(end.text for end in ended)
+    return replace(next((end for end in ended if end.code), ended[0]), text=text)
+
+
 def _after(
     ground: Ground, case: Case, ended: Sequence[Ended], rank: int, fault: Fault, old: dict[str, str] | None
 ) -> str | None:  # fmt: skip
+    said = "".join(end.text for end in ended)
     for number, end in enumerate(ended):
-        if end.code not in (0, 1, 143) and not (number == rank and end.code == -9):
+        if end.code is None or (end.code not in (0, 1, 143) and not (number == rank and end.code == -9)):
             return f"rank {number} ended with {end.code}"
         if "Traceback" in end.text:
             return f"a traceback of rank {number}"
+        if (count := len(_errors(end.text))) > 1:
+            return f"{count} sentences of rank {number}"
+        if end.code == 1 and not _errors(said):
+            return f"nothing was said, and rank {number} ended with 1"
+        if problem := after_output(ground, case, -9 if end.code == 143 else end.code, end.text, old):
+            return f"rank {number}: {problem}"
     if damage := ground.damage():
         return damage
     out = ground.place / "out"
     done = out.exists() and tree(out) == ground.expected[case.name]
-    said = "".join(end.text for end in ended)
-    if not done and not all(end.code for end in ended):
-        return "exit 0 without a right OUT"
-    if not done and "error:" not in said:
+    if not done and not _errors(said):
         return "nothing was said"
     if not done and fault.action == FAIL:
-        lines = [line for line in said.splitlines() if line.startswith("error:")]
-        whole = Ended(1, lines[0], ended[rank].counts, ended[rank].hit)
-        if problem := unsaid(whole, ground.root, fault.sticky):
+        whole = Ended(1, _errors(said)[0], ended[rank].counts, ended[rank].hit)
+        if problem := unsaid(whole, ground.root, fault):
             return problem
-    return after_output(ground, case, 0 if done else -9, said, old)
+    return after_access(ground, case, said, fault.action == FAIL, old)
+
+
+def _errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error:")]
