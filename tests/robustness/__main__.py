@@ -12,7 +12,8 @@ fails; and the same command then gives the bytes of the source that it finds, th
 both. --case moving runs these alone; with --without watch or stamps they find the wrong ends of a broken converter.
 
 Others ("continue, ...", starts.py) start from what a kill has left: behind the rename or the exchange, between the two
-renames, or half written; or from the finished output of the same command.
+renames, or half written; or from the finished output of the same command. And some ("refused, ...", refused.py) have a
+source that they would replace, and never do.
 
 --power-cuts N looks at every state that ext4 and XFS may show after a power cut at any moment (powercut.py), and runs
 the same command on N of them.

@@ -37,6 +37,7 @@ class Case:
     move: moves.Move | None = field(default=None, compare=False)  # what somebody else does meanwhile
     of: str = ""  # the command's name, where the case's has more in it
     start: Path | None = None  # what an earlier run of the command has left, as copies.keep keeps it
+    refused: bool = False  # whatever happens: its source is what it would replace
 
     @property
     def command(self) -> str:
@@ -109,7 +110,7 @@ class Ground:
 
     def __init__(self, root: Path, warm: Warm, wanted: str = "", exactly: bool = False) -> None:
         """`wanted`: only cases whose names begin so, or (`exactly`) the one of that name."""
-        from tests.robustness import moving, starts
+        from tests.robustness import moving, refused, starts
 
         self.root, self.warm, self.place = root, warm, root / "place"
         self._wanted, self._exactly = wanted, exactly
@@ -127,6 +128,7 @@ class Ground:
         self.has_attributes = _has_attributes(self.sources)
         self.access: Access | None = None  # to what stands at OUT before a run
         self.cases += starts.cases(self, self._plain)
+        self.cases += refused.cases(self, self._plain)
         for case in self.cases:
             self._learn(case)
             if case.move is not None:
@@ -138,7 +140,7 @@ class Ground:
         self.reset(case)
         ended = self.warm.learn(case.line(self.place))
         found = tree(self.place / "out") if case.out else {}
-        if ended.code or self.expected.setdefault(case.name, found) != found:
+        if ended.code != int(case.refused) or self.expected.setdefault(case.name, found) != found:
             raise RuntimeError(f"{case.name}: exit {ended.code}\n{ended.text}")
 
     def wants(self, name: str) -> bool:

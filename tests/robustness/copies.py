@@ -29,24 +29,25 @@ def put_back(kept: Path, place: Path) -> None:
     inodes: dict[int, int] = {}
     for name in NAMES:
         if (kept / name).exists():
-            _copy(kept / name, place / name, inodes)
+            inodes |= copy(kept / name, place / name)
     note = place / NAMES[1] / _PUBLISHING
     if note.exists():
         inode, owner = note.read_text().split()
         note.write_text(f"{inodes.get(int(inode), 0)} {owner}")
 
 
-def _copy(source: Path, target: Path, inodes: dict[int, int]) -> None:
-    """A folder and all below it; `inodes` learns which folder has become which."""
+def copy(source: Path, target: Path) -> dict[int, int]:
+    """A folder and all below it; which folder's inode has become which."""
     target.mkdir()
+    inodes: dict[int, int] = {}
     for entry in os.scandir(source):
         if entry.is_dir(follow_symlinks=False):
-            _copy(Path(entry.path), target / entry.name, inodes)
+            inodes |= copy(Path(entry.path), target / entry.name)
         else:
             shutil.copyfile(entry.path, target / entry.name, follow_symlinks=False)
             _like(Path(entry.path), target / entry.name)
     _like(source, target)
-    inodes[source.stat().st_ino] = target.stat().st_ino
+    return inodes | {source.stat().st_ino: target.stat().st_ino}
 
 
 def _like(source: Path, target: Path) -> None:

@@ -77,6 +77,10 @@ def wrong(ground: Ground, case: Case, fault: Fault, known: set[str] | None = Non
         from tests.robustness import moving
 
         return moving.wrong(ground, case, fault, known)
+    if case.refused:
+        from tests.robustness import refused
+
+        return refused.wrong(ground, case, fault, known)
     old = ground.reset(case)
     ended = ground.warm.run(case.line(ground.place), fault, change=case.change)
     if not ended.hit:
@@ -131,7 +135,7 @@ def after_access(ground: Ground, case: Case, text: str, failed: bool, old: dict[
 def _is_lost(fault: Fault, hit: str) -> bool:
     """Whether a sync has failed, behind which nothing says that what was written is on the disk.
 
-    Python itself makes an interrupted one once more. A filesystem may know no syncs of folders, or let no one read them.
+    Python makes an interrupted one once more. A filesystem may know no syncs of folders, or let no one read them.
     """
     name = hit.partition(" ")[0]
     if fault.action != FAIL or name not in ("fsync", "fdatasync", "fsyncdir") or fault.value == errno.EINTR:
