@@ -37,6 +37,7 @@ class Case:
     move: moves.Move | None = field(default=None, compare=False)  # what somebody else does meanwhile
     of: str = ""  # the command's name, where the case's has more in it
     start: Path | None = None  # what an earlier run of the command has left, as copies.keep keeps it
+    unnoted: bool = False  # nothing says which run wrote what is at OUT, which a rerun then refuses
     refused: bool = False  # whatever happens: its source is what it would replace
 
     @property

@@ -196,7 +196,7 @@ def again(
     """
     kept = ground.access is not None and (stood := ground.stands()) is not None and Access.of(stood) == ground.access
     ended = run() if run else ground.warm.run(case.line(ground.place), change=case.change)
-    unnoted = hit.startswith(UNNOTED) or (hit and not ground.has_attributes)
+    unnoted = hit.startswith(UNNOTED) or (hit and (case.unnoted or not ground.has_attributes))
     refused = unnoted and ended.code == 1 and f"{ground.place / 'out'} exists and is" in ended.text
     if ended.code != 0 and not refused:
         return f"the rerun ended with exit {ended.code}: {ended.text.strip()[-400:]}"

@@ -62,7 +62,7 @@ def cases(ground: Ground, plain: Mapping[str, Case]) -> Iterator[Case]:
         case = replace(plain[plan.of], name=plan.name, of=plan.of, older=plan.older, exchange=plan.state != BETWEEN)
         kept = ground.root / "starts" / plan.name.replace(" ", "-")
         _make(ground, case, plan, kept)
-        yield replace(case, start=kept)
+        yield replace(case, start=kept, unnoted=not plan.noted)
 
 
 def _make(ground: Ground, case: Case, plan: Plan, kept: Path) -> None:
