@@ -33,6 +33,11 @@ class Access:
         lists = _attribute(folder, _ACCESS), _attribute(folder, _DEFAULT)
         return cls(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid, *lists)
 
+    def __str__(self) -> str:
+        may = ", ".join(f"{what} {who}: {bits:o}" for (what, who), bits in sorted(self.rights().items()))
+        inherited = "" if self.inherited is None else ", and a list that new files get"
+        return f"mode {self.mode:o} of {self.owner}:{self.group} ({may}{inherited})"
+
     def rights(self) -> Mapping[tuple[str, int], int]:
         """By user or group, what they may do, as bits of a mode."""
         if self.list is None:

@@ -117,7 +117,7 @@ def _after(ground: Ground, case: Case, fault: Fault, ended: Ended, old: dict[str
         return damage
     if ended.code == case.trouble and (problem := unsaid(ended, ground.root, fault)):
         return problem
-    if ended.code == 0 and _is_lost(fault, ended.hit):
+    if ended.code == 0 and is_lost(fault, ended.hit):
         return "it went on after a failed sync"
     problem = after_output(ground, case, ended.code, ended.text, old)
     return problem or after_access(ground, case, ended.text, fault.action == FAIL, old)
@@ -132,7 +132,7 @@ def after_access(ground: Ground, case: Case, text: str, failed: bool, old: dict[
     return taken_over(ground.access, Access.of(stands), text, failed and replaced)
 
 
-def _is_lost(fault: Fault, hit: str) -> bool:
+def is_lost(fault: Fault, hit: str) -> bool:
     """Whether a sync has failed, behind which nothing says that what was written is on the disk.
 
     Python makes an interrupted one once more. A filesystem may know no syncs of folders, or let no one read them.
