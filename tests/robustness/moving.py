@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.robustness import moves, points, states
+from tests.robustness.access import Access, taken_over
 from tests.robustness.cases import TINY, Case, Ground
 from tests.robustness.faults import FAIL, Fault
 from tests.robustness.sources import tm, tree
@@ -179,7 +180,9 @@ def _of_output(ground: Ground, case: Case, old: dict[str, str] | None) -> str | 
     if case.out is None or (out.name in _move(case).left() and _move(case).has_happened()):
         return None
     there = tree(out) if out.exists() else None
-    return None if there == old else f"OUT is not what it was: {sorted(there or ())}"
+    if there != old:
+        return f"OUT is not what it was: {sorted(there or ())}"
+    return taken_over(ground.access, Access.of(out), "", False) if ground.access else None
 
 
 def _unsaid(ground: Ground, case: Case, fault: Fault | None, ended: Ended, moved: bool) -> str | None:

@@ -27,7 +27,7 @@ def cases(ground: Ground, plain: Mapping[str, Case]) -> Iterator[Case]:
     """Those that are wanted, with what stands at OUT."""
     if not any(map(ground.wants, (ITSELF, INSIDE))):
         return
-    kept, linked, megatron = ground.root / "starts" / "source", ground.root / "linked", ground.sources / "mt"
+    kept, linked, megatron = ground.root / "starts" / "source", ground.sources / "linked", ground.sources / "mt"
     kept.mkdir(parents=True)
     copies.copy(megatron, kept / "out")
     linked.mkdir()

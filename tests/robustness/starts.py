@@ -1,7 +1,7 @@
 """Cases that go on from what a killed run has left, or that find their work done: "continue, ...".
 
-Each state is made once, by a run that is killed at the first call (from the end of the run, or from its middle) at
-which the disk looks as wanted, and put back before each point.
+Each state is made once, by a run that is killed at a call at which the disk looks as wanted, and put back before each
+point.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tests.robustness.faults import KILL, Fault
 from tests.robustness.sources import tree
 from weights_conversion.output import finished
 
-EXCHANGED, RENAMED, BETWEEN, HALF, FINISHED = (
-    "killed after the exchange", "killed after the rename", "killed between the renames", "killed half written",
-    "finished",
+EXCHANGED, RENAMED, BETWEEN, BEHIND, HALF, FINISHED = (
+    "killed after the exchange", "killed after the rename", "killed between the renames", "killed after the renames",
+    "killed half written", "finished",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def older(self) -> bool:
-        return self.state in (EXCHANGED, BETWEEN)
+        return self.state in (EXCHANGED, BETWEEN, BEHIND)
 
 
 PLANS = (
@@ -48,6 +48,7 @@ PLANS = (
     Plan("export", RENAMED),
     Plan("export", RENAMED, noted=False),
     Plan("import TP2 PP2", BETWEEN),
+    Plan("import TP2 PP2", BEHIND),
     Plan("import TP2 PP2", HALF),
     Plan("export", HALF),
     Plan("export", FINISHED),
@@ -59,7 +60,9 @@ def cases(ground: Ground, plain: Mapping[str, Case]) -> Iterator[Case]:
     for plan in PLANS:
         if not ground.wants(plan.name):
             continue
-        case = replace(plain[plan.of], name=plan.name, of=plan.of, older=plan.older, exchange=plan.state != BETWEEN)
+        case = replace(
+            plain[plan.of], name=plan.name, of=plan.of, older=plan.older, exchange=plan.state not in (BETWEEN, BEHIND)
+        )
         kept = ground.root / "starts" / plan.name.replace(" ", "-")
         _make(ground, case, plan, kept)
         yield replace(case, start=kept, unnoted=not plan.noted)
@@ -75,24 +78,37 @@ def _make(ground: Ground, case: Case, plan: Plan, kept: Path) -> None:
     new = ground.expected[case.name] = tree(ground.place / "out")
     if new == old:
         raise RuntimeError(f"{case.name}: what it replaces is the same")
-    if plan.state != FINISHED:
-        for fault in _moments(plan.state, ended.counts):
-            old = ground.reset(making)
-            ground.warm.run(making.line(ground.place), fault, change=making.change)
-            if _is_there(plan.state, ground.place, old, new):
-                break
-        else:
-            raise RuntimeError(f"{case.name}: no kill leaves that")
+    if plan.state != FINISHED and not any(
+        _is_there(plan.state, ground.place, old, new)
+        for fault in _moments(ground, making, plan.state, ended.counts, new)
+        if _killed(ground, making, fault)
+    ):
+        raise RuntimeError(f"{case.name}: no kill leaves that")
     if not plan.noted:
         os.removexattr(ground.place / "out", finished._NAME)
     copies.keep(ground.place, kept)
 
 
-def _moments(state: str, counts: Mapping[str, int]) -> Iterator[Fault]:
+def _killed(ground: Ground, case: Case, fault: Fault) -> bool:
+    ground.reset(case)
+    return ground.warm.run(case.line(ground.place), fault, change=case.change).code == -9
+
+
+def _moments(
+    ground: Ground, case: Case, state: str, counts: Mapping[str, int], new: dict[str, str]
+) -> Iterator[Fault]:  # fmt: skip
+    """Where it may be: in the middle, or about the first call at which OUT is the new one, which is looked for."""
     if state == HALF:
         for number in range(counts["write"] // 2, counts["write"]):
             yield Fault("write", number, KILL)
-    for number in range(counts["changing"], 0, -1):
+        return
+    low, high = 1, counts["changing"]
+    while low < high:
+        middle = (low + high) // 2
+        _killed(ground, case, Fault("changing", middle, KILL))
+        out = ground.place / "out"
+        low, high = (low, middle) if out.exists() and tree(out) == new else (middle + 1, high)
+    for number in (low - 1, low, low + 1, low - 2):
         yield Fault("changing", number, KILL)
 
 
@@ -101,8 +117,8 @@ def _is_there(state: str, place: Path, old: dict[str, str] | None, new: dict[str
     there = tree(out) if out.exists() else None
     if state == EXCHANGED:
         return there == new and tree(partial / "checkpoint") == old
-    if state == BETWEEN:
-        return there is None and tree(partial / "replaced") == old
+    if state in (BETWEEN, BEHIND):
+        return there == (new if state == BEHIND else None) and tree(partial / "replaced") == old
     names = set(os.listdir(partial / "journal")) if (partial / "journal").exists() else set()
     if state == RENAMED:
         return there == new and {"digest", "publishing"} <= names
