@@ -58,6 +58,8 @@ def difference(job: Job, checksums: bool, workers: int) -> str | None:
     except (_Differs, ValueError) as differs:  # ValueError: folders nested beyond all bounds
         return str(differs)
     except OSError as error:
+        if not descriptors.is_no_file(error):
+            raise  # what could not be read is neither the same nor different
         return error.filename if isinstance(error.filename, str) else str(error.strerror)
     finally:
         source.close()

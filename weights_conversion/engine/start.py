@@ -12,7 +12,7 @@ from weights_conversion.engine.sharing import to_ranges
 from weights_conversion.errors import ConversionError
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import TensorRef, Written
-from weights_conversion.output import assembly, beginning, place
+from weights_conversion.output import assembly, beginning, descriptors, place
 from weights_conversion.output.journal import Journal
 from weights_conversion.output.partial import Partial
 
@@ -73,11 +73,13 @@ def _found(hold: Partial, job: Job) -> dict[TensorRef, int] | None:
     try:
         return assembly.find_layout(hold, job.targets)
     except (OSError, ConversionError) as error:
+        if isinstance(error, OSError) and not descriptors.is_no_file(error):
+            raise  # which says nothing of the layout: hours of work may stand there
         if hold.complete:
             raise ConversionError(
                 f"{hold.out} was finished by the same command, and is not whole any more ({error}); --overwrite makes "
                 "it again"
             ) from error
-        beginning.start_over(hold)
+        beginning.start_over(hold, f"is damaged ({error})")
         hold.open_folders()
         return None

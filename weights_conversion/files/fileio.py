@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import watch
 
+ABSENT = (FileNotFoundError, NotADirectoryError)  # what alone says that nothing is at a path
 MAX_CONFIG_BYTES = 16_000_000  # config.json and its like
 MAX_INDEX_BYTES = 64_000_000  # an index of hundreds of thousands of tensors
 MAX_TOKENIZER_BYTES = 128_000_000  # the largest published tokenizer.json have some 35 MB
@@ -84,7 +85,7 @@ def is_there(path: str | Path) -> bool:
     try:
         with named("looking for", path):
             os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except ABSENT:
         return False
     return True
 
@@ -94,7 +95,7 @@ def size_of(path: Path) -> int | None:
     try:
         with named("looking at", path):
             found = path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name that no file can have
+    except (*ABSENT, ValueError):  # the last: a name that no file can have
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from weights_conversion.files import fileio
+
 _SHOWN = 10
 
 
@@ -14,7 +16,7 @@ def elsewhere(path: str | Path, root: str | Path) -> str | None:
 
     `root` itself may be a link: whoever named it knows.
     """
-    real, top = os.path.realpath(path), os.path.realpath(root)
+    real, top = _real(path), _real(root)
     if real == top or real.startswith(os.path.join(top, "")):
         return None
     snapshots = os.path.dirname(top)  # of a repository's folder in the cache: blobs/SUM, snapshots/COMMIT/NAME
@@ -22,6 +24,14 @@ def elsewhere(path: str | Path, root: str | Path) -> str | None:
     if os.path.basename(snapshots) == "snapshots" and os.path.dirname(real) == blobs:
         return None
     return real
+
+
+def _real(path: str | Path) -> str:
+    """Raises OSError where a link on the way could not be looked at: it would not be told."""
+    try:
+        return os.path.realpath(path, strict=True)
+    except fileio.ABSENT:
+        return os.path.realpath(path)
 
 
 def told(root: str | Path, paths: Iterable[str | Path], besides: Iterable[str] = ()) -> list[str]:

@@ -27,25 +27,36 @@ def is_rank_folder(folder: Path) -> bool:
 
 
 def holds_iteration(folder: Path) -> bool:
-    """Whether ranks' folders or an index of torch.distributed.checkpoint lie in `folder` itself."""
+    """Whether ranks' folders or an index of torch.distributed.checkpoint lie in `folder` itself.
+
+    Raises OSError where it may not be read.
+    """
     try:
-        if (folder / METADATA).is_file():
-            return True
-        return any(
-            path.suffix == ".distcp" or (path.name.startswith("mp_rank_") and path.is_dir())
-            for path in folder.iterdir()
-        )
-    except OSError:
+        with fileio.named("looking into", folder):
+            return (folder / METADATA).is_file() or any(
+                path.suffix == ".distcp" or (path.name.startswith("mp_rank_") and path.is_dir())
+                for path in folder.iterdir()
+            )
+    except fileio.ABSENT:
         return False
 
 
 def iterations(root: Path) -> list[str]:
     """The names of the iterations' folders in `root`, in order; folders that hold nothing do not count."""
     try:
-        names = sorted(path.name for path in root.iterdir() if number_of(path.name) is not None)
-    except OSError:
+        with fileio.named("looking into", root):
+            names = sorted(path.name for path in root.iterdir() if number_of(path.name) is not None)
+    except fileio.ABSENT:
         return []
-    return [name for name in names if holds_iteration(root / name)]
+    return [name for name in names if _may_hold(root / name)]
+
+
+def _may_hold(folder: Path) -> bool:
+    """`holds_iteration`, and what may not be read: without it, another iteration would be the only one."""
+    try:
+        return holds_iteration(folder)
+    except OSError:
+        return True
 
 
 def verl_step(root: Path, load_iters: int | str | None) -> Path | None:

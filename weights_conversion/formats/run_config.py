@@ -13,6 +13,7 @@ from typing import Any
 from weights_conversion.errors import ConversionError
 from weights_conversion.errors.text import short
 from weights_conversion.files import fileio
+from weights_conversion.files.owners import is_closed
 
 RUN_CONFIG = "run_config.yaml"
 MODEL_YAML = "model.yaml"
@@ -71,7 +72,8 @@ def _nemo_tokenizer(stated: dict[str, Any], tokenizer: Mapping[Any, Any], path: 
     for key in ("pretrained_model_name", "model_path"):
         name = tokenizer.get(key)
         if isinstance(name, str) and name:
-            inside = next((p for p in (path.parent.parent / name, path.parent / name) if p.exists()), None)
+            places = (path.parent.parent / name, path.parent / name)
+            inside = next((place for place in places if not is_closed(place) and place.exists()), None)
             stated.setdefault("tokenizer_model", name if inside is None else str(inside))
 
 

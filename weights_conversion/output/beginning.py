@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.output import descriptors, imitate, locks, ownership, place
 from weights_conversion.output.partial import Partial
 
@@ -97,8 +98,11 @@ def _open_top(partial: Partial) -> None:
     imitate.copy_default_list(descriptors.path_of(partial.parent), partial.top)
     here = os.fstat(partial.top)
     if here.st_mode & 0o077:
-        with contextlib.suppress(OSError):
+        try:
             os.fchmod(partial.top, stat.S_IMODE(here.st_mode) & ~0o077)
+        except OSError as error:
+            if error.errno not in imitate.REFUSED:
+                raise
         # Unless this filesystem has no modes, others could write into it until now, or hold the lock for ever.
         partial.was_open = not os.fstat(partial.top).st_mode & 0o077
         if partial.was_open:
@@ -122,7 +126,7 @@ def _choose(partial: Partial, run_digest: str, overwrite: bool) -> None:
         _check_out(partial, overwrite)
         partial.resume = same and _can_continue(partial)
         if not partial.resume:
-            start_over(partial)
+            start_over(partial, "may hold what stood at OUT before" if same else None)
     partial.open_folders()
 
 
@@ -168,11 +172,13 @@ def _can_continue(partial: Partial) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == partial.me and note in (None, (found.st_ino, found.st_uid))
 
 
-def start_over(partial: Partial) -> None:
-    """New folders, in place of all that is left."""
+def start_over(partial: Partial, why: str | None = None) -> None:
+    """New folders, in place of all that is left. `why`: though the same run has left it."""
     if partial.digest() is not None:
-        why = "it was open to other users" if partial.was_open else "another source, option or release"
-        logger.warning("%s was left by a run with %s: starting over", partial.path, why)
+        if partial.was_open:
+            why = "was open to other users"
+        why = why or "was left by a run with another source, option or release"
+        logger.warning("%s %s: starting over", partial.path, why)
     with contextlib.suppress(FileNotFoundError), descriptors.folder("journal", partial.top) as journal:
         os.unlink("digest", dir_fd=journal)  # first: from here on, nothing that is left can be continued
     for name in ("checkpoint", "journal"):
@@ -181,7 +187,7 @@ def start_over(partial: Partial) -> None:
     os.mkdir("checkpoint", dir_fd=partial.top)
     partial.resume = False
     with (
-        contextlib.suppress(OSError),
+        contextlib.suppress(*fileio.ABSENT),
         descriptors.folder(partial.out.name, partial.parent) as old,
         descriptors.folder("checkpoint", partial.top) as new,
     ):

@@ -160,22 +160,21 @@ def walk(top: int, prefix: str = ".") -> Iterator[tuple[str, list[str], int]]:
         yield prefix, others, held
 
 
+def is_no_file(error: OSError) -> bool:
+    """Whether it says what stands at a name (nothing, a link, a folder, a pipe), and not that this is not known."""
+    return error.errno in _NOT_A_FILE
+
+
 def read_note(within: int, name: str, limit: int, whole: bool = True) -> bytes | None:
-    """A small file's content; None where it is not there, cannot be read, or (`whole`) has more than `limit` bytes."""
-    try:
-        with os.fdopen(open_regular(name, within, os.O_RDONLY), "rb") as file:
-            content = file.read(limit + whole)
-    except OSError:
-        return None
-    return None if len(content) > limit else content
+    """A small file's content; None where no such file is there, or (`whole`) it has more than `limit` bytes.
 
-
-def read_known(within: int, name: str, limit: int, whole: bool = True) -> bytes | None:
-    """As `read_note`, but what may be there and could not be read is an OSError that names it."""
+    What may be there and could not be read is an OSError that names it: to go on as if it were not there is how a
+    failing disk turns one output into another.
+    """
     try:
         descriptor = open_regular(name, within, os.O_RDONLY)
     except OSError as error:
-        if error.errno in _NOT_A_FILE:
+        if is_no_file(error):
             return None
         raise
     with named_in(within, name), os.fdopen(descriptor, "rb", buffering=0) as file:
@@ -213,18 +212,19 @@ def sync_folder(name: Path | str | int, within: int | None = None) -> None:
 
 
 def is_at(name: str, within: int, descriptor: int) -> bool:
-    """Whether what is open is still what stands at `name`."""
+    """Whether what is open is still what stands at `name`. Raises OSError where that is not to be known."""
     try:
-        return os.path.samestat(os.stat(name, dir_fd=within, follow_symlinks=False), os.fstat(descriptor))
-    except OSError:
+        with named_in(within, name):
+            return os.path.samestat(os.stat(name, dir_fd=within, follow_symlinks=False), os.fstat(descriptor))
+    except fileio.ABSENT:
         return False
 
 
 def is_place(path: Path, descriptor: int) -> bool:
-    """Whether `path`, links followed, still leads to the folder that is open."""
+    """Whether `path`, links followed, still leads to the folder that is open. Raises OSError as `is_at`."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except OSError:
+    except fileio.ABSENT:
         return False
 
 

@@ -7,6 +7,7 @@ attributes (or after a copy that drops them) nothing is known, and an OUT that i
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -17,6 +18,7 @@ from pathlib import Path
 from weights_conversion.output import descriptors
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_NO_NOTE = (errno.ENODATA, errno.ENOTSUP, errno.ENOSYS, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)
 _DEPTH = 8
 _NAME = "user.weights_conversion.run"
 
@@ -24,8 +26,9 @@ _NAME = "user.weights_conversion.run"
 def mark(folder: int, run_digest: str) -> None:
     """Notes in the finished `folder`, which is open, which run wrote it. Without effect where that is not to be had."""
     if hasattr(os, "setxattr"):
-        with contextlib.suppress(OSError, ValueError):
-            os.setxattr(folder, _NAME, f"{run_digest} {_state(folder)}".encode())
+        note = f"{run_digest} {_state(folder)}".encode()
+        with contextlib.suppress(OSError):  # all that is lost is that the same command, run again, is refused
+            os.setxattr(folder, _NAME, note)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,11 @@ def read(out: Path) -> Note | None:
                 return None
             run_digest, state = os.getxattr(top, _NAME).decode("ascii").split()
             return Note(run_digest, not open_to_others(top)) if state == _state(top) else None
-    except (OSError, ValueError):
+    except OSError as error:
+        if error.errno in _NO_NOTE:
+            return None
+        raise
+    except ValueError:
         return None
 
 

@@ -72,9 +72,16 @@ def finish(
     try:
         held.publish(overwrite)
     except BaseException as interruption:
-        if isinstance(interruption, Exception) or not held.published:
+        if isinstance(interruption, Exception) or not _is_published(held):
             raise
         held.end()  # a signal after OUT is there: the work is done, and ends as such
+
+
+def _is_published(held: Partial) -> bool:
+    """As far as that is to be seen."""
+    with contextlib.suppress(OSError):
+        return held.published
+    return False
 
 
 def _finish_files(
@@ -166,8 +173,10 @@ def _check_complete(held: Partial, names: set[str]) -> None:
 def _is_there(held: Partial, name: str) -> bool:
     try:
         fileio.close_quietly(held.open(name, os.O_RDONLY))
-    except OSError:
-        return False
+    except OSError as error:
+        if descriptors.is_no_file(error):
+            return False
+        raise
     return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -14,15 +13,18 @@ from weights_conversion.output import descriptors
 
 logger = logging.getLogger(__name__)
 
+_NO_LIST = (errno.ENODATA, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # the last: of some FUSE filesystems
+REFUSED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # EINVAL: an id of another namespace
 _ACCESS, _DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 
 
 def take_over(old: int, new: int) -> int | None:
     """Gives the finished folder `new` what `old` has (both are open).
 
-    Its files and folders get no right that `old` does not give. Where the group may not be given away, it gets no
-    right at all: another group would have it. Returns the mode that is left to be set once `new` has been renamed,
-    where its owner may not write in it, which a rename needs.
+    Its files and folders get no right that `old` does not give. Where the group may not be given away, or a list not
+    be kept, the group gets no right at all: another would have it, or more of it (where there is a list, the mode's
+    bits of the group are its mask). Returns the mode that is left to be set once `new` has been renamed, where its
+    owner may not write in it, which a rename needs.
     """
     wanted = os.stat(old)
     mode = stat.S_IMODE(wanted.st_mode)
@@ -38,7 +40,9 @@ def take_over(old: int, new: int) -> int | None:
         top = folder == "."
         if top:
             for name in (_ACCESS, _DEFAULT):
-                _copy_list(name, old, descriptor)
+                if not _copy_list(name, old, descriptor):
+                    logger.warning("the access list (%s) of the output's folder cannot be kept", name)
+                    mode &= ~0o2070
         with descriptors.named_in(descriptor):
             _give(descriptor, wanted, mode | 0o700 if top else mode | 0o300, exact=top)
     return mode if mode & 0o700 != 0o700 else None
@@ -48,24 +52,32 @@ def _give(handle: int, wanted: os.stat_result, mode: int, exact: bool = False) -
     """Owner and group of `wanted`; of the mode, exactly `mode`, or what it and the present one both allow."""
     here = os.fstat(handle)
     if (here.st_uid, here.st_gid) != (wanted.st_uid, wanted.st_gid):
-        _change_owner(handle, here, wanted)
+        _change_owner(handle, wanted)
         now = os.fstat(handle)
         if now.st_gid != wanted.st_gid:
             mode &= ~0o2070
             if exact:
                 logger.warning("group %d of the output's folder cannot be kept: no group may read it", wanted.st_gid)
+        if exact and now.st_uid != wanted.st_uid:
+            logger.warning("owner %d of the output's folder cannot be kept: it is %d's", wanted.st_uid, now.st_uid)
     has = stat.S_IMODE(here.st_mode)
     right = mode if exact else has & mode & 0o777 | mode & 0o2000
     if stat.S_IMODE(os.fstat(handle).st_mode) != right:
-        with contextlib.suppress(PermissionError):  # a filesystem without modes
+        try:
             os.fchmod(handle, right)
+        except OSError as error:
+            if error.errno not in REFUSED:  # a filesystem without modes
+                raise
 
 
-def _change_owner(handle: int, here: os.stat_result, wanted: os.stat_result) -> None:
+def _change_owner(handle: int, wanted: os.stat_result) -> None:
     for owner in (wanted.st_uid, -1):
-        with contextlib.suppress(OSError):
+        try:
             os.fchown(handle, owner, wanted.st_gid)
             return
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
 
 
 def copy_default_list(old: int | Path, new: int) -> None:
@@ -73,13 +85,25 @@ def copy_default_list(old: int | Path, new: int) -> None:
     _copy_list(_DEFAULT, old, new)
 
 
-def _copy_list(name: str, old: int | Path, new: int) -> None:
-    """An access list, where the filesystem has them; `new` loses one that `old` has not."""
-    with contextlib.suppress(OSError, AttributeError):
-        try:
-            entries = os.getxattr(old, name)
-        except OSError as error:
-            if error.errno == errno.ENODATA:
-                os.removexattr(new, name)
+def _copy_list(name: str, old: int | Path, new: int) -> bool:
+    """An access list, where the filesystem has them; `new` loses one that `old` has not.
+
+    False where that is refused. Raises OSError where it has failed, or where it is not to be known what `old` has.
+    """
+    if not hasattr(os, "getxattr"):
+        return True
+    try:
+        entries = os.getxattr(old, name)
+    except OSError as error:
+        if error.errno not in _NO_LIST:
             raise
-        os.setxattr(new, name, entries)
+        entries = None
+    try:
+        os.removexattr(new, name) if entries is None else os.setxattr(new, name, entries)
+    except OSError as error:
+        if error.errno in _NO_LIST and entries is None:
+            return True
+        if error.errno not in REFUSED:
+            raise
+        return False
+    return True

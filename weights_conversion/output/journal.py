@@ -47,14 +47,14 @@ class Journal:
         self._lock = threading.Lock()
 
     def load(self) -> dict[int, list[Written]]:
-        """Chunks that any process has finished, with what they wrote. What cannot be read counts as not there."""
+        """Chunks that any process has finished, with what they wrote. Lines that are none count as not there.
+
+        Raises OSError where a note could not be read: what it may say would be converted again.
+        """
         done: dict[int, list[Written]] = {}
-        try:
-            with self._opened() as folder:
-                names = sorted(name for name in os.listdir(folder) if name.startswith("chunks."))
-                notes = [descriptors.read_note(folder, name, MAX_NOTE_BYTES) or b"" for name in names]
-        except OSError:
-            return done
+        with descriptors.shown_as("looking into", self._folder), self._opened() as folder:
+            names = sorted(name for name in os.listdir(folder) if name.startswith("chunks."))
+            notes = [descriptors.read_note(folder, name, MAX_NOTE_BYTES) or b"" for name in names]
         for line in b"\n".join(notes).split(b"\n"):
             sum_, _, text = line.partition(b" ")
             if sum_ != _sum(text):  # cut off by a kill, or garbage

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 LEFT_SECONDS = 60.0  # how long to wait for ranks of an earlier job that have lost their rank 0: within it they end
 NAME = "lock"
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # of Lustre, NFS, FUSE
 
 
 def open_lock(top: int) -> int:
@@ -29,13 +30,17 @@ def open_lock(top: int) -> int:
 
 
 def take(descriptor: int, kind: int) -> bool:
-    """Takes a lock; False where the filesystem has none, BlockingIOError where another process has it."""
+    """Takes a lock; False where the filesystem has none, BlockingIOError where another process has it.
+
+    Any other OSError says nothing of either: who goes on without a lock then may write beside another process.
+    """
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        with descriptors.named_in(descriptor):
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _BUSY:
-            raise
-        return False
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
     return True
 
 
@@ -58,10 +63,22 @@ def take_alone(top: int, partial: Path) -> int | None:
             waiting = True
             time.sleep(0.2)
             continue
-        if descriptors.is_at(NAME, top, descriptor):
+        except BaseException:
+            fileio.close_quietly(descriptor)
+            raise
+        if _is_still(descriptor, top):
             return descriptor
         fileio.close_quietly(descriptor)
         return None
+
+
+def _is_still(descriptor: int, top: int) -> bool:
+    """Whether the lock that is held is the file at its name; closes it where that is not to be known."""
+    try:
+        return descriptors.is_at(NAME, top, descriptor)
+    except BaseException:
+        fileio.close_quietly(descriptor)
+        raise
 
 
 def share(descriptor: int, partial: Path) -> None:

@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.layouts.placement import PAGE
 from weights_conversion.output import descriptors
 
@@ -159,7 +160,7 @@ def _is_named(name: str, what: int, kind: Kind) -> bool:
 def _kind(top: int, names: set[str]) -> Kind:
     """Whose output a folder is, by what only a conversion leaves."""
     if {TRACKER, MANIFEST} <= names:
-        tracker = descriptors.read_known(top, TRACKER, 100)
+        tracker = descriptors.read_note(top, TRACKER, 100)
         return Kind.MEGATRON if (tracker or b"").strip() == b"release" and _has_manifest(top) else Kind.FOREIGN
     weights = [name for name in names if name.endswith(".safetensors")]
     if "config.json" in names and weights and all(_begins_on_a_page(top, name) for name in weights):
@@ -169,29 +170,28 @@ def _kind(top: int, names: set[str]) -> Kind:
 
 def _has_manifest(top: int) -> bool:
     try:
-        content = json.loads(descriptors.read_known(top, MANIFEST, 100_000_000) or b"")
+        content = json.loads(descriptors.read_note(top, MANIFEST, 100_000_000) or b"")
     except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "format" in content and "converter_version" in content
 
 
 def _begins_on_a_page(top: int, name: str) -> bool:
-    start = descriptors.read_known(top, name, 8, whole=False)
+    start = descriptors.read_note(top, name, 8, whole=False)
     return start is not None and len(start) == 8 and (int.from_bytes(start, "little") + 8) % PAGE == 0
 
 
 def check_apart(names: Sequence[Path], sources: Sequence[Path]) -> None:
     """Refuses a source that is, or stands anywhere inside, one of `names` (OUT and its like), by whatever links.
 
-    Folders are told by their identity on the disk, so that a bind mount or another spelling hides nothing.
+    Folders are told by their identity on the disk, so that a bind mount or another spelling hides nothing. Raises
+    OSError where that could not be learnt, for the source might be lost.
     """
     held = {}
     for name in names:
-        try:
+        with contextlib.suppress(*fileio.ABSENT):
             found = name.stat()
             held[found.st_dev, found.st_ino] = name
-        except OSError:
-            continue
     if not held:
         return
     seen: set[str] = set()
@@ -202,7 +202,7 @@ def check_apart(names: Sequence[Path], sources: Sequence[Path]) -> None:
             seen.add(folder)
             try:
                 found = os.stat(folder)
-            except OSError:
+            except fileio.ABSENT:
                 continue
             if name := held.get((found.st_dev, found.st_ino)):
                 raise ConversionError(
@@ -218,8 +218,18 @@ def _passed(source: Path) -> Iterator[str]:
         path = waiting.pop()
         for part in (path, *map(str, Path(path).parents)):
             yield part
-            if os.path.islink(part):
+            if _is_link(part):
                 target = os.path.join(os.path.dirname(part), os.readlink(part))
                 waiting.append(os.path.abspath(target))
-    yield os.path.realpath(source)
-    yield from map(str, Path(os.path.realpath(source)).parents)
+    with contextlib.suppress(*fileio.ABSENT):
+        real = os.path.realpath(source, strict=True)
+        yield real
+        yield from map(str, Path(real).parents)
+
+
+def _is_link(path: str) -> bool:
+    """As os.path.islink, which takes every error for no."""
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except fileio.ABSENT:
+        return False

@@ -111,10 +111,11 @@ class Partial:
         return found is not None and place.publishing(self.top) == (found.st_ino, found.st_uid)
 
     def digest(self) -> str | None:
+        """Of the run that left it; None where nothing says so."""
         try:
             with descriptors.folder("journal", self.top) as journal:
                 note = descriptors.read_note(journal, "digest", 1000)
-        except OSError:
+        except fileio.ABSENT:
             return None
         return None if note is None else note.decode("ascii", "replace")
 
@@ -178,23 +179,34 @@ class Partial:
 
     @property
     def published(self) -> bool:
-        """Whether this process has renamed it to OUT."""
+        """Whether this process has renamed it to OUT. Raises OSError where that is not to be seen."""
         return self._publishing and descriptors.is_at(self.out.name, self.parent, self.checkpoint)
 
     def end(self) -> None:
         """What is left to be done once it is published, from whatever point on."""
-        with contextlib.suppress(OSError):
-            descriptors.sync_folder(".", self.parent)
+        with descriptors.shown_as("syncing", self.out.absolute().parent):
+            try:
+                descriptors.sync_folder(".", self.parent)
+            except OSError as error:
+                self._say_if_published(error)
+                raise
         self.remove()
 
     def _say_if_published(self, error: OSError | ConversionError) -> None:
-        """Raises ConversionError where OUT is the new output already, of which the usual words are untrue."""
-        if self.published:
-            why = fileio.failed(error) if isinstance(error, OSError) else str(error)
+        """Raises ConversionError where OUT is the new output already, or may be: the usual words would be untrue."""
+        why = fileio.failed(error) if isinstance(error, OSError) else str(error)
+        try:
+            if not self.published:
+                return
+        except OSError as unseen:
             raise ConversionError(
-                f"{self.out} is complete, and what was there before is replaced, but the last step has failed "
-                f"({why}), so that a power cut might still undo it; the same command sees to that"
+                f"the last step has failed ({why}), and whether {self.out} is the new output by now could not be seen "
+                f"({fileio.failed(unseen)}); the same command goes on from whatever is there"
             ) from error
+        raise ConversionError(
+            f"{self.out} is complete, and what was there before is replaced, but the last step has failed "
+            f"({why}), so that a power cut might still undo it; the same command sees to that"
+        ) from error
 
     def set_aside(self) -> Path:
         """Renames what has failed its proof to OUT.unverified, in place of what failed it before; where it is then."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.output import descriptors, finished, ownership
+
+_NONE = -1, -1  # no folder's inode and owner
 
 
 def partial_folder(out: Path) -> Path:
@@ -124,10 +128,8 @@ def _check_owners(out: Path) -> None:
     partial = partial_folder(out)
     owners = {}
     for path in (out, partial):
-        try:
+        with contextlib.suppress(*fileio.ABSENT):
             owners[path] = path.lstat().st_uid
-        except OSError:
-            continue
     if not owners or (me := descriptors.who_am_i_unseen(out.absolute().parent)) is None:
         return
     for path, owner in owners.items():
@@ -139,18 +141,25 @@ def is_published(partial: Path, out: Path) -> bool:
     """Whether OUT is, by the note in OUT.partial, the finished output of the run that left it."""
     try:
         found = out.lstat()
-        with descriptors.folder(partial) as top:
+        with descriptors.shown_as("looking into", partial), descriptors.folder(partial) as top:
             return stat.S_ISDIR(found.st_mode) and publishing(top) == (found.st_ino, found.st_uid)
-    except OSError:
+    except fileio.ABSENT:
         return False
 
 
 def publishing(top: int) -> tuple[int, int] | None:
-    """Inode and owner of the folder that was about to be renamed to OUT, or has been; None where nothing says so."""
+    """Inode and owner of the folder that was about to be renamed to OUT, or has been; None where nothing says so.
+
+    A damaged note names no folder that there is: what stands in OUT.partial may be what OUT was before.
+    """
     try:
         with descriptors.folder("journal", top) as journal:
             note = descriptors.read_note(journal, "publishing", 100)
+            is_there = note is not None or "publishing" in os.listdir(journal)
+    except fileio.ABSENT:
+        return None
+    try:
         inode, owner = (note or b"").split()
         return int(inode), int(owner)
-    except (OSError, ValueError):
-        return None
+    except ValueError:
+        return _NONE if is_there else None

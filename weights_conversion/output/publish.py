@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from weights_conversion.output.partial import Partial
 
 
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)  # the last: folders of a lower layer
+
+
 def publish(partial: Partial, overwrite: bool) -> None:
     """Makes OUT of the finished `checkpoint`; in place of an earlier output, which is then in OUT.partial."""
     out = partial.out
@@ -121,12 +124,19 @@ def _put_back(partial: Partial, cause: OSError) -> None:
 
 
 def exchange(one: int, inner: str, two: int, name: str) -> bool:
-    """Swaps two folders in one step, so that OUT is there at every moment. False where that is not known."""
+    """Swaps two folders in one step, so that OUT is there at every moment. False where that is not known.
+
+    Raises OSError where it has failed: whether they were swapped is not to be guessed then.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
     swap = ctypes.c_uint(2)  # RENAME_EXCHANGE
-    return libc.renameat2(ctypes.c_int(one), os.fsencode(inner), ctypes.c_int(two), os.fsencode(name), swap) == 0
+    if libc.renameat2(ctypes.c_int(one), os.fsencode(inner), ctypes.c_int(two), os.fsencode(name), swap) == 0:
+        return True
+    if (code := ctypes.get_errno()) not in _NO_EXCHANGE:
+        raise OSError(code, os.strerror(code))
+    return False
 
 
 def set_aside(partial: Partial) -> Path:

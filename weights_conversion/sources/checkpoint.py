@@ -12,7 +12,6 @@ from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
 from weights_conversion.configs import core_args, core_foreign, manifest, megatron_args, moe, rope_core
 from weights_conversion.errors import ConversionError
-from weights_conversion.files.owners import stranger
 from weights_conversion.formats import hybrid
 from weights_conversion.formats.dist_format import DistFormat
 from weights_conversion.formats.iterations import TRACKER, find_iteration
@@ -25,6 +24,7 @@ from weights_conversion.mapping.dialects import MEGATRON_CORE
 from weights_conversion.sources import further, statements
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.families import chosen_family, read_features, with_flags
+from weights_conversion.sources.named_folders import passed_over, trained_from
 from weights_conversion.sources.unstated_args import args_of_others
 from weights_conversion.sources.vocabulary import count
 
@@ -223,36 +223,6 @@ def _no_base(folder: Path) -> str:
 def _with_window(args: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """`args` with the window that the user states, for what a family may have."""
     return {**args, **({"sliding_window_size": flags["sliding_window"]} if "sliding_window" in flags else {})}
-
-
-def trained_from(args: Mapping[str, Any]) -> list[Path]:
-    """Folders that training named, where the import that it started from may have left its manifest.
-
-    Only those of the user or of root: anyone may have made a folder again that is gone.
-    """
-    return [path for path in _named(args) if _stranger(path) is None]
-
-
-def passed_over(args: Mapping[str, Any], root: Path) -> list[str]:
-    """Sentences on folders that training named and that are not believed."""
-    return [
-        f"{path}, which the args name, belongs to another user ({owner}) and is not read; if you trust it, copy its "
-        f"{manifest.NAME} to {root}, and name its tokenizer with --vocab_file"
-        for path in dict.fromkeys(_named(args))
-        if (owner := _stranger(path)) is not None and path.is_dir()
-    ]
-
-
-def _stranger(folder: Path) -> int | None:
-    """Who else owns a folder that args name, or the manifest in it."""
-    owner = stranger(folder)
-    return stranger(folder / manifest.NAME) if owner is None else owner
-
-
-def _named(args: Mapping[str, Any]) -> list[Path]:
-    load, vocab = args.get("load"), args.get("vocab_file")
-    named = [Path(load)] if isinstance(load, str) and load else []
-    return [*named, *([Path(vocab).parent] if isinstance(vocab, str) and vocab else [])]
 
 
 def claimed_families(args: Mapping[str, Any], said: Mapping[str, Any] | None) -> dict[str, str]:

@@ -104,7 +104,7 @@ def _at(path: Path, load_iters: int | str | None) -> Found | None:
 
 def _iteration(folder: Path, load_iters: int | str | None) -> Found:
     """`folder` is an iteration's: by its name in the root above, or one that somebody has renamed."""
-    whole = Path(os.path.realpath(folder))
+    whole = Path(os.path.realpath(folder, strict=True))
     number = number_of(whole.name)
     if number is None:
         if load_iters is not None:

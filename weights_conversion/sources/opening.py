@@ -24,10 +24,11 @@ from weights_conversion.layouts.vocabulary import Vocabulary
 from weights_conversion.mapping.dialects import HF, MEGATRON_CORE, META, Dialect
 from weights_conversion.mapping.parameters import Architecture
 from weights_conversion.sources import described, further, peft, quantised, scales
-from weights_conversion.sources.checkpoint import open_checkpoint, trained_from
+from weights_conversion.sources.checkpoint import open_checkpoint
 from weights_conversion.sources.detect import Found, Kind, detect
 from weights_conversion.sources.locate import locate
 from weights_conversion.sources.locate_hf import in_huggingface
+from weights_conversion.sources.named_folders import trained_from
 from weights_conversion.sources.text_part import text_part
 from weights_conversion.tokenizer.files import source_tokenizer_files
 from weights_conversion.tokenizer.places import taken_along

@@ -20,7 +20,7 @@ from weights_conversion.configs.generation import read as read_generation
 from weights_conversion.configs.megatron_args import NAMES, SILENT
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio
-from weights_conversion.files.owners import stranger
+from weights_conversion.files.owners import is_closed, stranger
 from weights_conversion.launch import distributed
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM
 
@@ -156,7 +156,8 @@ def around(args: Mapping[str, Any], root: Path, config: ModelConfig) -> Referenc
     if FAMILIES[config.family].outer is None or not isinstance(name, str) or not name:
         return None
     places = (Path(name).expanduser(), root.parent / name)
-    place = next((each for each in places if each.is_absolute() and (each / "config.json").is_file()), None)
+    configs = [each / "config.json" for each in places if each.is_absolute()]
+    place = next((path.parent for path in configs if not is_closed(path) and path.is_file()), None)
     if place is None or stranger(place) is not None or stranger(place / "config.json") is not None:
         return None
     try:

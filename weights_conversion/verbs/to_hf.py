@@ -34,11 +34,11 @@ from weights_conversion.sources.checkpoint import (
     megatron_root,
     open_checkpoint,
     open_files,
-    trained_from,
 )
 from weights_conversion.sources.detect import say_found
 from weights_conversion.sources.locate import check_floating
 from weights_conversion.sources.megatron_adapters import chosen, locate_merged
+from weights_conversion.sources.named_folders import trained_from
 from weights_conversion.sources.reference import (
     Reference,
     Stated,

@@ -32,11 +32,12 @@ from weights_conversion.layouts.placement import Delta, Key, Placed, main_dtype
 from weights_conversion.mapping.dialects import MEGATRON_CORE, MEGATRON_LLM, META, Dialect
 from weights_conversion.mapping.parameters import Instance
 from weights_conversion.sources import further, peft, quantised
-from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files, trained_from
+from weights_conversion.sources.checkpoint import claimed_families, open_checkpoint, open_files
 from weights_conversion.sources.detect import Kind, detect
 from weights_conversion.sources.families import decide_family, read_features
 from weights_conversion.sources.locate_hf import in_huggingface
 from weights_conversion.sources.megatron_adapters import locate_merged
+from weights_conversion.sources.named_folders import trained_from
 from weights_conversion.sources.text_part import text_part
 from weights_conversion.verification import dequantised
 

@@ -1,0 +1,269 @@
+"""What cannot be known is not taken for what is not there: an unreadable note, a failed look, a list not copied.
+
+Each of these went on as if nothing were there, and ended with exit 0: with the earlier model at OUT, without the
+source, or with rights that OUT did not give.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from weights_conversion.output import descriptors, finished, imitate, journal, locks, ownership, partial, publish
+
+MODEL = "llama2-gqa"
+FAILED = [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def failing(code: int, when: Callable[..., bool] = lambda *_: True, real: Callable[..., object] | None = None):
+    """A call that fails with `code`, where its arguments are those of `when`; else it is the real one."""
+
+    def call(*arguments: object, **keywords: object) -> object:
+        if when(*arguments):
+            raise OSError(code, os.strerror(code), arguments[0] if isinstance(arguments[0], str) else None)
+        assert real is not None
+        return real(*arguments, **keywords)
+
+    return call
+
+
+@pytest.fixture
+def line(sources, tmp_path: Path) -> list[object]:
+    return ["llama2", "--model-path", sources(MODEL), "--out", tmp_path / "out", "--overwrite"]
+
+
+@pytest.fixture
+def exchanged(line, sources, to_megatron, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """OUT has just been replaced, and its OUT.partial, which holds another model of the same layout, not removed."""
+    older = tmp_path / "older"
+    shutil.copytree(sources(MODEL), older)
+    for path in older.glob("*.safetensors"):
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    to_megatron("llama2", "--model-path", older, "--out", tmp_path / "out").succeeded()
+    with monkeypatch.context() as patch:
+        patch.setattr(partial.Partial, "remove", lambda self: None)
+        to_megatron(*line).succeeded()
+    return tmp_path / "out"
+
+
+# --- the note of which folder is the new output -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", FAILED)
+@pytest.mark.parametrize("name", ["publishing", "digest", "journal"])
+def test_the_older_output_is_never_published_again(
+    name: str, code: int, line, exchanged: Path, imported, to_megatron, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Whichever look at the notes fails: OUT stays the new one, and the same command ends right."""
+    call = "open_folder" if name == "journal" else "open_regular"
+    real, seen, codes = getattr(descriptors, call), [0], []
+    for number in range(1, 30):
+
+        def is_due(wanted: str, *_: object, number: int = number) -> bool:
+            seen[0] += wanted == name
+            return wanted == name and seen[0] == number
+
+        seen[0] = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(partial.Partial, "remove", lambda self: None)
+            patch.setattr(descriptors, call, failing(code, is_due, real))
+            found = to_megatron(*line)
+        codes.append(found.code)
+        assert contents(exchanged) == contents(imported(MODEL))
+        if seen[0] < number:
+            break
+        if found.code:
+            found.refused("out.partial", *([] if code == errno.EACCES else [os.strerror(code)]))
+    assert 1 in codes
+    assert codes[-1] == 0
+    to_megatron(*line).succeeded()
+    assert contents(exchanged) == contents(imported(MODEL))
+    assert not exchanged.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 200, b"1 2 3"])
+def test_a_damaged_note_lets_nothing_continue(content: bytes, line, exchanged: Path, imported, to_megatron) -> None:
+    (exchanged.with_name("out.partial") / "journal" / "publishing").write_bytes(content)
+    to_megatron(*line).succeeded()
+    assert contents(exchanged) == contents(imported(MODEL))
+
+
+def test_unreadable_entries_of_the_journal_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may say that hours of work are done."""
+    (tmp_path / "chunks.0").write_bytes(b"")
+    monkeypatch.setattr(journal.descriptors, "open_regular", failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        journal.Journal(tmp_path, []).load()
+
+
+# --- whether the source stands in OUT ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("code", FAILED)
+def test_a_source_that_is_out_is_never_replaced(
+    code: int, link: bool, imported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, source = tmp_path / "out", tmp_path / ("link" if link else "out")
+    shutil.copytree(imported(MODEL), out)
+    if link:
+        source.symlink_to(out)
+    for call in ("stat", "lstat", "readlink"):
+        real, refused, seen = getattr(os, call), [], [0]
+        for number in range(1, 40):
+
+            def is_due(*_: object, number: int = number, seen: list[int] = seen) -> bool:
+                seen[0] += 1
+                return seen[0] == number
+
+            seen[0] = 0
+            with monkeypatch.context() as patch:
+                patch.setattr(ownership.os, call, failing(code, is_due, real))
+                try:
+                    ownership.check_apart([out, tmp_path / "out.partial"], [source])
+                    refused.append(False)
+                except Exception:
+                    refused.append(True)
+            if seen[0] < number:
+                break
+        assert all(refused)
+
+
+# --- rights -----------------------------------------------------------------------------------------------------------
+
+
+def access_list(*entries: tuple[int, int, int]) -> bytes:
+    """As acl(5) has it: (tag, permissions, id)."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+NOBODY = 0xFFFFFFFF
+# user::rwx, user:2001:r-x, group::---, mask::r-x, other::---: the mode is 0750, and its group has no right at all
+LIST = access_list((1, 7, NOBODY), (2, 5, 2001), (4, 0, NOBODY), (0x10, 5, NOBODY), (0x20, 0, NOBODY))
+
+
+@pytest.fixture
+def with_list(imported, tmp_path: Path) -> Path:
+    out = tmp_path / "out"
+    shutil.copytree(imported(MODEL), out)
+    try:
+        os.setxattr(out, "system.posix_acl_access", LIST)
+    except OSError:
+        pytest.skip("there are no access lists here")
+    return out
+
+
+@pytest.mark.parametrize(("code", "ends"), [(errno.EIO, 1), (errno.EPERM, 0), (errno.ENOTSUP, 0)])
+@pytest.mark.parametrize("call", ["getxattr", "setxattr"])
+def test_a_list_that_is_not_copied_widens_nothing(
+    call: str, code: int, ends: int, line, with_list: Path, to_megatron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (call, code) == ("getxattr", errno.ENOTSUP):
+        pytest.skip("there are no lists then")
+    real = getattr(os, call)
+    monkeypatch.setattr(imitate.os, call, failing(code, lambda _, name, *rest: name == "system.posix_acl_access", real))
+    found = to_megatron(*line)
+    monkeypatch.undo()
+    assert found.code == (ends if call == "setxattr" else 1)
+    if found.code:
+        assert os.getxattr(with_list, "system.posix_acl_access") == LIST
+    else:
+        assert "cannot be kept" in found.text
+        assert with_list.stat().st_mode & 0o070 == 0
+    to_megatron(*line).succeeded()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EROFS])
+@pytest.mark.parametrize("call", ["fchmod", "fchown"])
+def test_a_mode_or_an_owner_that_could_not_be_set_is_told(
+    call: str, code: int, line, imported, to_megatron, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(imported(MODEL), out)
+    out.chmod(0o750)
+    if call == "fchown":
+        if os.geteuid():
+            pytest.skip("needs root, to make a folder of another group")
+        os.chown(out, -1, 3000)
+    before = out.stat()
+    with monkeypatch.context() as patch:
+        patch.setattr(imitate.os, call, failing(code))
+        to_megatron(*line).refused(os.strerror(code), "out.partial")
+    assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
+    to_megatron(*line).succeeded()
+
+
+def test_a_partial_that_stays_open_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weights_conversion.output import beginning
+
+    (tmp_path / "out.partial").mkdir(mode=0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(beginning.os, "fchmod", failing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"):
+            beginning.prepare(tmp_path / "out", "one")
+    beginning.prepare(tmp_path / "out", "one").close()
+
+
+# --- locks, names, exchanges ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+def test_a_lock_that_has_failed_is_not_a_disk_without_locks(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, descriptors.folder(tmp_path) as top:
+        patch.setattr(locks.fcntl, "flock", failing(code))
+        with pytest.raises(OSError, match=os.strerror(code)) as caught:
+            locks.take_alone(top, tmp_path)
+        assert caught.value.filename == str(tmp_path / "lock")
+        patch.setattr(locks.fcntl, "flock", failing(errno.ENOLCK))
+        assert locks.take_alone(top, tmp_path) == -1
+
+
+def test_what_stands_at_a_name_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with descriptors.folder(tmp_path) as top:
+        assert not descriptors.is_at("nothing", top, top)
+        monkeypatch.setattr(descriptors.os, "stat", failing(errno.EIO))
+        for look in (lambda: descriptors.is_at("name", top, top), lambda: descriptors.is_place(tmp_path, top)):
+            with pytest.raises(OSError, match="Input/output"):
+                look()
+
+
+@pytest.mark.parametrize(("code", "falls_back"), [(errno.EINVAL, True), (errno.ENOSYS, True), (errno.EIO, False)])
+def test_a_failed_exchange_is_not_a_filesystem_without_it(
+    code: int, falls_back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been done: two further renames would put the earlier output back."""
+
+    class Library:
+        @staticmethod
+        def renameat2(*_: object) -> int:
+            return -1
+
+    monkeypatch.setattr(publish.ctypes, "CDLL", lambda *_, **__: Library)
+    monkeypatch.setattr(publish.ctypes, "get_errno", lambda: code)
+    if falls_back:
+        assert not publish.exchange(3, "a", 3, "b")
+    else:
+        with pytest.raises(OSError, match="Input/output"):
+            publish.exchange(3, "a", 3, "b")
+
+
+def test_the_note_of_a_finished_output_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(finished.os, "getxattr", failing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"):
+            finished.read(tmp_path)
+        patch.setattr(finished.os, "getxattr", failing(errno.ENODATA))
+        assert finished.read(tmp_path) is None
