@@ -40,7 +40,8 @@ def difference(job: Job, checksums: bool, workers: int) -> str | None:
     """
     source = Source()
     try:
-        with descriptors.folder(job.out) as top, contextlib.ExitStack() as held:
+        shown = descriptors.shown_as("comparing", job.out.absolute())
+        with shown, descriptors.folder(job.out) as top, contextlib.ExitStack() as held:
             _compare_names(job, checksums, top)
             for name, content in {**job.files, **job.last}.items():
                 wanted = (

@@ -130,8 +130,9 @@ def _tracked(tracker: Path) -> int | str:
         with fileio.open_file(tracker, noted=False) as file:  # training may move it on
             text = file.read(100).decode("utf-8").strip()
     except (OSError, ValueError) as error:
+        why = f" ({error.strerror})" if isinstance(error, OSError) else ""
         raise ConversionError(
-            f"{tracker} cannot be read, so nothing says which iteration is meant; --load_iters names one"
+            f"{tracker} cannot be read{why}, so nothing says which iteration is meant; --load_iters names one"
         ) from error
     if text != "release" and not re.fullmatch(r"[0-9]{1,12}", text):
         present = iterations(tracker.parent)

@@ -107,7 +107,8 @@ def open_new(name: str, within: int, mode: int = 0o666) -> int:
 def _parent(name: str, within: int, make: bool = False) -> Iterator[tuple[int, str]]:
     """The folder in which the last part of `name` stands, and that part."""
     *above, last = name.split("/")
-    held = os.dup(within)
+    with named_in(within, last):
+        held = os.dup(within)
     try:
         for part in above:
             with named_in(held, part):

@@ -85,8 +85,11 @@ def entries(top: int, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
     """
     if prefix.count("/") > _DEPTH:
         raise ValueError(f"{prefix} is nested too deeply")
-    for name in os.listdir(top):
-        status = os.stat(name, dir_fd=top, follow_symlinks=False)
+    with descriptors.named_in(top):
+        names = os.listdir(top)
+    for name in names:
+        with descriptors.named_in(top, name):
+            status = os.stat(name, dir_fd=top, follow_symlinks=False)
         yield f"{prefix}{name}", status
         if stat.S_ISDIR(status.st_mode):
             with descriptors.folder(name, top) as inner:

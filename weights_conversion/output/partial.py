@@ -121,7 +121,8 @@ class Partial:
 
     def status_of_out(self) -> os.stat_result | None:
         try:
-            return os.stat(self.out.name, dir_fd=self.parent, follow_symlinks=False)
+            with descriptors.shown_as("looking at", self.out.absolute()):
+                return os.stat(self.out.name, dir_fd=self.parent, follow_symlinks=False)
         except FileNotFoundError:
             return None
 

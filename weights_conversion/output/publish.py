@@ -62,9 +62,8 @@ def note(partial: Partial) -> None:
 
 
 def _what_is_there(partial: Partial) -> os.stat_result | None:
-    try:
-        found = os.stat(partial.out.name, dir_fd=partial.parent, follow_symlinks=False)
-    except FileNotFoundError:
+    found = partial.status_of_out()
+    if found is None:
         return None
     if not stat.S_ISDIR(found.st_mode):
         raise _meanwhile(partial)
