@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,19 @@ MODEL = "llama2-gqa"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
 
 
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that every user may enter, which tmp_path is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @as_root
 @pytest.mark.parametrize(("owner", "why"), [(0, "lies where you may not look"), (B, f"another user ({B})")])
-def test_training_by_somebody_else(owner: int, why: str, imported, tmp_path: Path) -> None:
+def test_training_by_somebody_else(owner: int, why: str, imported, shared: Path) -> None:
     """As a container's root, or a colleague, has trained: what they named is told and passed over."""
-    root, home = tmp_path / "trained", tmp_path / "home"
+    root, home = shared / "trained", shared / "home"
     (home / "start").mkdir(parents=True)
     os.chown(home, owner, -1)
     shutil.copytree(imported(MODEL), root, copy_function=shutil.copyfile)
@@ -34,14 +44,12 @@ def test_training_by_somebody_else(owner: int, why: str, imported, tmp_path: Pat
     content["args"].load = str(home / "start")
     content["args"].vocab_file = str(home / "start" / "tokenizer.model")
     save_rank(content, path)
-    for each in (tmp_path, *tmp_path.parents[:3]):
-        each.chmod(0o755)
     home.chmod(0o700)
-    (tmp_path / "a").mkdir()
-    os.chown(tmp_path / "a", A, -1)
+    (shared / "a").mkdir()
+    os.chown(shared / "a", A, -1)
 
     def export() -> str:
-        found = run("megatron_to_hf", "--input_dir", root, "--output_dir", tmp_path / "a" / "out", "--no_tokenizer",
+        found = run("megatron_to_hf", "--input_dir", root, "--output_dir", shared / "a" / "out", "--no_tokenizer",
                     "--model", "llama2")  # fmt: skip
         return f"{found.code}\n{found.text}"
 
@@ -53,15 +61,13 @@ def test_training_by_somebody_else(owner: int, why: str, imported, tmp_path: Pat
 
 
 @as_root
-def test_whose_it_is(tmp_path: Path) -> None:
+def test_whose_it_is(shared: Path) -> None:
     """In a closed folder, everything is that folder's owner's: it may open it at any moment."""
-    for each in (tmp_path, *tmp_path.parents[:3]):
-        each.chmod(0o755)
-    (tmp_path / "closed" / "inner").mkdir(parents=True)
-    os.chown(tmp_path / "closed", B, -1)
-    (tmp_path / "closed").chmod(0o700)
+    (shared / "closed" / "inner").mkdir(parents=True)
+    os.chown(shared / "closed", B, -1)
+    (shared / "closed").chmod(0o700)
     for name, found in (("closed/inner/file", (B, True)), ("nothing/file", (None, False)), ("closed", (B, False))):
-        path = tmp_path / name
+        path = shared / name
         failed, said = as_user(A, 0o022, lambda path=path: (owners.stranger(path), owners.is_closed(path)))
         assert not failed, said
         assert said == str(found)
