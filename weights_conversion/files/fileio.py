@@ -53,7 +53,7 @@ def failed(error: OSError) -> str:
     doing, path = getattr(error, "doing", None), error.filename
     if doing is None and path is not None:
         doing = str(path)
-    elif doing is not None and isinstance(path, str) and path.startswith("/") and path not in doing:
+    elif doing is not None and isinstance(path, str) and path.startswith("/") and f"{path} " not in f"{doing} ":
         doing = f"{doing} ({path})"
     return f"{f'{doing}: ' if doing else ''}{error.strerror or error}"
 

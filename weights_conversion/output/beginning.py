@@ -95,7 +95,7 @@ def _open_top(partial: Partial) -> None:
         os.mkdir(partial.path.name, 0o700, dir_fd=partial.parent)
     partial.enter()
     # It may be older than its parent's list, or made by somebody with a list of its own.
-    imitate.copy_default_list(descriptors.path_of(partial.parent), partial.top)
+    imitate.copy_default_list(partial.parent, partial.top)
     here = os.fstat(partial.top)
     if here.st_mode & 0o077:
         try:

@@ -224,7 +224,8 @@ def is_at(name: str, within: int, descriptor: int) -> bool:
 def is_place(path: Path, descriptor: int) -> bool:
     """Whether `path`, links followed, still leads to the folder that is open. Raises OSError as `is_at`."""
     try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+        with shown_as("looking at", path):
+            return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except fileio.ABSENT:
         return False
 

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import stat
-from pathlib import Path
 
 from weights_conversion.files import fileio
 from weights_conversion.output import descriptors
@@ -80,12 +79,12 @@ def _change_owner(handle: int, wanted: os.stat_result) -> None:
                 raise
 
 
-def copy_default_list(old: int | Path, new: int) -> None:
+def copy_default_list(old: int, new: int) -> None:
     """What is made in `new` gets the access list that it would get in `old`, or none."""
     _copy_list(_DEFAULT, old, new)
 
 
-def _copy_list(name: str, old: int | Path, new: int) -> bool:
+def _copy_list(name: str, old: int, new: int) -> bool:
     """An access list, where the filesystem has them; `new` loses one that `old` has not.
 
     False where that is refused. Raises OSError where it has failed, or where it is not to be known what `old` has.
@@ -93,9 +92,10 @@ def _copy_list(name: str, old: int | Path, new: int) -> bool:
     if not hasattr(os, "getxattr"):
         return True
     try:
-        entries = os.getxattr(old, name)
+        entries = os.getxattr(descriptors.path_of(old), name)  # which may be open for its names alone
     except OSError as error:
         if error.errno not in _NO_LIST:
+            error.filename = descriptors.place_of(old)
             raise
         entries = None
     try:
