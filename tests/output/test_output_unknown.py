@@ -267,3 +267,23 @@ def test_the_note_of_a_finished_output_that_cannot_be_read(tmp_path: Path, monke
             finished.read(tmp_path)
         patch.setattr(finished.os, "getxattr", failing(errno.ENODATA))
         assert finished.read(tmp_path) is None
+
+
+def test_notes_that_come_late_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network filesystem may have lost sight of one for a moment; where it does so for good, that is said."""
+    looks = []
+
+    def load(_: object) -> dict[int, list[object]]:
+        looks.append(1)
+        if len(looks) < 3:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "chunks.1")
+        return {0: [], 1: []}
+
+    notes = journal.Journal(tmp_path, [])
+    monkeypatch.setattr(journal.Journal, "load", load)
+    monkeypatch.setattr(journal.time, "sleep", lambda _: None)
+    assert notes.load_all(2) == {0: [], 1: []}
+    looks.clear()
+    monkeypatch.setattr(journal, "VISIBLE_SECONDS", -1.0)
+    with pytest.raises(OSError, match="Stale"):
+        notes.load_all(2)

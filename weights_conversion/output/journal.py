@@ -64,16 +64,25 @@ class Journal:
         return done
 
     def load_all(self, count: int) -> dict[int, list[Written]]:
-        """All of `count` chunks, as the ranks noted them; a network filesystem may show their notes a little late."""
+        """All of `count` chunks, as the ranks noted them; a network filesystem may show their notes a little late, or
+        lose sight of one for a moment."""
         deadline = time.monotonic() + VISIBLE_SECONDS
-        while len(done := self.load()) < count:
-            if time.monotonic() > deadline:
-                raise ConversionError(
-                    f"{self._folder} shows {len(done)} of {count} parts as written, after all ranks have written "
-                    "theirs; the output must be on a filesystem that all nodes share"
-                )
+        while True:
+            late = time.monotonic() > deadline
+            try:
+                done = self.load()
+            except OSError:
+                if late:
+                    raise
+            else:
+                if len(done) >= count:
+                    return done
+                if late:
+                    raise ConversionError(
+                        f"{self._folder} shows {len(done)} of {count} parts as written, after all ranks have written "
+                        "theirs; the output must be on a filesystem that all nodes share"
+                    )
             time.sleep(0.5)
-        return done
 
     def add(self, number: int, written: Iterable[Written]) -> None:
         """A finished chunk, to be noted when its data are on the disk."""
