@@ -210,6 +210,27 @@ def test_who_opens_no_file(name: str) -> None:
     assert calls == []
 
 
+LOOKS = {
+    "pathlib": {"exists", "is_file", "is_dir", "is_symlink", "is_mount"},
+    "os.path": {"exists", "isfile", "isdir", "islink"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"weights_conversion.demo"}))
+def test_no_look_takes_an_error_for_no(name: str) -> None:
+    """As Path.is_file() does in Python 3.14, os.path.isfile() always. fileio's looks raise what they cannot know."""
+    found = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        and (
+            (node.func.attr in LOOKS["pathlib"] and not node.args)
+            or (ast.unparse(node.func.value) == "os.path" and node.func.attr in LOOKS["os.path"])
+        )
+    ]  # fmt: skip
+    assert found == []
+
+
 def family_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Lines on which a family's name is compared with, looked for, or matched."""
     for node in ast.walk(tree):

@@ -35,6 +35,7 @@ from weights_conversion.architectures import FAMILIES
 from weights_conversion.cli import arguments, helptext
 from weights_conversion.cli.reporting import check_json, write_json
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 
 if TYPE_CHECKING:
     from weights_conversion.verification.report import Verification
@@ -124,7 +125,7 @@ def build_parser() -> arguments.Parser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.json is not None and not args.json.absolute().parent.is_dir():
+    if args.json is not None and not fileio.is_folder(args.json.absolute().parent):
         parser.error(f"--json {args.json}: its folder does not exist")
     same: bool | None = None
 

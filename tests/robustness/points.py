@@ -173,8 +173,9 @@ def unsaid(ended: Ended, root: Path, fault: Fault) -> str | None:
     lines = [line for line in ended.text.splitlines() if line.startswith("error:")]
     if len(lines) != 1:
         return f"{len(lines)} sentences"
-    path = Path(ended.hit.partition(" ")[2].removesuffix(" (deleted)").removesuffix(".new"))
-    names = {str(path), *(str(above) for above in path.parents if above != root and root in above.parents)}
+    whole = ended.hit.partition(" ")[2].removesuffix(" (deleted)")
+    path = Path(whole.removesuffix(".new"))
+    names = {whole, str(path), *(str(above) for above in path.parents if above != root and root in above.parents)}
     if path.name == "checkpoint" and path.parent.name.endswith(".partial"):  # which becomes OUT
         names.add(str(path.parent).removesuffix(".partial"))
     # A folder of the output is a name that the user gave, with what is added to it.

@@ -10,6 +10,7 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.cli import arguments
+from weights_conversion.files import fileio
 
 
 def positive(text: str) -> int:
@@ -135,7 +136,7 @@ RUN_OPTIONS = (
 
 def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with exit code 2 where what `add_common` has added does not fit together."""
-    if args.json is not None and not args.json.absolute().parent.is_dir():
+    if args.json is not None and not fileio.is_folder(args.json.absolute().parent):
         parser.error(f"--json {args.json}: its folder does not exist")
     given = [name for name in ("ranks", "rank_rate", "filesystem_bandwidth") if getattr(args, name) is not None]
     if given and not args.dry_run:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from weights_conversion import __version__
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 
 if TYPE_CHECKING:
     from weights_conversion.engine.report import Report
@@ -43,7 +44,7 @@ def _write(file: Path | None, content: dict[str, Any]) -> None:
 
 def check_json(file: Path | None) -> None:
     """Raises ConversionError where FILE is there and is no regular file."""
-    if file is not None and (file.is_symlink() or (file.exists() and not file.is_file())):
+    if file is not None and (fileio.is_link(file) or (fileio.exists(file) and not fileio.is_file(file))):
         raise ConversionError(f"--json {file} is a link or no regular file; name a new file")
 
 

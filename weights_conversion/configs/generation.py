@@ -26,7 +26,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     Raises ConversionError for a file of that name, or behind a link of that name, that is something else.
     """
     path = folder / NAME
-    if not path.is_file():
+    if not fileio.is_file(path):
         return None
     content = fileio.read_json(path)
     if content and not any(_SETTINGS.fullmatch(key) for key in content):

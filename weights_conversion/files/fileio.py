@@ -7,6 +7,7 @@ limit of size. All are noted in the run's Watch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -90,14 +91,50 @@ def is_there(path: str | Path) -> bool:
     return True
 
 
-def size_of(path: Path) -> int | None:
-    """Bytes of a regular file; None where there is none. Raises OSError where that is not to be known."""
+def exists(path: str | Path) -> bool:
+    """Whether a path leads to anything. Raises OSError where that is not to be known, as do those below.
+
+    Path.exists and its like take every error for no in Python 3.14: a file that could not be looked at would be left
+    out of a conversion.
+    """
+    return _status(path) is not None
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a path leads to a regular file."""
+    found = _status(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a path leads to a folder."""
+    found = _status(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def is_link(path: str | Path) -> bool:
+    """Whether a symbolic link stands at a path."""
+    found = _status(path, followed=False)
+    return found is not None and stat.S_ISLNK(found.st_mode)
+
+
+def _status(path: str | Path, followed: bool = True) -> os.stat_result | None:
+    """None where nothing is, or a link that leads nowhere, or to itself."""
     try:
-        with named("looking at", path):
-            found = path.stat()
+        with named("looking for", path):
+            return os.stat(path, follow_symlinks=followed)
     except (*ABSENT, ValueError):  # the last: a name that no file can have
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None
+        raise
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a regular file; None where there is none. Raises OSError where that is not to be known."""
+    found = _status(path)
+    return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
 
 def close_quietly(descriptor: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from weights_conversion.files import fileio
 from weights_conversion.formats import bridge_files, dist_index, dist_writer
 from weights_conversion.formats.core_forms import Form
 from weights_conversion.formats.format import Content, Output
@@ -30,7 +31,7 @@ class DistFormat:
     keeps_crcs: bool = True  # each item is a torch.save archive
 
     def opens(self, folder: Path) -> bool:
-        return (folder / dist_index.METADATA).is_file()
+        return fileio.is_file(folder / dist_index.METADATA)
 
     def open(self, folder: Path, iteration: int | str = "release", weights: str = "model") -> DistCheckpoint:
         return open_dist(folder, iteration, weights)

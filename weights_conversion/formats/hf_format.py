@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from weights_conversion.files import fileio
 from weights_conversion.formats import huggingface
 from weights_conversion.formats.format import Content, Output
 from weights_conversion.layouts.placement import Placed
@@ -25,7 +26,7 @@ class HuggingFaceFormat:
 
     def opens(self, folder: Path) -> bool:
         weights = (folder / name for name in huggingface.WEIGHT_FILES)
-        return (folder / "config.json").is_file() and any(path.is_file() for path in weights)
+        return fileio.is_file(folder / "config.json") and any(fileio.is_file(path) for path in weights)
 
     def open(self, folder: Path, iteration: int | str = "release", weights: str = "model") -> dict[str, Placed]:
         return huggingface.read_hf(folder)

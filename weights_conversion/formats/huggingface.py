@@ -110,7 +110,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
     """The index (if any) and the weight files of an HF folder."""
-    present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    present = [folder / name for name in WEIGHT_FILES if fileio.is_file(folder / name)]
     if not present and (parts := _parts_without_index(folder)):
         return None, parts
     if not present:
@@ -127,7 +127,7 @@ def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
     strays = [name for name in files if Path(name).name != name or name in ("", ".", "..") or "\\" in name]
     if strays:
         raise ConversionError(f"{present[0]} names {strays[0]!r}, which is not a file of its own folder")
-    missing = [name for name in files if not (folder / name).is_file()]
+    missing = [name for name in files if not fileio.is_file(folder / name)]
     if missing:
         raise ConversionError(
             f"{folder} lacks {', '.join(missing)}, which {present[0].name} names; download the missing files"
@@ -154,7 +154,7 @@ def _parts_without_index(folder: Path) -> list[Path]:
 
 def check_no_adapter(folder: Path) -> None:
     """Refuses base weights with an adapter beside them: transformers, where peft is installed, loads both."""
-    if (folder / "adapter_config.json").is_file():
+    if fileio.is_file(folder / "adapter_config.json"):
         raise ConversionError(
             f"{folder} holds adapter_config.json beside its weights, so that transformers loads base plus adapter; "
             "merge the adapter (peft's merge_and_unload) and convert the merged folder, or move the adapter's files "

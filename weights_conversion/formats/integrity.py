@@ -37,7 +37,7 @@ def problems(folder: Path, workers: int) -> list[str] | None:
         Path(name).name == name and isinstance(digest, str) for name, digest in files.items()
     ):
         raise ConversionError(f"{path} is not a list of the folder's own files with the SHA-256 of each")
-    there = [name for name in files if (folder / name).is_file()]
+    there = [name for name in files if fileio.is_file(folder / name)]
     found = [f"{folder / name} is missing, {INTEGRITY} names it" for name in files if name not in there]
     with ThreadPoolExecutor(workers) as pool:
         digests = pool.map(lambda name: fileio.sha256(folder / name), there)

@@ -23,7 +23,7 @@ def number_of(name: str) -> int | str | None:
 
 def is_rank_folder(folder: Path) -> bool:
     """Whether it is one rank's: mp_rank_00 and the like, with its model file."""
-    return folder.name.startswith("mp_rank_") and any((folder / name).is_file() for name in MODEL_FILES)
+    return folder.name.startswith("mp_rank_") and any(fileio.is_file(folder / name) for name in MODEL_FILES)
 
 
 def holds_iteration(folder: Path) -> bool:
@@ -33,8 +33,8 @@ def holds_iteration(folder: Path) -> bool:
     """
     try:
         with fileio.named("looking into", folder):
-            return (folder / METADATA).is_file() or any(
-                path.suffix == ".distcp" or (path.name.startswith("mp_rank_") and path.is_dir())
+            return fileio.is_file(folder / METADATA) or any(
+                path.suffix == ".distcp" or (path.name.startswith("mp_rank_") and fileio.is_folder(path))
                 for path in folder.iterdir()
             )
     except fileio.ABSENT:
@@ -84,7 +84,7 @@ def nemo_rl_step(root: Path, load_iters: int | str | None) -> Path | None:
 def nemo_weights(root: Path) -> Path | None:
     """NeMo 2's folder of weights, beside its context/; None where `root` holds none."""
     folder = root / "weights"
-    return folder if (root / "context").is_dir() and holds_iteration(folder) else None
+    return folder if fileio.is_folder(root / "context") and holds_iteration(folder) else None
 
 
 def named(names: list[str]) -> str:
@@ -99,7 +99,7 @@ def find_iteration(root: Path, load_iters: int | str | None) -> tuple[Path, int 
 
     A folder that is an iteration's itself, whatever its name, is returned as it is.
     """
-    if not root.is_dir():
+    if not fileio.is_folder(root):
         raise ConversionError(f"{root} is not a folder, where one with a Megatron checkpoint's {TRACKER} was expected")
     present, said = iterations(root), "--load_iters"
     iteration = load_iters
@@ -115,7 +115,7 @@ def find_iteration(root: Path, load_iters: int | str | None) -> tuple[Path, int 
             f"{named(present) or 'none'}); --load_iters names one"
         )
     folder = root / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
-    if not folder.is_dir():
+    if not fileio.is_folder(folder):
         there = present or _verl_steps(root)
         raise ConversionError(
             f"{said} names {folder.name}, which {root} does not hold (it has: {named(there) or 'none'}); "

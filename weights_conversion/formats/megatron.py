@@ -13,6 +13,7 @@ from typing import Any
 
 from weights_conversion.config import Parallelism
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.files.collector import without_collector
 from weights_conversion.formats import hybrid, rank_masters, torch_files
 from weights_conversion.formats.experts import experts_apart
@@ -152,7 +153,7 @@ def _rank_files(folder: Path) -> dict[_Numbers, Path]:
     found: dict[_Numbers, Path] = {}
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"mp_rank_([0-9]{2,6})(?:_([0-9]{3,6}))?(?:_([0-9]{3,6}))?", path.name)
-        present = [path / name for name in MODEL_FILES if (path / name).is_file()]
+        present = [path / name for name in MODEL_FILES if fileio.is_file(path / name)]
         if match and len(present) > 1:
             raise ConversionError(f"{path} holds {' and '.join(MODEL_FILES)}; remove the one that is out of date")
         if match and present:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.files.fileio import read_json
 from weights_conversion.formats import torch_files
 from weights_conversion.layouts.placement import Placed, TensorRef, joined, two_dimensional, whole
@@ -30,7 +31,7 @@ _CUT = {
 def find_meta(folder: Path, names: Iterable[str]) -> Path | None:
     """The folder with consolidated.00.pth: `folder` itself, or one of its children `names`, as Meta names downloads."""
     for candidate in (folder, *(folder / name for name in names)):
-        if (candidate / "consolidated.00.pth").is_file():
+        if fileio.is_file(candidate / "consolidated.00.pth"):
             return candidate
     return None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weights_conversion.config import Parallelism
+from weights_conversion.files import fileio
 from weights_conversion.formats import megatron, torch_files
 from weights_conversion.formats.format import Content, Output
 from weights_conversion.layouts.planners import plan_to_megatron
@@ -24,7 +25,7 @@ class RankFormat:
     keeps_crcs: bool = True  # torch.save archives keep one of every record
 
     def opens(self, folder: Path) -> bool:
-        return not (folder / ".metadata").is_file()
+        return not fileio.is_file(folder / ".metadata")
 
     def open(self, folder: Path, iteration: int | str = "release", weights: str = "model") -> megatron.RankFiles:
         return megatron.open_rank_files(folder, iteration, weights)

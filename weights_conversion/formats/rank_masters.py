@@ -82,7 +82,7 @@ def _groups(file: TorchFile) -> list[list[StoredTensor]] | None:
 
 
 def _none(path: Path, content: Mapping[str, Any]) -> str:
-    beside = next((n for n in ("distrib_optim.pt", "optim.pt") if (path.parent / n).is_file()), None)
+    beside = next((n for n in ("distrib_optim.pt", "optim.pt") if fileio.is_file(path.parent / n)), None)
     if beside is not None or content.get("optimizer") is not None:
         where = path.parent / beside if beside else path
         return (

@@ -73,14 +73,14 @@ def _nemo_tokenizer(stated: dict[str, Any], tokenizer: Mapping[Any, Any], path: 
         name = tokenizer.get(key)
         if isinstance(name, str) and name:
             places = (path.parent.parent / name, path.parent / name)
-            inside = next((place for place in places if not is_closed(place) and place.exists()), None)
+            inside = next((place for place in places if not is_closed(place) and fileio.exists(place)), None)
             stated.setdefault("tokenizer_model", name if inside is None else str(inside))
 
 
 def model_yaml(weights: Path) -> Path | None:
     """NeMo 2's statement of the model whose weights lie in `weights`: in context/ beside it, or, once, in it."""
     places = (weights.parent / "context", weights / "context", weights)
-    return next((place / MODEL_YAML for place in places if (place / MODEL_YAML).is_file()), None)
+    return next((place / MODEL_YAML for place in places if fileio.is_file(place / MODEL_YAML)), None)
 
 
 def _inner(model: Mapping[Any, Any]) -> list[dict[Any, Any]]:

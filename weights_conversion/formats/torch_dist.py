@@ -116,7 +116,7 @@ def open_dist(folder: Path, iteration: int | str, weights: str = "model") -> Dis
         if plain.get(hybrid.IS_HYBRID):
             stored, adapters = (hybrid.as_gpt_names(part, str(folder)) for part in (stored, adapters))
     files = {chunk.file for tensor in (*stored.values(), *adapters.values()) for chunk in tensor.chunks}
-    missing = sorted(name for name in files if not (folder / name).is_file())
+    missing = sorted(name for name in files if not fileio.is_file(folder / name))
     if missing:
         shown = ", ".join(missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
         raise ConversionError(f"{folder} lacks {shown}, which {METADATA} names; copy the missing files")
@@ -155,16 +155,16 @@ def _args(folder: Path, common: Mapping[str, Any], others: Mapping[str, StoredCh
     stored = common.get("args")
     if stored is not None:
         held = "args" if "args" in others else next(iter(sorted(others)), None)
-        return stored, folder / (COMMON if (folder / COMMON).is_file() or held is None else others[held].file)
+        return stored, folder / (COMMON if fileio.is_file(folder / COMMON) or held is None else others[held].file)
     for path in (folder / RUN_CONFIG, model_yaml(folder)):
-        if path is not None and path.is_file():
+        if path is not None and fileio.is_file(path):
             return argparse.Namespace(**bridge_gemma.in_core_words(read_run_config(path), f"the args in {path}")), path
     return None, folder / COMMON
 
 
 def _entry(folder: Path, entry: StoredChunk) -> Any:
     path = folder / entry.file
-    if not path.is_file():
+    if not fileio.is_file(path):
         raise ConversionError(f"{folder} lacks {entry.file}, which holds the args; copy it again")
     content = torch_files.read_torch_file(path, entry.start, entry.length, training=True).content
     return content[0] if isinstance(content, list) and len(content) == 1 else content
@@ -190,19 +190,19 @@ def _beside(prefix: str, stored: Mapping[str, Stored]) -> tuple[str, ...]:
 
 def _common(folder: Path, others: Mapping[str, StoredChunk]) -> Mapping[str, Any]:
     """The common state, or what of it is needed: common.pt, or the entry that newer releases put among the tensors."""
-    if "args" in others and not (folder / COMMON).is_file():  # torch_dcp, fsdp_dtensor
+    if "args" in others and not fileio.is_file(folder / COMMON):  # torch_dcp, fsdp_dtensor
         return {name: _entry(folder, others[name]) for name in ("args", "iteration") if name in others}
     path, entry = folder / COMMON, next((item for _, item in sorted(others.items())), None)
-    if path.is_file():
+    if fileio.is_file(path):
         content = torch_files.read_torch_file(path, training=True).content
     elif entry is not None:
         path = folder / entry.file
-        if not path.is_file():
+        if not fileio.is_file(path):
             raise ConversionError(f"{folder} lacks {entry.file}, which holds the common state; copy it again")
         content = torch_files.read_torch_file(path, entry.start, entry.length, training=True).content
         if isinstance(content, list) and len(content) == 1:
             (content,) = content
-    elif (folder / RUN_CONFIG).is_file() or model_yaml(folder) is not None:
+    elif fileio.is_file(folder / RUN_CONFIG) or model_yaml(folder) is not None:
         return {}
     else:
         raise ConversionError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from weights_conversion.files import fileio
 from weights_conversion.hub.choice import SMALL_FILES, VOCABULARIES, choices, few, with_shards
 
 
@@ -40,7 +41,7 @@ def from_cache(repository: str, revision: str, cache: Path, weights: bool) -> Sn
         return f"{at} {' or '.join(VOCABULARIES)}"
     files = []
     if weights:
-        present = {path.name for path in folder.iterdir() if path.is_file()}
+        present = {path.name for path in folder.iterdir() if fileio.is_file(path)}
         sets = [with_shards(choice, folder, repository) for choice in choices(present)]
         files = next((files for files in sets if present.issuperset(files)), None)
         if files is None:

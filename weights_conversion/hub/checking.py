@@ -42,7 +42,7 @@ def stated_by(path: Path, sha256: str | None, blob_id: str | None) -> str | None
     The blob's name is the ETag of its download. It goes before the listing's `blob_id`, which is that of a pointer
     where a listing leaves LFS out.
     """
-    name = path.resolve().name if path.is_symlink() else None
+    name = path.resolve().name if fileio.is_link(path) else None
     of_blob = name if name and _STATED.fullmatch(name) else None
     if sha256:
         return sha256

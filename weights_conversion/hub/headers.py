@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.hub.fetching import TIMEOUTS, patiently
 
 _MOST_HEADER_BYTES = 100 << 20  # as safetensors itself has it
@@ -38,7 +39,7 @@ def write_folder(
     for name in weights:
         if name.endswith(".json"):
             continue
-        if (snapshot / name).is_file():
+        if fileio.is_file(snapshot / name):
             (folder / name).symlink_to((snapshot / name).resolve())
         else:
             _write_hollow(folder / name, repository, commit)

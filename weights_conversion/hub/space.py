@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.errors.text import size
+from weights_conversion.files import fileio
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -22,12 +23,12 @@ def to_fetch(info: ModelInfo, files: list[str], folder: Path) -> int:
     blobs = folder.parents[1] / "blobs"
     needed = 0
     for file in info.siblings or ():
-        if file.rfilename in files and not (folder / file.rfilename).is_file():
+        if file.rfilename in files and not fileio.is_file(folder / file.rfilename):
             blob = file.lfs.sha256 if file.lfs else file.blob_id
-            if blob and (blobs / blob).is_file():
+            if blob and fileio.is_file(blobs / blob):
                 continue
             partial = blobs / f"{blob}.incomplete"
-            needed += max((file.size or 0) - (partial.stat().st_size if partial.is_file() else 0), 0)
+            needed += max((file.size or 0) - (partial.stat().st_size if fileio.is_file(partial) else 0), 0)
     return needed
 
 

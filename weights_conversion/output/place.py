@@ -30,14 +30,14 @@ def check(out: Path, overwrite: bool, verify: bool = False) -> list[str]:
     """
     if out.name in ("", ".."):
         raise ConversionError(f"{out} cannot be renamed into place; name a folder of its own, inside or beside it")
-    if out.is_symlink():
+    if fileio.is_link(out):
         raise ConversionError(
             f"{out} is a symbolic link to {os.readlink(out)}, and no folder that can be renamed into place; name what "
             "it stands for"
         )
-    if out.exists() and not out.is_dir():
+    if fileio.exists(out) and not fileio.is_folder(out):
         raise ConversionError(f"{out} exists and is not a folder; name another one")
-    if out.is_dir() and os.path.ismount(out):
+    if fileio.is_folder(out) and os.path.ismount(out):
         raise ConversionError(f"{out} is a mount point, which cannot be renamed into place; name a folder inside it")
     partial = partial_folder(out)
     check_partial(partial)
@@ -47,14 +47,14 @@ def check(out: Path, overwrite: bool, verify: bool = False) -> list[str]:
     if is_published(partial, out):  # only its clean-up was left; `Partial` knows whether it was this command
         return list(ownership.output_in(out).files) if overwrite else []
     replaced = partial / "replaced"
-    if replaced.exists() and (out.exists() or not overwrite):
+    if fileio.exists(replaced) and (fileio.exists(out) or not overwrite):
         raise ConversionError(
             f"{replaced} holds what an interrupted --overwrite took away from {out}; the same command with --overwrite "
             "goes on, or move it back with mv"
         )
     if not overwrite and finished.read(out) is not None:  # of which run is known once the plan is
         return []
-    return replaceable(replaced if replaced.exists() else out, overwrite)
+    return replaceable(replaced if fileio.exists(replaced) else out, overwrite)
 
 
 def check_apart(out: Path, sources: Sequence[Path]) -> None:
@@ -64,7 +64,7 @@ def check_apart(out: Path, sources: Sequence[Path]) -> None:
 
 def check_partial(partial: Path, opened: int | None = None) -> None:
     """Refuses an OUT.partial that no conversion left, or in which something else has been put."""
-    if partial.is_symlink():
+    if fileio.is_link(partial):
         raise ConversionError(f"{partial} is a symbolic link, and was not left by this converter; move it away")
     try:
         found = ownership.partial_in(partial if opened is None else opened)
@@ -77,7 +77,7 @@ def check_partial(partial: Path, opened: int | None = None) -> None:
 def check_unverified(out: Path) -> None:
     """Refuses an OUT.unverified that no failed proof has left: the next one would take its name."""
     aside = unverified_folder(out)
-    if aside.is_symlink():
+    if fileio.is_link(aside):
         raise ConversionError(f"{aside} is a symbolic link, which no failed proof has left; move it away")
     found = ownership.output_in(aside)
     if found.foreign:

@@ -71,9 +71,9 @@ def _what_is_there(partial: Partial) -> os.stat_result | None:
 
 
 def _meanwhile(partial: Partial) -> ConversionError:
+    holds = ", ".join(os.listdir(partial.out)[:8]) if fileio.is_folder(partial.out) else "it is no folder"
     return ConversionError(
-        f"{partial.out} has appeared or changed in the meantime, and holds other files "
-        f"({', '.join(os.listdir(partial.out)[:8]) if partial.out.is_dir() else 'it is no folder'}); {partial.shown} "
+        f"{partial.out} has appeared or changed in the meantime, and holds other files ({holds}); {partial.shown} "
         "holds the finished output: move one of them away"
     )
 
@@ -143,11 +143,11 @@ def set_aside(partial: Partial) -> Path:
     aside = place.unverified_folder(partial.out)
     try:
         place.check_unverified(partial.out)
-        if aside.exists() and not place.may_replace(aside.lstat().st_uid, partial.me):
+        if fileio.exists(aside) and not place.may_replace(aside.lstat().st_uid, partial.me):
             return partial.shown
     except ConversionError:
         return partial.shown
-    if partial.out.is_dir() and not partial.complete:
+    if fileio.is_folder(partial.out) and not partial.complete:
         with descriptors.folder(partial.out.name, partial.parent) as there:
             imitate.take_over(there, partial.checkpoint)
     descriptors.remove_tree(aside.name, partial.parent)

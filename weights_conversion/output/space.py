@@ -10,6 +10,7 @@ from pathlib import Path
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.errors.text import size
+from weights_conversion.files import fileio
 from weights_conversion.output import place
 
 
@@ -33,7 +34,7 @@ def free_space(out: Path) -> int:
 
 def _existing_parent(out: Path) -> Path:
     folder = out.absolute().parent
-    while not folder.exists():
+    while not fileio.exists(folder):
         folder = folder.parent
     return folder
 

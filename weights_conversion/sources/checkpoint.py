@@ -12,6 +12,7 @@ from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
 from weights_conversion.configs import core_args, core_foreign, manifest, megatron_args, moe, rope_core
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.formats import hybrid
 from weights_conversion.formats.dist_format import DistFormat
 from weights_conversion.formats.iterations import TRACKER, find_iteration
@@ -212,7 +213,7 @@ def _warnings(
 def _no_base(folder: Path) -> str:
     """The sentence for adapters where a model was expected."""
     path = folder / RUN_CONFIG
-    base = pretrained(path) if path.is_file() else None
+    base = pretrained(path) if fileio.is_file(path) else None
     named = f" ({RUN_CONFIG} names {base})" if base else ""
     return (
         f"{folder} holds adapters alone, without the model that they belong to; give their base{named} with "

@@ -62,7 +62,7 @@ class Found:
 
 def detect(path: Path, load_iters: int | str | None = None) -> Found:
     """What `path` is; `load_iters` is the iteration that the user names. Raises ConversionError where it is nothing."""
-    if not path.is_dir():
+    if not fileio.is_folder(path):
         raise ConversionError(_no_folder(path))
     found = _at(path, load_iters) or _above(path, load_iters)
     if found is not None:
@@ -91,13 +91,13 @@ def _at(path: Path, load_iters: int | str | None) -> Found | None:
         return Found(Kind.MEGATRON, folder, None, f"source     {folder}, the policy that NeMo-RL trained")
     if (folder := nemo_weights(path)) is not None and load_iters is None:
         return Found(Kind.MEGATRON, folder, None, f"source     {folder}, whose context/ is NeMo 2's")
-    has_config = (path / "config.json").is_file()
+    has_config = fileio.is_file(path / "config.json")
     weights = has_config and near_misses.has_weights(path)
     if iterations(path) and not (weights and load_iters is None):
         return Found(Kind.MEGATRON, path, load_iters)
     if holds_iteration(path) and not weights:
         return _iteration(path, load_iters)
-    if not (has_config or (path / "consolidated.00.pth").is_file()) or near_misses.sentence(path):
+    if not (has_config or fileio.is_file(path / "consolidated.00.pth")) or near_misses.sentence(path):
         return None
     return Found(Kind.HUGGINGFACE if has_config else Kind.META, path)
 
@@ -112,7 +112,7 @@ def _iteration(folder: Path, load_iters: int | str | None) -> Found:
                 f"{folder} is an iteration's own folder, so --load_iters {load_iters} names nothing in it; leave it out"
             )
         # A link to a folder of another name: what states its model lies beside the folder, if not beside the link.
-        return Found(Kind.MEGATRON, whole if folder.is_symlink() and not _stated_beside(folder) else folder)
+        return Found(Kind.MEGATRON, whole if fileio.is_link(folder) and not _stated_beside(folder) else folder)
     if load_iters is not None and load_iters != number:
         raise ConversionError(
             f"{folder} is the folder of one iteration, but --load_iters {load_iters} was given; give {whole.parent} or "
@@ -124,7 +124,7 @@ def _iteration(folder: Path, load_iters: int | str | None) -> Found:
 
 def _stated_beside(folder: Path) -> bool:
     """Whether verl's or NeMo 2's statement of the model lies beside `folder`."""
-    return any((folder.parent / name).is_dir() for name in ("huggingface", "context"))
+    return any(fileio.is_folder(folder.parent / name) for name in ("huggingface", "context"))
 
 
 def _above(path: Path, load_iters: int | str | None) -> Found | None:
@@ -157,10 +157,10 @@ def _below(path: Path, load_iters: int | str | None) -> Found:
 def _several(path: Path, roots: list[Path]) -> str:
     names = named([str(root.relative_to(path)) for root in roots])
     what = "checkpoints"
-    if path.name.startswith("models--") and (path / "snapshots").is_dir():
+    if path.name.startswith("models--") and fileio.is_folder(path / "snapshots"):
         what = "snapshots of a repository (it is a folder of the hub's cache)"
         main = path / "refs" / "main"
-        if main.is_file() and (commit := main.read_bytes()[:40].decode("ascii", "replace")):
+        if fileio.is_file(main) and (commit := main.read_bytes()[:40].decode("ascii", "replace")):
             names += f"; main is snapshots/{commit}"
     return f"{path} holds {len(roots)} {what}: {names}; give one of them"
 
@@ -179,19 +179,19 @@ def _folders(parents: Iterable[Path]) -> list[Path]:
 
 def _may_hold(path: Path) -> bool:
     unfinished = path.name.endswith(".partial") or path.name.startswith("tmp_step_")  # ours, and NeMo-RL's
-    return not path.name.startswith(".") and not unfinished and path.is_dir()
+    return not path.name.startswith(".") and not unfinished and fileio.is_folder(path)
 
 
 def _no_folder(path: Path) -> str:
-    if path.is_file() or (path.is_symlink() and not path.exists()):
-        if not path.exists():
+    if fileio.is_file(path) or (fileio.is_link(path) and not fileio.exists(path)):
+        if not fileio.exists(path):
             return f"{path} is a link to {os.readlink(path)}, which is not there"
         if sentence := near_misses.file_sentence(path):
             return sentence
         folder = path.parent
         folder = folder.parent if is_rank_folder(folder) else folder
         return f"{path} is not a folder but a file; give the folder of its checkpoint, {folder}"
-    near = next((parent for parent in path.parents if parent.is_dir()), None)
+    near = next((parent for parent in path.parents if fileio.is_folder(parent)), None)
     there = f"; {near} is there" if near is not None and str(near) != "." else ""
     return f"{path} is not a folder; name the folder of a checkpoint{there}"
 

@@ -17,6 +17,7 @@ from weights_conversion.architectures import FAMILIES
 from weights_conversion.config import ModelConfig
 from weights_conversion.configs import hf_write
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.formats import huggingface
 from weights_conversion.launch import distributed
 from weights_conversion.layouts.placement import Located, Placed
@@ -132,7 +133,7 @@ def with_others(
 def _check_fetched(reference: Reference, family: str) -> None:
     """What is around the text model lies in files that were fetched, which are links; the others have no data."""
     others = text_part(family, huggingface.read_hf(reference.folder)).others or {}
-    hollow = [name for name, placed in others.items() if not Path(placed.copies[0][0].ref.file).is_symlink()]
+    hollow = [name for name, placed in others.items() if not fileio.is_link(Path(placed.copies[0][0].ref.file))]
     if hollow:
         raise ConversionError(
             f"the index of --reference {reference.name} does not say where {hollow[0]} is; name a folder with all files"
@@ -141,7 +142,7 @@ def _check_fetched(reference: Reference, family: str) -> None:
 
 def _of_reference(config: ModelConfig, reference: Reference, dialect: Dialect) -> HFForm | None:
     """None: it has no weights here."""
-    if not any((reference.folder / name).is_file() for name in huggingface.WEIGHT_FILES):
+    if not any(fileio.is_file(reference.folder / name) for name in huggingface.WEIGHT_FILES):
         return None
     part = text_part(config.family, huggingface.read_hf(reference.folder))
     if (part.dialect is HF_TEXT) != (dialect is HF_TEXT):
@@ -157,7 +158,7 @@ def _of_reference(config: ModelConfig, reference: Reference, dialect: Dialect) -
         if kinds and {str(kind) for kind in kinds} == {f"torch.{row.hf_dtype}"}:
             own.add(row.megatron)
     others = tuple(part.others.values()) if part.others and dialect is not HF_TEXT else ()
-    files = tuple(reference.folder / name for name in PROCESSORS if (reference.folder / name).is_file())
+    files = tuple(reference.folder / name for name in PROCESSORS if fileio.is_file(reference.folder / name))
     note = f"vision     {len(others)} tensors that are not the text model's, of {reference.name}"
     return HFForm(
         packed_names(family, config, set(part.tensors), part.dialect), frozenset(own), part.dialect, others, files,

@@ -14,6 +14,7 @@ from typing import Any
 
 from weights_conversion.config import ModelConfig
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.formats.dist_index import METADATA
 from weights_conversion.formats.dist_items import Items
 from weights_conversion.formats.iterations import find_iteration
@@ -106,7 +107,7 @@ class Adapters:
 
 def settings_of(files: DistCheckpoint) -> Settings:
     """Rank and alpha, by the YAML beside the adapters, else by the args. Raises ConversionError for another method."""
-    path = next((p for p in (files.folder / RUN_CONFIG, model_yaml(files.folder)) if p and p.is_file()), None)
+    path = next((p for p in (files.folder / RUN_CONFIG, model_yaml(files.folder)) if p and fileio.is_file(p)), None)
     said: dict[str, Any] = {} if path is None else read_peft(path)
     rank, alpha = said.get("dim"), said.get("alpha")
     if not said:
@@ -132,7 +133,7 @@ def settings_of(files: DistCheckpoint) -> Settings:
 
 def _silent(files: DistCheckpoint, said: Mapping[str, Any]) -> str:
     """Why the files state no alpha."""
-    path = next((p for p in (files.folder / RUN_CONFIG, model_yaml(files.folder)) if p and p.is_file()), None)
+    path = next((p for p in (files.folder / RUN_CONFIG, model_yaml(files.folder)) if p and fileio.is_file(p)), None)
     if path is None:
         return f"it holds no {RUN_CONFIG} and its args no lora_alpha"
     if said:
@@ -143,14 +144,14 @@ def _silent(files: DistCheckpoint, said: Mapping[str, Any]) -> str:
 
 def open_adapters(path: Path) -> DistCheckpoint:
     """The checkpoint at `path`, which must hold adapters. Raises ConversionError where it does not."""
-    if (path / PEFT_CONFIG).is_file():
+    if fileio.is_file(path / PEFT_CONFIG):
         raise ConversionError(
             f"--adapter {path} is an adapter of PEFT's, which belongs to a Hugging Face model; hf_to_megatron.py "
             "--adapter merges it on the way to Megatron"
         )
     here = megatron_root(path, None)
     folder, iteration = find_iteration(here.root, here.iteration)
-    if not (folder / METADATA).is_file():
+    if not fileio.is_file(folder / METADATA):
         raise ConversionError(f"--adapter {folder} is no torch_dist checkpoint, as Megatron's adapters are")
     files = open_dist(folder, iteration)
     if not files.adapters:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.configs import manifest
+from weights_conversion.files import fileio
 from weights_conversion.files.owners import is_closed, stranger
 
 
@@ -24,7 +25,7 @@ def passed_over(args: Mapping[str, Any], root: Path) -> list[str]:
     said = []
     for path in dict.fromkeys(_named(args)):
         closed, owner = is_closed(path / manifest.NAME), _stranger(path)
-        if not closed and (owner is None or not path.is_dir()):
+        if not closed and (owner is None or not fileio.is_folder(path)):
             continue
         why = "lies where you may not look" if owner is None else f"belongs to another user ({owner})"
         copied = "have its" if closed else "if you trust it, copy its"

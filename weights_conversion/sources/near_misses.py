@@ -71,7 +71,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 def has_weights(folder: Path) -> bool:
     """Whether weights of Hugging Face's names lie in `folder`."""
-    return any((folder / name).is_file() for name in WEIGHT_FILES) or bool(_matching(folder, _WEIGHTS))
+    return any(fileio.is_file(folder / name) for name in WEIGHT_FILES) or bool(_matching(folder, _WEIGHTS))
 
 
 def sentence(folder: Path) -> str | None:
@@ -89,11 +89,11 @@ def sentence(folder: Path) -> str | None:
             return f"{folder} is {what} (it holds {there}); {instead}"
     if config is not None and (near := _beside(folder)):
         return f"{folder} holds a config and no weights; the checkpoint beside it is {near}: give that"
-    if (folder / "model.yaml").is_file() and (folder.parent / "weights").is_dir():
+    if fileio.is_file(folder / "model.yaml") and fileio.is_folder(folder.parent / "weights"):
         return f"{folder} is the context of a NeMo 2 checkpoint; give the folder around it, {folder.parent}"
     if has_weights(folder):
         return f"{folder} holds weights and no config.json, which says what model they are; copy it there"
-    others = [path for path in folder.iterdir() if path.is_dir() or path.suffix in (".pth", ".pt", ".bin")]
+    others = [path for path in folder.iterdir() if fileio.is_folder(path) or path.suffix in (".pth", ".pt", ".bin")]
     if config is None and not others and (name := _matching(folder, _TOKENIZERS)):
         return f"{folder} holds a tokenizer ({name}) and no weights; give the folder of the model"
     return None
@@ -106,7 +106,7 @@ def file_sentence(path: Path) -> str | None:
 
 
 def _adapter(folder: Path) -> str | None:
-    if not (folder / "adapter_config.json").is_file():
+    if not fileio.is_file(folder / "adapter_config.json"):
         return None
     base = (_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
     named = f" of {str(base)[:200]}" if base else ""
@@ -118,7 +118,7 @@ def _adapter(folder: Path) -> str | None:
 
 def _mistral(folder: Path) -> str | None:
     """Meta's and Mistral's files have the same names; only Mistral's params.json states hidden_dim."""
-    if not (folder / "consolidated.00.pth").is_file():
+    if not fileio.is_file(folder / "consolidated.00.pth"):
         return None
     params = _json(folder / "params.json") or {}
     if "hidden_dim" not in params or "multiple_of" in params:
@@ -148,7 +148,7 @@ def _quantised(folder: Path, config: dict[str, Any]) -> str | None:
 def _beside(folder: Path) -> str | None:
     """A Megatron checkpoint beside a folder with a config alone (verl's huggingface/ and dist_ckpt/)."""
     try:
-        siblings = sorted(path for path in folder.absolute().parent.iterdir() if path.is_dir())
+        siblings = sorted(path for path in folder.absolute().parent.iterdir() if fileio.is_folder(path))
     except OSError:
         return None
     return next((str(path) for path in siblings[:200] if path.name == "dist_ckpt" and holds_iteration(path)), None)
@@ -173,7 +173,7 @@ def _inside(folder: Path, inner: str | None, patterns: tuple[str, ...]) -> str |
 def _json(path: Path) -> dict[str, Any] | None:
     """A small JSON object; None where it is not there or is none, which its reader will say."""
     try:
-        if not path.is_file() or path.stat().st_size > 1 << 24:
+        if not fileio.is_file(path) or path.stat().st_size > 1 << 24:
             return None
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

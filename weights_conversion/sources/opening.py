@@ -115,7 +115,7 @@ def open_source(
 
 def _meta_in_cache(model: str, cache: Path, size: str | None) -> Path | None:
     """Meta's files below --cache-dir, as the original script takes them; None: it is the hub's cache."""
-    if not cache.is_dir() or not FAMILIES[model].meta_in_cache_dir:
+    if not fileio.is_folder(cache) or not FAMILIES[model].meta_in_cache_dir:
         return None
     folder = meta.find_meta(cache, _meta_names(model, size))
     if folder is None and any(cache.iterdir()) and not any(cache.glob("models--*")):
@@ -129,7 +129,7 @@ def _meta_in_cache(model: str, cache: Path, size: str | None) -> Path | None:
 
 def adapter_folder(adapter: Path | None, cache: Path | None, recheck: bool) -> Path | None:
     """--adapter, brought into the hub's cache where it names a repository."""
-    if adapter is None or adapter.exists():
+    if adapter is None or fileio.exists(adapter):
         return adapter
     if str(adapter).count("/") != 1 or str(adapter).startswith((".", "/", "~")):
         raise ConversionError(f"--adapter {adapter} is neither a folder here nor the name of a repository")
@@ -165,7 +165,7 @@ def find_local(
 ) -> Found | None:
     """What a local path is (of Meta's folders in one, `size` says which is meant); None: it is none here."""
     local = Path(path).expanduser() if path is not None else None
-    return _found(local, model, size, load_iters) if local is not None and local.exists() else None
+    return _found(local, model, size, load_iters) if local is not None and fileio.exists(local) else None
 
 
 def _meta_names(model: str, size: str | None) -> list[str]:

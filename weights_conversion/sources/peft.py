@@ -58,7 +58,7 @@ class Adapter:
 
 def open_adapter(folder: Path) -> Adapter:
     """Reads the config and the headers of `folder`. Raises ConversionError for what is no plain LoRA."""
-    if not (folder / CONFIG).is_file():
+    if not fileio.is_file(folder / CONFIG):
         raise ConversionError(
             f"--adapter {folder} holds no {CONFIG}, so it is no adapter of PEFT's; name the folder that holds "
             f"{CONFIG} and {WEIGHTS[0]}"
@@ -122,7 +122,7 @@ def merged(tensors: Mapping[str, Placed], adapter: Adapter) -> dict[str, Placed]
 
 
 def _refs(folder: Path) -> dict[str, TensorRef]:
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    path = next((folder / name for name in WEIGHTS if fileio.is_file(folder / name)), None)
     if path is None:
         raise ConversionError(f"{folder} holds {CONFIG} and neither {' nor '.join(WEIGHTS)}; copy it there")
     if path.suffix == ".safetensors":

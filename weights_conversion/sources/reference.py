@@ -84,7 +84,7 @@ def stated(said: Mapping[str, Any] | None, reference: Reference | None, *, chose
 def beside(folder: Path) -> Path | None:
     """verl's config of the model that it trains, in Hugging Face's form: huggingface/ beside the weights' folder."""
     config = folder.parent / "huggingface" / "config.json"
-    return config.parent if config.is_file() else None
+    return config.parent if fileio.is_file(config) else None
 
 
 def args_beside(folder: Path) -> dict[str, Any] | None:
@@ -107,7 +107,7 @@ def args_beside(folder: Path) -> dict[str, Any] | None:
 def open_reference(name: str, cache: Path | None) -> Reference:
     """Opens a local folder or fetches a repository's small files. Raises ConversionError."""
     local, commit = Path(name).expanduser(), None
-    if local.is_dir():
+    if fileio.is_folder(local):
         folder = local
     else:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -117,7 +117,7 @@ def open_reference(name: str, cache: Path | None) -> Reference:
         with distributed.rank_zero_first("reference"):
             found = repositories.snapshot(name, cache_dir=cache, weights=False)
         folder, commit = found.folder, found.revision
-    if not (folder / "config.json").is_file():
+    if not fileio.is_file(folder / "config.json"):
         raise ConversionError(f"--reference {name} holds no config.json; name a Hugging Face model")
     return Reference(name, folder, fileio.read_json(folder / "config.json"), read_generation(folder), commit)
 
@@ -157,7 +157,7 @@ def around(args: Mapping[str, Any], root: Path, config: ModelConfig) -> Referenc
         return None
     places = (Path(name).expanduser(), root.parent / name)
     configs = [each / "config.json" for each in places if each.is_absolute()]
-    place = next((path.parent for path in configs if not is_closed(path) and path.is_file()), None)
+    place = next((path.parent for path in configs if not is_closed(path) and fileio.is_file(path)), None)
     if place is None or stranger(place) is not None or stranger(place / "config.json") is not None:
         return None
     try:

@@ -67,7 +67,7 @@ def _beside(files: MegatronFiles) -> Iterator[Path]:
         folder / RUN_CONFIG, model_yaml(folder), folder / SWIFT, folder.parent / SWIFT, folder / VERL,
         folder.parent / VERL,
     ):  # fmt: skip
-        if path is not None and path != files.said_by and path.is_file() and path not in found:
+        if path is not None and path != files.said_by and fileio.is_file(path) and path not in found:
             found.add(path)
             yield path
 

@@ -87,19 +87,19 @@ class Source:
 
 def source_tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """The tokenizer files of a Hugging Face or Meta folder; Meta's tokenizer.model may lie in its parent."""
-    found = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
-    is_meta = (folder / "params.json").is_file() or any(folder.glob("consolidated.*.pth"))
-    if is_meta and not any(path.name in (MODEL, JSON) for path in found) and (folder.parent / MODEL).is_file():
+    found = tuple(folder / name for name in TOKENIZER_FILES if fileio.is_file(folder / name))
+    is_meta = fileio.is_file(folder / "params.json") or any(folder.glob("consolidated.*.pth"))
+    if is_meta and not any(path.name in (MODEL, JSON) for path in found) and fileio.is_file(folder.parent / MODEL):
         return (folder.parent / MODEL, *found)
     return found
 
 
 def open_source(path: Path, origin: str, family: str) -> Source | None:
     """The tokenizer at a file or folder, or None where there is no vocabulary for this family."""
-    if path.is_file() and path.name not in (MODEL, JSON):
+    if fileio.is_file(path) and path.name not in (MODEL, JSON):
         source = Source(origin, {JSON if path.suffix == ".json" else MODEL: path})
     else:
-        folder = path.parent if path.is_file() else path
+        folder = path.parent if fileio.is_file(path) else path
         source = Source(origin, {file.name: file for file in source_tokenizer_files(folder)})
     if TEKKEN in source.files and not {JSON, MODEL} & set(source.files):
         return _with_built(source)

@@ -10,6 +10,7 @@ from typing import Any
 
 from weights_conversion.architectures import FAMILIES
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 from weights_conversion.files.owners import stranger
 from weights_conversion.tokenizer.files import (
     JSON,
@@ -85,14 +86,14 @@ def _folders_of_wrappers(checkpoint: Path, iteration: Path | None) -> list[Path]
     folders = [] if iteration is None else [iteration / "tokenizer"]
     if checkpoint.name == "weights":
         folders += [checkpoint.parent / "context" / "nemo_tokenizer", checkpoint.parent / "tokenizer"]
-    return [folder for folder in folders if folder.is_dir()]
+    return [folder for folder in folders if fileio.is_folder(folder)]
 
 
 def _existing(value: str, checkpoint: Path, iteration: Path | None) -> Path | None:
     """What args name: a relative path may be meant from the checkpoint, or from where training was started."""
     for base in (*(() if iteration is None else (iteration,)), checkpoint, Path()):
         try:
-            if (base / value).exists():
+            if fileio.exists(base / value):
                 return base / value
         except (OSError, ValueError):  # no path at all
             return None
@@ -164,7 +165,11 @@ def _by_flag(vocab_file: Path, family: str) -> Source:
     source = open_source(vocab_file, f"--vocab_file {vocab_file}", family)
     if source is None:
         wanted = JSON if json_alone(family) else f"{MODEL} or {JSON}"
-        what = "a folder without" if vocab_file.is_dir() else "not there; expected a vocabulary file or a folder with"
+        what = (
+            "a folder without"
+            if fileio.is_folder(vocab_file)
+            else "not there; expected a vocabulary file or a folder with"
+        )
         raise ConversionError(f"--vocab_file {vocab_file} is {what} {wanted}; name the tokenizer of training.")
     return source
 

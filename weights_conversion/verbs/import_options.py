@@ -14,6 +14,7 @@ from weights_conversion.config import ModelConfig, Parallelism
 from weights_conversion.configs import model_size
 from weights_conversion.engine.job import DTYPES, RunOptions
 from weights_conversion.errors import ConversionError, Problems
+from weights_conversion.files import fileio
 from weights_conversion.formats import hybrid
 from weights_conversion.formats.core_forms import Form, staged
 from weights_conversion.launch import distributed
@@ -156,6 +157,6 @@ def rows_asked(options: ImportOptions) -> tuple[int | None, int | None]:
 def _default_out(options: ImportOptions) -> Path:
     """Named after a local folder, or after the model and its size."""
     local = Path(options.model_path).expanduser() if options.model_path else None
-    if local is not None and local.is_dir():
+    if local is not None and fileio.is_folder(local):
         return Path(f"{local.resolve().name or options.model}-megatron")
     return Path(f"{options.model}-{options.size or FAMILIES[options.model].default_size}b-megatron")

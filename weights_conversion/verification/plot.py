@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weights_conversion.errors import ConversionError
+from weights_conversion.files import fileio
 
 if TYPE_CHECKING:
     from weights_conversion.verification.report import Verification
@@ -45,9 +46,9 @@ def check(file: Path) -> None:
         raise ConversionError(f"--plot needs matplotlib: '{sys.executable} -m pip install matplotlib', or leave it out")
     if file.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ConversionError(f"--plot {file} is not named as a picture; end its name in .png, .pdf or .svg")
-    if not file.absolute().parent.is_dir():
+    if not fileio.is_folder(file.absolute().parent):
         raise ConversionError(f"--plot {file}: its folder does not exist")
-    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+    if os.path.lexists(file) and (fileio.is_link(file) or not fileio.is_file(file)):
         raise ConversionError(f"--plot {file} is a link or no regular file; name a new file")
 
 

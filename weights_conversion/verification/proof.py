@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_conversion.configs import moe
+from weights_conversion.files import fileio
 from weights_conversion.files.fileio import MAX_INDEX_BYTES, is_there, read_whole, sha256
 from weights_conversion.files.watch import Watch, watching
 from weights_conversion.formats import integrity
@@ -176,7 +177,7 @@ def check_checksums(folder: Path, workers: int) -> list[str] | None:
         path = Path(match[2]) if match else Path()
         if not match or path.is_absolute() or ".." in path.parts:
             problems.append(f"{CHECKSUMS} line {number} is not '<sha256>  <path below this folder>'")
-        elif not (folder / path).is_file():
+        elif not fileio.is_file(folder / path):
             problems.append(f"{path} is missing, {CHECKSUMS} names it")
         else:
             wanted.append((path, match[1].lower()))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.files import told
+from weights_conversion.files import fileio, told
 from weights_conversion.files.fileio import named, read_json
 from weights_conversion.verification import dequantised
 from weights_conversion.verification.forward import Weights
@@ -162,9 +162,9 @@ def _stored_as(name: str, names: Iterable[str], folder: Path) -> str:
 def _files(folder: Path) -> list[Path]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
-        if single.is_file():
+        if fileio.is_file(single):
             return [single]
-        if index.is_file():
+        if fileio.is_file(index):
             return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     return sorted(folder.glob("model-*-of-*.safetensors")) or sorted(folder.glob("pytorch_model-*-of-*.bin"))
 
