@@ -12,10 +12,12 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from weights_conversion.errors import ConversionError
 from weights_conversion.output import descriptors, finished, imitate, journal, locks, ownership, partial, publish
 
 MODEL = "llama2-gqa"
@@ -287,3 +289,86 @@ def test_notes_that_come_late_are_waited_for(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(journal, "VISIBLE_SECONDS", -1.0)
     with pytest.raises(OSError, match="Stale"):
         notes.load_all(2)
+
+
+# --- systems that have not what is asked for --------------------------------------------------------------------------
+
+
+UNSUPPORTED = [errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, 524]  # the last: the kernel's own, of 9p and some NFS servers
+
+
+@pytest.mark.parametrize("code", UNSUPPORTED)
+def test_a_mount_that_knows_few_calls(code: int, line, to_megatron, tmp_path: Path, monkeypatch) -> None:
+    """No attributes, no lists, no locks, no exchange, no syncs of folders: nothing of it ends a conversion."""
+    fsync = os.fsync
+
+    class Library:
+        renameat2 = staticmethod(lambda *_: -1)
+
+    with monkeypatch.context() as patch:
+        for name in ("getxattr", "setxattr", "removexattr"):
+            patch.setattr(os, name, failing(code))
+        patch.setattr(locks.fcntl, "flock", failing(code))
+        patch.setattr(publish, "ctypes", SimpleNamespace(
+            CDLL=lambda *_, **__: Library, get_errno=lambda: code, c_int=int, c_uint=int))  # fmt: skip
+        patch.setattr(
+            os, "fsync", lambda file: failing(code)() if Path(f"/proc/self/fd/{file}").is_dir() else fsync(file)
+        )
+        to_megatron(*line).succeeded()
+        to_megatron(*line).succeeded()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES])
+def test_a_sandbox_that_forbids_the_exchange(code: int, line, to_megatron, tmp_path: Path, monkeypatch) -> None:
+    class Library:
+        renameat2 = staticmethod(lambda *_: -1)
+
+    to_megatron(*line).succeeded()
+    monkeypatch.setattr(publish, "ctypes", SimpleNamespace(
+        CDLL=lambda *_, **__: Library, get_errno=lambda: code, c_int=int, c_uint=int))  # fmt: skip
+    to_megatron(*line).succeeded()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_no_list_to_remove_narrows_nothing(line, to_megatron, tmp_path: Path, monkeypatch) -> None:
+    """A server that squashes users refuses to remove a list that is not there."""
+    to_megatron(*line).succeeded()
+    (tmp_path / "out").chmod(0o2775)
+    monkeypatch.setattr(imitate.os, "removexattr", failing(errno.EPERM))
+    assert "cannot be kept" not in to_megatron(*line).succeeded().text
+    assert (tmp_path / "out").stat().st_mode & 0o7777 == 0o2775
+
+
+def test_ctrl_c_between_two_renames(line, to_megatron, imported, tmp_path: Path, monkeypatch) -> None:
+    """What a user may remove then must not hold the only earlier output."""
+    to_megatron(*line).succeeded()
+    rename = publish._rename
+
+    def stopped(held: partial.Partial, inner: str, name: str) -> None:
+        if inner == "checkpoint":
+            raise KeyboardInterrupt
+        rename(held, inner, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "exchange", lambda *_: False)
+        patch.setattr(publish, "_rename", stopped)
+        assert to_megatron(*line).code == 130
+    assert contents(tmp_path / "out") == contents(imported(MODEL))
+    to_megatron(*line).succeeded()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_source_with_dots_behind_a_link(imported, to_megatron, tmp_path: Path, monkeypatch) -> None:
+    """The way is the system's: what a `..` would lead to in words alone is not looked at."""
+    (tmp_path / "disk" / "big" / "deep").mkdir(parents=True)
+    (tmp_path / "disk" / "models").mkdir()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "data").symlink_to(tmp_path / "disk" / "big" / "deep")
+    (tmp_path / "work" / "model").symlink_to("data/../../models/llama")
+    shutil.copytree(imported(MODEL), tmp_path / "disk" / "models" / "llama")
+    ways = list(ownership._passed(tmp_path / "work" / "model"))
+    assert str(tmp_path / "disk" / "models" / "llama") in ways
+    assert not [way for way in ways if way.startswith((str(tmp_path / "work" / "models"), str(tmp_path / "models")))]
+    with pytest.raises(ConversionError, match="holds the source"):
+        ownership.check_apart([tmp_path / "disk" / "models"], [tmp_path / "work" / "data" / ".." / ".." / "models"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 CONVERSION_CODES = {
     "0": "done, or already complete: the same command has written it",
-    "1": "an error, or a dry run whose conversion could not succeed; nothing that was there has changed",
+    "1": "an error, or a dry run whose conversion would be one; nothing that was there has changed, unless it says so",
     "2": "wrong arguments",
     "130, 143": "interrupted, terminated: the same command continues",
 }

@@ -23,6 +23,9 @@ from weights_conversion.errors import ConversionError
 from weights_conversion.files import watch
 
 ABSENT = (FileNotFoundError, NotADirectoryError)  # what alone says that nothing is at a path
+# A filesystem, a server or a sandbox that has not what a call asks for. 524: the kernel's ENOTSUPP, which 9p and NFS
+# servers let through.
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, 524)
 MAX_CONFIG_BYTES = 16_000_000  # config.json and its like
 MAX_INDEX_BYTES = 64_000_000  # an index of hundreds of thousands of tensors
 MAX_TOKENIZER_BYTES = 128_000_000  # the largest published tokenizer.json have some 35 MB
@@ -97,43 +100,43 @@ def exists(path: str | Path) -> bool:
     Path.exists and its like take every error for no in Python 3.14: a file that could not be looked at would be left
     out of a conversion.
     """
-    return _status(path) is not None
+    return status(path) is not None
 
 
 def is_file(path: str | Path) -> bool:
     """Whether a path leads to a regular file."""
-    found = _status(path)
+    found = status(path)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def is_folder(path: str | Path) -> bool:
     """Whether a path leads to a folder."""
-    found = _status(path)
+    found = status(path)
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 def is_link(path: str | Path) -> bool:
     """Whether a symbolic link stands at a path."""
-    found = _status(path, followed=False)
+    found = status(path, followed=False)
     return found is not None and stat.S_ISLNK(found.st_mode)
 
 
-def _status(path: str | Path, followed: bool = True) -> os.stat_result | None:
-    """None where nothing is, or a link that leads nowhere, or to itself."""
+def status(path: str | Path, followed: bool = True) -> os.stat_result | None:
+    """None where nothing is, or a link that leads nowhere, or to itself; where nothing can be of such a name, too."""
     try:
         with named("looking for", path):
             return os.stat(path, follow_symlinks=followed)
-    except (*ABSENT, ValueError):  # the last: a name that no file can have
+    except (*ABSENT, ValueError):  # the last: a zero byte in it
         return None
     except OSError as error:
-        if error.errno == errno.ELOOP:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
             return None
         raise
 
 
 def size_of(path: Path) -> int | None:
     """Bytes of a regular file; None where there is none. Raises OSError where that is not to be known."""
-    found = _status(path)
+    found = status(path)
     return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -32,23 +33,15 @@ def _folder(path: Path) -> Path:
 def _status(path: Path, followed: bool) -> os.stat_result | None:
     """Of `path`, or of the nearest folder above it that can be looked at; None where nothing is there."""
     for each in (path, *path.absolute().parents):
-        try:
-            with fileio.named("looking at", each):
-                return os.stat(each, follow_symlinks=followed)
-        except PermissionError:
-            continue
-        except (*fileio.ABSENT, ValueError):
-            return None
+        with contextlib.suppress(PermissionError):
+            return fileio.status(each, followed)
     return None
 
 
 def is_closed(path: Path) -> bool:
     """Whether `path` lies in a folder that this user may not enter, so that nobody knows what is there."""
     try:
-        with fileio.named("looking for", path):
-            os.stat(path)
+        fileio.status(path)
     except PermissionError:
         return True
-    except (*fileio.ABSENT, ValueError):
-        return False
     return False

@@ -101,22 +101,22 @@ def find_iteration(root: Path, load_iters: int | str | None) -> tuple[Path, int 
     """
     if not fileio.is_folder(root):
         raise ConversionError(f"{root} is not a folder, where one with a Megatron checkpoint's {TRACKER} was expected")
-    present, said = iterations(root), "--load_iters"
-    iteration = load_iters
+    iteration, said = load_iters, "--load_iters"
     if iteration is None and fileio.is_there(root / TRACKER):
         iteration, said = _tracked(root / TRACKER), TRACKER
-    elif iteration is None and not present and holds_iteration(root):
-        return root, root.name
-    elif iteration is None and len(present) == 1:
-        return root / present[0], number_of(present[0]) or 0
-    elif iteration is None:
+    if iteration is None:  # only now is the root listed, which may be closed to others, with its iterations open
+        present = iterations(root)
+        if not present and holds_iteration(root):
+            return root, root.name
+        if len(present) == 1:
+            return root / present[0], number_of(present[0]) or 0
         raise ConversionError(
             f"{root} holds no {TRACKER}, so nothing says which iteration is meant (it has: "
             f"{named(present) or 'none'}); --load_iters names one"
         )
     folder = root / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
     if not fileio.is_folder(folder):
-        there = present or _verl_steps(root)
+        there = iterations(root) or _verl_steps(root)
         raise ConversionError(
             f"{said} names {folder.name}, which {root} does not hold (it has: {named(there) or 'none'}); "
             + ("--load_iters names another iteration" if there else "copy it there, or name another folder")

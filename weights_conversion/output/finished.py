@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from weights_conversion.files import fileio
 from weights_conversion.output import descriptors
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_NO_NOTE = (errno.ENODATA, errno.ENOTSUP, errno.ENOSYS, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)
+_NO_NOTE = (*fileio.UNSUPPORTED, errno.ENODATA, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)
 _DEPTH = 8
 _NAME = "user.weights_conversion.run"
 

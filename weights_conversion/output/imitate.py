@@ -12,8 +12,8 @@ from weights_conversion.output import descriptors
 
 logger = logging.getLogger(__name__)
 
-_NO_LIST = (errno.ENODATA, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # the last: of some FUSE filesystems
-REFUSED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # EINVAL: an id of another namespace
+_NO_LIST = (*fileio.UNSUPPORTED, errno.ENODATA, errno.ENOENT)  # the last: without /proc
+REFUSED = (*fileio.UNSUPPORTED, errno.EPERM, errno.EACCES, errno.EDQUOT)  # EINVAL: an id of another namespace
 _ACCESS, _DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 
 
@@ -105,5 +105,15 @@ def _copy_list(name: str, old: int, new: int) -> bool:
             return True
         if error.errno not in REFUSED:
             raise
-        return False
+        return entries is None and not _has_list(name, new)  # some servers refuse to remove what is not there
+    return True
+
+
+def _has_list(name: str, folder: int) -> bool:
+    try:
+        os.getxattr(folder, name)
+    except OSError as error:
+        if error.errno in _NO_LIST:
+            return False
+        raise
     return True

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 LEFT_SECONDS = 60.0  # how long to wait for ranks of an earlier job that have lost their rank 0: within it they end
 NAME = "lock"
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN)
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # of Lustre, NFS, FUSE
+_NO_LOCKS = (*fileio.UNSUPPORTED, errno.ENOLCK)
 
 
 def open_lock(top: int) -> int:

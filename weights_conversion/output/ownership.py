@@ -42,6 +42,7 @@ _NOTES = re.compile(r"(digest|publishing|chunks\.\d+)(\.new)?")
 _LEFT_BY_NFS = re.compile(r"\.nfs[0-9a-f]{8,}")  # removed files that some node still has open; they go by themselves
 _PROBE = re.compile(r"probe\.[0-9a-f]+")
 _SHOWN = 8
+_MOST_LINKS = 100  # on one way; the system follows 40
 FILE, FOLDER = stat.S_IFREG, stat.S_IFDIR
 
 
@@ -211,20 +212,26 @@ def check_apart(names: Sequence[Path], sources: Sequence[Path]) -> None:
 
 
 def _passed(source: Path) -> Iterator[str]:
-    """Every folder on the way to a file or folder, itself included, through each of its links."""
-    waiting, left = [os.path.abspath(source)], 100
-    while waiting and left:
-        left -= 1
-        path = waiting.pop()
-        for part in (path, *map(str, Path(path).parents)):
-            yield part
-            if _is_link(part):
-                target = os.path.join(os.path.dirname(part), os.readlink(part))
-                waiting.append(os.path.abspath(target))
-    with contextlib.suppress(*fileio.ABSENT):
-        real = os.path.realpath(source, strict=True)
-        yield real
-        yield from map(str, Path(real).parents)
+    """Every folder on the way to a file or folder, itself included, through each of its links, as the system goes."""
+    here, left = "/", _MOST_LINKS
+    names = os.path.join(os.getcwd(), source).split("/")[::-1]
+    yield here
+    while names:
+        name = names.pop()
+        if name in ("", "."):
+            continue
+        if name == "..":  # of the folder that a link has led to, not of the link
+            here = os.path.dirname(here)
+            continue
+        path = os.path.join(here, name)
+        yield path
+        if not _is_link(path):
+            here = path
+        elif left:
+            left -= 1
+            target = os.readlink(path)
+            names += target.split("/")[::-1]
+            here = "/" if target.startswith("/") else here
 
 
 def _is_link(path: str) -> bool:

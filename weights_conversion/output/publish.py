@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from weights_conversion.output.partial import Partial
 
 
-_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)  # the last: folders of a lower layer
+# EXDEV: folders of an overlay's lower layer. EPERM, EACCES: before anything has moved, as by a sandbox that does not
+# know the call; where it is the folders that are closed, two renames are refused too.
+_NO_EXCHANGE = (*fileio.UNSUPPORTED, errno.EXDEV, errno.EPERM, errno.EACCES)
 
 
 def publish(partial: Partial, overwrite: bool) -> None:
@@ -91,10 +93,10 @@ def _replace(partial: Partial) -> None:
     name = partial.out.name
     exchanged = exchange(partial.top, "checkpoint", partial.parent, name)
     if not exchanged:
-        _take_away(partial, name, "replaced")
         try:
+            _take_away(partial, name, "replaced")
             _rename(partial, "checkpoint", name)
-        except OSError as error:
+        except BaseException as error:  # a signal too: what a user may remove now is the only one that there is
             _put_back(partial, error)
             raise
     with descriptors.folder("checkpoint" if exchanged else "replaced", partial.top) as old:
@@ -111,13 +113,15 @@ def _replace(partial: Partial) -> None:
     raise _meanwhile(partial)
 
 
-def _put_back(partial: Partial, cause: OSError) -> None:
+def _put_back(partial: Partial, cause: BaseException) -> None:
     """What was taken away, where the new output could not be put in its place because of `cause`."""
     try:
-        _rename(partial, "replaced", partial.out.name)
+        if partial.status_of_out() is None:
+            _rename(partial, "replaced", partial.out.name)
     except OSError as error:
+        why = fileio.failed(cause) if isinstance(cause, OSError) else "interrupted"
         raise ConversionError(
-            f"{partial.out} could not be replaced ({fileio.failed(cause)}) nor put back: what was there is in "
+            f"{partial.out} could not be replaced ({why}) nor put back: what was there is in "
             f"{partial.path / 'replaced'} now; the same command with --overwrite goes on, or move it back with mv"
         ) from error
 

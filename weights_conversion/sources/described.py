@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +25,9 @@ def of_files(kind: str, tensors: Iterable[Placed]) -> str:
 def of_megatron(root: Path, files: MegatronFiles) -> str:
     """A Megatron checkpoint: whose, its layout, and which of its iterations is read."""
     which = "release" if files.iteration == "release" else f"iteration {files.iteration}"
-    there = [str(number_of(name)) for name in iterations(root)]
+    there = []
+    with contextlib.suppress(PermissionError):  # its iterations may be open, and it not to be listed
+        there = [str(number_of(name)) for name in iterations(root)]
     return f"{files.dialect.name}, {files.layout}, {which}" + (f" (there are {named(there)})" if len(there) > 1 else "")
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.files import fileio
@@ -84,14 +86,16 @@ def _at(path: Path, load_iters: int | str | None) -> Found | None:
     A Megatron root may hold a config.json (several trainers leave one there), a tracker is Megatron's alone.
     """
     if fileio.is_there(path / TRACKER):
-        if not iterations(path) and (step := verl_step(path, load_iters)) is not None:
+        if (step := verl_step(path, load_iters)) is not None and not iterations(path):
             return Found(Kind.MEGATRON, step, None, f"source     {step}, the step of verl's that is read")
         return Found(Kind.MEGATRON, path, load_iters)
-    if (folder := nemo_rl_step(path, load_iters)) is not None:
-        return Found(Kind.MEGATRON, folder, None, f"source     {folder}, the policy that NeMo-RL trained")
-    if (folder := nemo_weights(path)) is not None and load_iters is None:
-        return Found(Kind.MEGATRON, folder, None, f"source     {folder}, whose context/ is NeMo 2's")
     has_config = fileio.is_file(path / "config.json")
+    try:
+        if (found := _of_nemo(path, load_iters)) is not None:
+            return found
+    except PermissionError:  # a closed folder in one of Hugging Face's form
+        if not has_config:
+            raise
     weights = has_config and near_misses.has_weights(path)
     if iterations(path) and not (weights and load_iters is None):
         return Found(Kind.MEGATRON, path, load_iters)
@@ -100,6 +104,14 @@ def _at(path: Path, load_iters: int | str | None) -> Found | None:
     if not (has_config or fileio.is_file(path / "consolidated.00.pth")) or near_misses.sentence(path):
         return None
     return Found(Kind.HUGGINGFACE if has_config else Kind.META, path)
+
+
+def _of_nemo(path: Path, load_iters: int | str | None) -> Found | None:
+    if (folder := nemo_rl_step(path, load_iters)) is not None:
+        return Found(Kind.MEGATRON, folder, None, f"source     {folder}, the policy that NeMo-RL trained")
+    if (folder := nemo_weights(path)) is not None and load_iters is None:
+        return Found(Kind.MEGATRON, folder, None, f"source     {folder}, whose context/ is NeMo 2's")
+    return None
 
 
 def _iteration(folder: Path, load_iters: int | str | None) -> Found:
@@ -140,18 +152,26 @@ def _below(path: Path, load_iters: int | str | None) -> Found:
     level = [path]
     for _ in range(_DEPTH):
         level = _folders(level)
-        there = [found for folder in level if (found := _at(folder, load_iters))]
+        there = [found for folder in level if (found := _if_open(partial(_at, load_iters=load_iters), folder))]
         full = [found for found in there if found.kind is not Kind.HUGGINGFACE or near_misses.has_weights(found.root)]
         if found := full or there:
             if len(found) > 1:
                 raise ConversionError(_several(path, [one.root for one in found]))
             return replace(found[0], note=f"source     {found[0].root}, the only checkpoint in {path}")
-        if sentence := next((said for folder in level if (said := near_misses.sentence(folder))), None):
+        if sentence := next((said for folder in level if (said := _if_open(near_misses.sentence, folder))), None):
             raise ConversionError(sentence)
     raise ConversionError(
         f"{path} is no checkpoint: it holds neither config.json (Hugging Face), consolidated.00.pth (Meta) nor "
         f"{TRACKER} (Megatron){_contents(path)}"
     )
+
+
+def _if_open(look: Callable[[Path], Any], folder: Path) -> Any:
+    """What `look` finds in a folder; None in one that is closed to this user."""
+    try:
+        return look(folder)
+    except PermissionError:
+        return None
 
 
 def _several(path: Path, roots: list[Path]) -> str:
@@ -171,7 +191,7 @@ def _folders(parents: Iterable[Path]) -> list[Path]:
     for parent in parents:
         try:
             inner = sorted(path for path in parent.iterdir() if _may_hold(path))
-        except OSError:
+        except (*fileio.ABSENT, PermissionError):
             continue
         found += inner[: _MOST_FOLDERS - len(found)]
     return found

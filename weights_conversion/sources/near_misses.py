@@ -157,8 +157,9 @@ def _beside(folder: Path) -> str | None:
 def _matching(folder: Path, patterns: tuple[str, ...]) -> str | None:
     """The first name in `folder` that one of `patterns` fits."""
     try:
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError:
+        with fileio.named("looking into", folder):
+            names = sorted(path.name for path in folder.iterdir())
+    except fileio.ABSENT:
         return None
     return next((name for pattern in patterns for name in names if fnmatch.fnmatchcase(name, pattern)), None)
 

@@ -45,11 +45,17 @@ class Places:
 
 
 def stated_places(
-    family: str, checkpoint: Path, iteration: Path | None, args: Mapping[str, Any], search: Sequence[Path] = ()
+    family: str,
+    checkpoint: Path,
+    iteration: Path | None,
+    args: Mapping[str, Any],
+    search: Sequence[Path] = (),
+    chosen: bool = False,
 ) -> Places:
     """Of a checkpoint's root, the folder of its iteration, and what its (trusted) args name.
 
-    Megatron-Core writes no tokenizer into its root, so what its run named comes first.
+    Megatron-Core writes no tokenizer into its root, so what its run named comes first. `chosen`: by --vocab_file, so
+    that a place which cannot be looked at (a mount that is gone) is no error.
     """
     own = [(checkpoint, f"the checkpoint, {checkpoint}")]
     named, missing, notes, trusted = [], [], [], frozenset({checkpoint})
@@ -58,7 +64,19 @@ def stated_places(
         value = args.get(name)
         if not isinstance(value, str) or not value or (name == "vocab_file" and json_alone(family)):
             continue
-        path = _existing(value, checkpoint, iteration)
+        try:
+            path = _existing(value, checkpoint, iteration)
+        except OSError as error:
+            if not chosen and not isinstance(error, PermissionError):
+                raise ConversionError(
+                    f"{value}, training's {name}, cannot be looked at ({error.strerror}), and another tokenizer might "
+                    "be taken for it; --vocab_file names one"
+                ) from error
+            notes.append(
+                f"{value}, training's {name}, cannot be looked at ({error.strerror}), and is not read; have it copied, "
+                "and name it with --vocab_file"
+            )
+            continue
         if path is not None and (owner := stranger(path)) is not None:
             notes.append(
                 f"{path}, training's {name}, belongs to another user ({owner}) and is not read; "
@@ -90,13 +108,13 @@ def _folders_of_wrappers(checkpoint: Path, iteration: Path | None) -> list[Path]
 
 
 def _existing(value: str, checkpoint: Path, iteration: Path | None) -> Path | None:
-    """What args name: a relative path may be meant from the checkpoint, or from where training was started."""
+    """What args name: a relative path may be meant from the checkpoint, or from where training was started.
+
+    Raises OSError where it cannot be known whether it is there: another tokenizer would be taken for it.
+    """
     for base in (*(() if iteration is None else (iteration,)), checkpoint, Path()):
-        try:
-            if fileio.exists(base / value):
-                return base / value
-        except (OSError, ValueError):  # no path at all
-            return None
+        if fileio.exists(base / value):
+            return base / value
     return None
 
 

@@ -61,7 +61,7 @@ def find(
     trained = special_tokens.trusted_args(family, args, chosen=core and options.vocab_file is not None)
     stated = special_tokens.stated_extension(trained, args.get("tokenizer_type"), core)
     extension = special_tokens.resolve_extension(family, stated, options.new_tokens, options.vocab_extra_ids_list)
-    places = stated_places(family, checkpoint, iteration, trained, search)
+    places = stated_places(family, checkpoint, iteration, trained, search, options.vocab_file is not None)
     source, warnings = locate(family, places, options.vocab_file, fetch, options.cache_dir)
     try:
         check_files(source.files)
