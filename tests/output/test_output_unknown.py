@@ -311,9 +311,7 @@ def test_a_mount_that_knows_few_calls(code: int, line, to_megatron, tmp_path: Pa
         patch.setattr(locks.fcntl, "flock", failing(code))
         patch.setattr(publish, "ctypes", SimpleNamespace(
             CDLL=lambda *_, **__: Library, get_errno=lambda: code, c_int=int, c_uint=int))  # fmt: skip
-        patch.setattr(
-            os, "fsync", lambda file: failing(code)() if Path(f"/proc/self/fd/{file}").is_dir() else fsync(file)
-        )
+        patch.setattr(os, "fsync", failing(code, lambda file: Path(f"/proc/self/fd/{file}").is_dir(), fsync))
         to_megatron(*line).succeeded()
         to_megatron(*line).succeeded()
     assert os.listdir(tmp_path) == ["out"]

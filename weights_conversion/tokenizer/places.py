@@ -64,24 +64,9 @@ def stated_places(
         value = args.get(name)
         if not isinstance(value, str) or not value or (name == "vocab_file" and json_alone(family)):
             continue
-        try:
-            path = _existing(value, checkpoint, iteration)
-        except OSError as error:
-            if not chosen and not isinstance(error, PermissionError):
-                raise ConversionError(
-                    f"{value}, training's {name}, cannot be looked at ({error.strerror}), and another tokenizer might "
-                    "be taken for it; --vocab_file names one"
-                ) from error
-            notes.append(
-                f"{value}, training's {name}, cannot be looked at ({error.strerror}), and is not read; have it copied, "
-                "and name it with --vocab_file"
-            )
-            continue
-        if path is not None and (owner := stranger(path)) is not None:
-            notes.append(
-                f"{path}, training's {name}, belongs to another user ({owner}) and is not read; "
-                f"--vocab_file {path} names it all the same"
-            )
+        path, note = _looked_at(name, value, checkpoint, iteration, chosen)
+        if note is not None:
+            notes.append(note)
         elif path is not None:
             named.append((path, f"training's {name}, {value}"))
         elif name == "tokenizer_model" and _REPOSITORY.fullmatch(value):
@@ -105,6 +90,30 @@ def _folders_of_wrappers(checkpoint: Path, iteration: Path | None) -> list[Path]
     if checkpoint.name == "weights":
         folders += [checkpoint.parent / "context" / "nemo_tokenizer", checkpoint.parent / "tokenizer"]
     return [folder for folder in folders if fileio.is_folder(folder)]
+
+
+def _looked_at(
+    name: str, value: str, checkpoint: Path, iteration: Path | None, chosen: bool
+) -> tuple[Path | None, str | None]:  # fmt: skip
+    """(what args name, why it is not read): the one, the other, or neither where nothing is there."""
+    try:
+        path = _existing(value, checkpoint, iteration)
+    except OSError as error:
+        if not chosen and not isinstance(error, PermissionError):
+            raise ConversionError(
+                f"{value}, training's {name}, cannot be looked at ({error.strerror}), and another tokenizer might be "
+                "taken for it; --vocab_file names one"
+            ) from error
+        return None, (
+            f"{value}, training's {name}, cannot be looked at ({error.strerror}), and is not read; have it copied, "
+            "and name it with --vocab_file"
+        )
+    if path is not None and (owner := stranger(path)) is not None:
+        return None, (
+            f"{path}, training's {name}, belongs to another user ({owner}) and is not read; "
+            f"--vocab_file {path} names it all the same"
+        )
+    return path, None
 
 
 def _existing(value: str, checkpoint: Path, iteration: Path | None) -> Path | None:
