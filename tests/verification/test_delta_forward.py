@@ -49,18 +49,25 @@ def test_stored_logits(family: str) -> None:
 
 @pytest.mark.parametrize("name", ["next", "next-uneven", "3.5", "3.5-tied", "3.5-moe", "3.6", "3.5-alone"])
 def test_logits_of_transformers_in_float64(name: str, tmp_path: Path) -> None:
-    """Its own code in float64 is the true value; the forward pass is as near to it as float32 is."""
+    """Its own code in float64 is the true value; the forward pass is as near to it as that code is in float32.
+
+    How near that is depends on the processor, whose kernels sum in their own order: on one it was within 1e-5 of the
+    spread for all, on another 1.08e-5 here and 1.03e-5 there.
+    """
     from transformers import AutoModelForCausalLM
 
     model = DELTAS[name]
     folder = delta_models.write(tmp_path / "hf", model)
     ids = torch.arange(20)[None] * 3 % model.vocab
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **plain).eval()
-    with torch.no_grad():
-        wanted = reference(ids).logits[0]
-    found = stages(model.family, folder, ids)["logits"][0]
-    assert (found - wanted).abs().max() < 1e-5 * wanted.std()
+    theirs = {}
+    for dtype in (torch.float64, torch.float32):
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **plain).eval()
+        with torch.no_grad():
+            theirs[dtype] = reference(ids).logits[0].double()
+    wanted = theirs[torch.float64]
+    near = max((theirs[torch.float32] - wanted).abs().max(), 5e-6 * wanted.std())
+    assert (stages(model.family, folder, ids)["logits"][0] - wanted).abs().max() < 2 * near
 
 
 def swapped(names: tuple[str, str], rows: Callable[[Delta], tuple[slice, slice]] | None = None):
