@@ -18,7 +18,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from weights_conversion.errors import ConversionError
-from weights_conversion.output import descriptors, finished, imitate, journal, locks, ownership, partial, publish
+from weights_conversion.output import (
+    descriptors,
+    finished,
+    finishing,
+    imitate,
+    journal,
+    locks,
+    ownership,
+    partial,
+    publish,
+)
 
 MODEL = "llama2-gqa"
 FAILED = [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE]
@@ -370,3 +380,34 @@ def test_a_source_with_dots_behind_a_link(imported, to_megatron, tmp_path: Path,
     assert not [way for way in ways if way.startswith((str(tmp_path / "work" / "models"), str(tmp_path / "models")))]
     with pytest.raises(ConversionError, match="holds the source"):
         ownership.check_apart([tmp_path / "disk" / "models"], [tmp_path / "work" / "data" / ".." / ".." / "models"])
+
+
+def test_a_damaged_layout_is_named_as_the_user_knows_it(line, to_megatron, tmp_path: Path, monkeypatch) -> None:
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finishing, "finish", stops)
+        assert to_megatron(*line).code == 130
+    file = "release/mp_rank_00/model_optim_rng.pt"
+    os.truncate(tmp_path / "out.partial" / "checkpoint" / file, 30)
+    said = to_megatron(*line).succeeded().text
+    assert f"is damaged ({file}" in said
+    assert "/tmp" not in said.partition("is damaged (")[2].partition(")")[0]
+
+
+@pytest.mark.parametrize("name", ["chunks.0", "digest", "publishing"])
+def test_a_clean_up_that_fails_is_ended_by_the_same_command(
+    name: str, line, to_megatron, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the disk has no attributes that say whose OUT is: the notes that do so go last."""
+    unlink = os.unlink
+    monkeypatch.setattr(finished.os, "setxattr", failing(errno.ENOTSUP))
+    line = [word for word in line if word != "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", failing(errno.EIO, lambda wanted, *_: wanted == name, unlink))
+        assert "could not be removed completely" in to_megatron(*line).succeeded().text
+    assert (tmp_path / "out.partial" / "journal" / name).exists()
+    found = to_megatron(*line)
+    assert found.code == (name == "publishing")
+    assert os.listdir(tmp_path) == ["out"]

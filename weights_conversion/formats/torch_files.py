@@ -216,6 +216,8 @@ def _path_of(file: BinaryIO, name: str) -> Iterator[Path]:
             if error.filename == str(path):  # which would mean nothing to a user
                 error.filename = None
             raise
+        except ConversionError as error:
+            raise ConversionError(*(said.replace(str(path), name) for said in error.problems)) from error
 
 
 class _Blank:

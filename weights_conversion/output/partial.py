@@ -218,6 +218,13 @@ class Partial:
             self.remove()
         return aside
 
+    def _remove_notes(self) -> None:
+        """Last those by which the same command knows that only this was left to be done."""
+        with contextlib.suppress(FileNotFoundError), descriptors.folder("journal", self.top) as journal:
+            for name in sorted(os.listdir(journal), key=lambda name: (name in ("digest", "publishing"), name)):
+                os.unlink(name, dir_fd=journal)
+        descriptors.remove_tree("journal", self.top)
+
     def remove(self) -> None:
         """Removes OUT.partial; what a kill leaves of it is recognised, and never trusted."""
         try:
@@ -225,8 +232,9 @@ class Partial:
             if found.foreign:
                 logger.warning("%s holds %s, which no conversion wrote: it stays", self.path, found.says())
                 return
-            for name in ("checkpoint", "replaced", "journal"):
+            for name in ("checkpoint", "replaced"):
                 descriptors.remove_tree(name, self.top)
+            self._remove_notes()
             for name in os.listdir(self.top):
                 os.unlink(name, dir_fd=self.top)
             if descriptors.is_at(self.path.name, self.parent, self.top):
