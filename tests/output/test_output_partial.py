@@ -140,8 +140,10 @@ def test_what_a_filesystem_may_lack(
             found = stat_of(descriptor)
             return os.stat_result([found[0] | 0o777, *found[1:]]) if stat.S_ISDIR(found.st_mode) else found
 
+        looked = os.stat
         monkeypatch.setattr(os, "fchmod", refuses(errno.EPERM))
         monkeypatch.setattr(partial.os, "fstat", all_rights)
+        monkeypatch.setattr(os, "stat", lambda at, **how: all_rights(at) if isinstance(at, int) else looked(at, **how))
     else:
         monkeypatch.setattr(
             os, "fsync", lambda file: refuses(errno.EINVAL)() if stat.S_ISDIR(stat_of(file).st_mode) else fsync(file)

@@ -411,3 +411,18 @@ def test_a_clean_up_that_fails_is_ended_by_the_same_command(
     found = to_megatron(*line)
     assert found.code == (name == "publishing")
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+def test_a_mode_that_is_refused_gives_no_more(
+    code: int, line, to_megatron, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OUT was closed to others: where the new one cannot be made so, it does not come into its place."""
+    to_megatron(*line).succeeded()
+    out = tmp_path / "out"
+    out.chmod(0o700)
+    before = out.stat().st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr(imitate.os, "fchmod", failing(code))
+        to_megatron(*line).refused(os.strerror(code))
+    assert (out.stat().st_ino, out.stat().st_mode & 0o777) == (before, 0o700)

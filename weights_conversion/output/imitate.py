@@ -65,7 +65,8 @@ def _give(handle: int, wanted: os.stat_result, mode: int, exact: bool = False) -
         try:
             os.fchmod(handle, right)
         except OSError as error:
-            if error.errno not in REFUSED:  # a filesystem without modes
+            # A filesystem without modes shows one for all. Where only this cannot be set, it must not give more.
+            if error.errno not in REFUSED or stat.S_IMODE(os.fstat(handle).st_mode) & ~right & 0o777:
                 raise
 
 
