@@ -44,18 +44,21 @@ def read(out: Path) -> Note | None:
     """What OUT says of itself, where it is this user's and no file was changed, added or removed since; else None."""
     if not hasattr(os, "getxattr"):
         return None
-    try:
-        with descriptors.folder(out) as top:
-            if os.fstat(top).st_uid != _me(out):
+    with contextlib.ExitStack() as opened:
+        try:
+            top = opened.enter_context(descriptors.folder(out))
+            note = os.getxattr(top, _NAME)
+        except OSError as error:
+            if error.errno in _NO_NOTE:
                 return None
-            run_digest, state = os.getxattr(top, _NAME).decode("ascii").split()
-            return Note(run_digest, not open_to_others(top)) if state == _state(top) else None
-    except OSError as error:
-        if error.errno in _NO_NOTE:
+            raise
+        if os.fstat(top).st_uid != _me(out):
             return None
-        raise
-    except ValueError:
-        return None
+        try:
+            run_digest, state = note.decode("ascii").split()
+            return Note(run_digest, not open_to_others(top)) if state == _state(top) else None
+        except ValueError:
+            return None
 
 
 def open_to_others(top: int) -> bool:

@@ -87,7 +87,8 @@ class Partial:
     def open_folders(self) -> None:
         self.close("checkpoint", "journal")
         if self.complete:
-            self.checkpoint = descriptors.open_folder(self.out.name, self.parent)
+            with descriptors.shown_as("opening", self.out.absolute()):
+                self.checkpoint = descriptors.open_folder(self.out.name, self.parent)
         else:
             self.checkpoint = descriptors.open_folder("checkpoint", self.top)
             if os.fstat(self.checkpoint).st_uid != self.me:
