@@ -63,7 +63,9 @@ def read(out: Path) -> Note | None:
 
 def open_to_others(top: int) -> bool:
     """Whether others than its owner may write in it, or in a file or folder below."""
-    modes = [os.fstat(top).st_mode, *(status.st_mode for _, status in entries(top))]
+    with descriptors.named_in(top):
+        own = os.fstat(top).st_mode
+    modes = [own, *(status.st_mode for _, status in entries(top))]
     return any(mode & _OTHERS_WRITE and not stat.S_ISLNK(mode) for mode in modes)
 
 
