@@ -262,4 +262,4 @@ def who_am_i_unseen(folder: Path) -> int | None:
 def path_of(descriptor: int) -> Path:
     """A path that opens what `descriptor` holds, for libraries that take paths alone."""
     place = Path(f"/proc/self/fd/{descriptor}")
-    return place if fileio.exists(place) else Path(f"/dev/fd/{descriptor}")
+    return place if fileio.is_there(place) else Path(f"/dev/fd/{descriptor}")
