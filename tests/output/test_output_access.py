@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
 
 import pytest
+from access_lists import ITS_GROUP, MASK, NOBODY, OTHER, OWNER, USER, access_list
 from neighbours import GROUP, A, B, Place, as_user, contents
 
 from weights_conversion.output import finishing
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be several users")
-
-OWNER, USER, ITS_GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x10, 0x20  # acl_tag of linux/posix_acl.h
-NOBODY = 0xFFFFFFFF
-
-
-def access_list(*entries: tuple[int, int, int]) -> bytes:
-    """system.posix_acl_* as linux/posix_acl_xattr.h has it: version 2, then (tag, permission bits, id) of each."""
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
 def open_to(user: int) -> bytes:

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from failing import failing
 
 from weights_conversion.errors import ConversionError
 from weights_conversion.output import beginning, descriptors, finishing, imitate, locks, partial
@@ -96,13 +97,6 @@ def test_a_partial_that_was_opened_to_others_starts_over(line, interrupted, to_m
 # --- filesystems ------------------------------------------------------------------------------------------------------
 
 
-def refuses(code: int):
-    def call(*_: object, **__: object):
-        raise OSError(code, os.strerror(code))
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("code", "kind", "said"),
     [
@@ -114,7 +108,7 @@ def test_a_lock_that_cannot_be_shared_is_named(
     code: int, kind: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No other process is blamed for what the filesystem refuses (flock(2): EWOULDBLOCK alone is another's lock)."""
-    monkeypatch.setattr(locks.fcntl, "flock", refuses(code))
+    monkeypatch.setattr(locks.fcntl, "flock", failing(code))
     with pytest.raises(kind) as caught:
         locks.share(3, tmp_path / "out.partial")
     assert said.format(tmp_path) in str(caught.value)
@@ -127,10 +121,10 @@ def test_what_a_filesystem_may_lack(
 ) -> None:  # fmt: skip
     fsync, stat_of = os.fsync, os.fstat
     if lacking == "locks":
-        monkeypatch.setattr(locks.fcntl, "flock", refuses(errno.ENOSYS))
+        monkeypatch.setattr(locks.fcntl, "flock", failing(errno.ENOSYS))
     elif lacking == "access lists":
-        monkeypatch.setattr(imitate.os, "getxattr", refuses(errno.ENOTSUP), raising=False)
-        monkeypatch.setattr(imitate.os, "setxattr", refuses(errno.ENOTSUP), raising=False)
+        monkeypatch.setattr(imitate.os, "getxattr", failing(errno.ENOTSUP), raising=False)
+        monkeypatch.setattr(imitate.os, "setxattr", failing(errno.ENOTSUP), raising=False)
     elif lacking == "files without a name":
         monkeypatch.delattr(descriptors.os, "O_TMPFILE")
     elif lacking == "modes":
@@ -141,12 +135,12 @@ def test_what_a_filesystem_may_lack(
             return os.stat_result([found[0] | 0o777, *found[1:]]) if stat.S_ISDIR(found.st_mode) else found
 
         looked = os.stat
-        monkeypatch.setattr(os, "fchmod", refuses(errno.EPERM))
+        monkeypatch.setattr(os, "fchmod", failing(errno.EPERM))
         monkeypatch.setattr(partial.os, "fstat", all_rights)
         monkeypatch.setattr(os, "stat", lambda at, **how: all_rights(at) if isinstance(at, int) else looked(at, **how))
     else:
         monkeypatch.setattr(
-            os, "fsync", lambda file: refuses(errno.EINVAL)() if stat.S_ISDIR(stat_of(file).st_mode) else fsync(file)
+            os, "fsync", lambda file: failing(errno.EINVAL)() if stat.S_ISDIR(stat_of(file).st_mode) else fsync(file)
         )
     assert "continued an interrupted run" in to_megatron(*line).succeeded().out
     to_megatron(*line, "--overwrite").succeeded()
@@ -219,7 +213,7 @@ def test_a_note_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with descriptors.folder(tmp_path) as top:
         descriptors.write_note(top, "note", b"old")
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", refuses(errno.EIO))
+            patch.setattr(os, "fsync", failing(errno.EIO))
             with pytest.raises(OSError, match="Input/output"):
                 descriptors.write_note(top, "note", b"new")
         assert descriptors.read_note(top, "note", 100) == b"old"

@@ -9,12 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import struct
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from access_lists import NOBODY, access_list
+from failing import failing
 from safetensors.torch import load_file, save_file
 
 from weights_conversion.errors import ConversionError
@@ -36,18 +35,6 @@ FAILED = [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE]
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def failing(code: int, when: Callable[..., bool] = lambda *_: True, real: Callable[..., object] | None = None):
-    """A call that fails with `code`, where its arguments are those of `when`; else it is the real one."""
-
-    def call(*arguments: object, **keywords: object) -> object:
-        if when(*arguments):
-            raise OSError(code, os.strerror(code), arguments[0] if isinstance(arguments[0], str) else None)
-        assert real is not None
-        return real(*arguments, **keywords)
-
-    return call
 
 
 @pytest.fixture
@@ -155,12 +142,6 @@ def test_a_source_that_is_out_is_never_replaced(
 # --- rights -----------------------------------------------------------------------------------------------------------
 
 
-def access_list(*entries: tuple[int, int, int]) -> bytes:
-    """As acl(5) has it: (tag, permissions, id)."""
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
-
-
-NOBODY = 0xFFFFFFFF
 # user::rwx, user:2001:r-x, group::---, mask::r-x, other::---: the mode is 0750, and its group has no right at all
 LIST = access_list((1, 7, NOBODY), (2, 5, 2001), (4, 0, NOBODY), (0x10, 5, NOBODY), (0x20, 0, NOBODY))
 
@@ -301,51 +282,7 @@ def test_notes_that_come_late_are_waited_for(tmp_path: Path, monkeypatch: pytest
         notes.load_all(2)
 
 
-# --- systems that have not what is asked for --------------------------------------------------------------------------
-
-
-UNSUPPORTED = [errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, 524]  # the last: the kernel's own, of 9p and some NFS servers
-
-
-@pytest.mark.parametrize("code", UNSUPPORTED)
-def test_a_mount_that_knows_few_calls(code: int, line, to_megatron, tmp_path: Path, monkeypatch) -> None:
-    """No attributes, no lists, no locks, no exchange, no syncs of folders: nothing of it ends a conversion."""
-    fsync = os.fsync
-
-    class Library:
-        renameat2 = staticmethod(lambda *_: -1)
-
-    with monkeypatch.context() as patch:
-        for name in ("getxattr", "setxattr", "removexattr"):
-            patch.setattr(os, name, failing(code))
-        patch.setattr(locks.fcntl, "flock", failing(code))
-        patch.setattr(publish, "ctypes", SimpleNamespace(
-            CDLL=lambda *_, **__: Library, get_errno=lambda: code, c_int=int, c_uint=int))  # fmt: skip
-        patch.setattr(os, "fsync", failing(code, lambda file: Path(f"/proc/self/fd/{file}").is_dir(), fsync))
-        to_megatron(*line).succeeded()
-        to_megatron(*line).succeeded()
-    assert os.listdir(tmp_path) == ["out"]
-
-
-@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES])
-def test_a_sandbox_that_forbids_the_exchange(code: int, line, to_megatron, tmp_path: Path, monkeypatch) -> None:
-    class Library:
-        renameat2 = staticmethod(lambda *_: -1)
-
-    to_megatron(*line).succeeded()
-    monkeypatch.setattr(publish, "ctypes", SimpleNamespace(
-        CDLL=lambda *_, **__: Library, get_errno=lambda: code, c_int=int, c_uint=int))  # fmt: skip
-    to_megatron(*line).succeeded()
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_no_list_to_remove_narrows_nothing(line, to_megatron, tmp_path: Path, monkeypatch) -> None:
-    """A server that squashes users refuses to remove a list that is not there."""
-    to_megatron(*line).succeeded()
-    (tmp_path / "out").chmod(0o2775)
-    monkeypatch.setattr(imitate.os, "removexattr", failing(errno.EPERM))
-    assert "cannot be kept" not in to_megatron(*line).succeeded().text
-    assert (tmp_path / "out").stat().st_mode & 0o7777 == 0o2775
+# --- half-way ---------------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_between_two_renames(line, to_megatron, imported, tmp_path: Path, monkeypatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -49,14 +48,7 @@ def test_a_sync_that_failed_is_lost(name: str, value: int, lost: bool) -> None:
     assert points.is_lost(Fault("sync", 1, FAIL, value), f"{name} {ROOT}/place/out") == lost
 
 
-U = 0xFFFFFFFF
-
-
-def lists(*entries: tuple[int, int, int]) -> bytes:
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
-
-
-SHARED = lists((1, 7, U), (2, 5, 2001), (4, 0, U), (0x10, 5, U), (0x20, 0, U))
+SHARED = access.SHARED
 OLD = Access(0o750, 0, 4242, SHARED, None)
 
 

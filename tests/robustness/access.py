@@ -6,15 +6,18 @@ import contextlib
 import os
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.access_lists import ITS_GROUP, MASK, NOBODY, OTHER, OWNER, USER, access_list
+
 _ACCESS, _DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
-_OWNER, _USER, _ITS_GROUP, _GROUP, _MASK, _OTHER = 1, 2, 4, 8, 0x10, 0x20  # tags of a list's entries
-_NOBODY = 0xFFFFFFFF  # the id in an entry that names none
-STRANGER, GROUP = 2001, 4242  # a user and a group that are not the test's
+STRANGER, ITS_MEMBERS = 2001, 4242  # a user and a group that are not the test's
 WARNING = "cannot be kept"
+SHARED = access_list(
+    (OWNER, 7, NOBODY), (USER, 5, STRANGER), (ITS_GROUP, 0, NOBODY), (MASK, 5, NOBODY), (OTHER, 0, NOBODY)
+)
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class Access:
             modes = (("user", self.owner, 6), ("group", self.group, 3), ("other", 0, 0))
             return {(what, who): self.mode >> shift & 7 for what, who, shift in modes}
         entries = list(struct.iter_unpack("<HHI", self.list[4:]))
-        mask = next((may for tag, may, _ in entries if tag == _MASK), 7)
-        names = {_OWNER: ("user", self.owner), _ITS_GROUP: ("group", self.group), _OTHER: ("other", 0)}
+        mask = next((may for tag, may, _ in entries if tag == MASK), 7)
+        names = {OWNER: ("user", self.owner), ITS_GROUP: ("group", self.group), OTHER: ("other", 0)}
         found = {}
         for tag, may, who in entries:
-            if tag != _MASK:
-                name = names.get(tag) or ("user" if tag == _USER else "group", who)
-                found[name] = may if tag in (_OWNER, _OTHER) else may & mask
+            if tag != MASK:
+                name = names.get(tag) or ("user" if tag == USER else "group", who)
+                found[name] = may if tag in (OWNER, OTHER) else may & mask
         return found
 
     def gives_no_more_than(self, other: Access) -> bool:
@@ -62,13 +65,11 @@ def dress(folder: Path) -> None:
     """Makes an output one that has been shared: with a group, a further user, and what is made in it too."""
     if os.geteuid() == 0:
         for path in (folder, *folder.rglob("*")):
-            os.chown(path, 0, GROUP)
+            os.chown(path, 0, ITS_MEMBERS)
     folder.chmod(0o750)
     for name in (_ACCESS, _DEFAULT):
         with contextlib.suppress(OSError):  # a filesystem without lists
-            os.setxattr(
-                folder, name, _list((_OWNER, 7), (_USER, 5, STRANGER), (_ITS_GROUP, 0), (_MASK, 5), (_OTHER, 0))
-            )
+            os.setxattr(folder, name, SHARED)
 
 
 def taken_over(old: Access, new: Access, text: str, failed: bool) -> str | None:
@@ -86,7 +87,3 @@ def _attribute(folder: Path, name: str) -> bytes | None:
     with contextlib.suppress(OSError):
         return os.getxattr(folder, name)
     return None
-
-
-def _list(*entries: Sequence[int]) -> bytes:
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *(*each, _NOBODY)[:3]) for each in entries)

@@ -86,12 +86,7 @@ def open_descriptor(path: str | Path, watching: watch.Watch | None = None, *, no
 
 def is_there(path: str | Path) -> bool:
     """Whether anything is at a path, a link that leads nowhere too. Raises OSError where that is not to be known."""
-    try:
-        with named("looking for", path):
-            os.lstat(path)
-    except ABSENT:
-        return False
-    return True
+    return status(path, followed=False) is not None
 
 
 def exists(path: str | Path) -> bool:

@@ -48,37 +48,22 @@ def take_alone(top: int, partial: Path) -> int | None:
     """The lock of this process alone; -1 where there are no locks, None where another file has come to its name."""
     deadline, waiting = time.monotonic() + LEFT_SECONDS, False
     while True:
-        descriptor = open_lock(top)
+        descriptor, kept = open_lock(top), False
         try:
             if not take(descriptor, fcntl.LOCK_EX):
-                fileio.close_quietly(descriptor)
                 return -1
+            kept = descriptors.is_at(NAME, top, descriptor)
+            return descriptor if kept else None
         except BlockingIOError as error:
-            shared = _is_shared(descriptor)
-            fileio.close_quietly(descriptor)
-            if not shared or time.monotonic() > deadline:
+            if not _is_shared(descriptor) or time.monotonic() > deadline:
                 raise ConversionError(f"another process is writing {partial} at this moment; wait for it") from error
-            if not waiting:
-                logger.warning("ranks of another job are writing %s: waiting for their end", partial)
-            waiting = True
-            time.sleep(0.2)
-            continue
-        except BaseException:
-            fileio.close_quietly(descriptor)
-            raise
-        if _is_still(descriptor, top):
-            return descriptor
-        fileio.close_quietly(descriptor)
-        return None
-
-
-def _is_still(descriptor: int, top: int) -> bool:
-    """Whether the lock that is held is the file at its name; closes it where that is not to be known."""
-    try:
-        return descriptors.is_at(NAME, top, descriptor)
-    except BaseException:
-        fileio.close_quietly(descriptor)
-        raise
+        finally:
+            if not kept:
+                fileio.close_quietly(descriptor)
+        if not waiting:
+            logger.warning("ranks of another job are writing %s: waiting for their end", partial)
+        waiting = True
+        time.sleep(0.2)
 
 
 def share(descriptor: int, partial: Path) -> None:

@@ -190,8 +190,7 @@ def check_apart(names: Sequence[Path], sources: Sequence[Path]) -> None:
     """
     held = {}
     for name in names:
-        with contextlib.suppress(*fileio.ABSENT):
-            found = name.stat()
+        if (found := fileio.status(name)) is not None:
             held[found.st_dev, found.st_ino] = name
     if not held:
         return
@@ -201,11 +200,8 @@ def check_apart(names: Sequence[Path], sources: Sequence[Path]) -> None:
             if folder in seen:
                 continue
             seen.add(folder)
-            try:
-                found = os.stat(folder)
-            except fileio.ABSENT:
-                continue
-            if name := held.get((found.st_dev, found.st_ino)):
+            found = fileio.status(folder)
+            if found is not None and (name := held.get((found.st_dev, found.st_ino))):
                 raise ConversionError(
                     f"{name} holds the source ({source}), which it would replace or remove; name another folder"
                 )
@@ -225,18 +221,10 @@ def _passed(source: Path) -> Iterator[str]:
             continue
         path = os.path.join(here, name)
         yield path
-        if not _is_link(path):
+        if not fileio.is_link(path):
             here = path
         elif left:
             left -= 1
             target = os.readlink(path)
             names += target.split("/")[::-1]
             here = "/" if target.startswith("/") else here
-
-
-def _is_link(path: str) -> bool:
-    """As os.path.islink, which takes every error for no."""
-    try:
-        return stat.S_ISLNK(os.lstat(path).st_mode)
-    except fileio.ABSENT:
-        return False
