@@ -363,3 +363,13 @@ def test_a_mode_that_is_refused_gives_no_more(
         patch.setattr(imitate.os, "fchmod", failing(code))
         to_megatron(*line).refused(os.strerror(code))
     assert (out.stat().st_ino, out.stat().st_mode & 0o777) == (before, 0o700)
+
+
+def test_the_path_of_an_open_file_is_no_look_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was laid out before is found by it, and a failed look at "/proc/self/fd/13" would name nothing."""
+    (tmp_path / "file").write_bytes(b"what is in it")
+    with open(tmp_path / "file", "rb") as file, monkeypatch.context() as patch:
+        patch.setattr(os, "stat", failing(errno.EIO))
+        path = descriptors.path_of(file.fileno())
+        patch.undo()
+        assert path.read_bytes() == b"what is in it"

@@ -260,6 +260,8 @@ def who_am_i_unseen(folder: Path) -> int | None:
 
 
 def path_of(descriptor: int) -> Path:
-    """A path that opens what `descriptor` holds, for libraries that take paths alone."""
-    place = Path(f"/proc/self/fd/{descriptor}")
-    return place if fileio.is_there(place) else Path(f"/dev/fd/{descriptor}")
+    """A path that opens what `descriptor` holds, for libraries that take paths alone.
+
+    No file is looked at for it, so that no file's error can be in the way.
+    """
+    return Path(f"/dev/fd/{descriptor}" if place_of(descriptor) is None else f"/proc/self/fd/{descriptor}")
